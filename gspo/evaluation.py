@@ -1,0 +1,51 @@
+"""Held-out evaluation with the sampler that trains: greedy accuracy and pass@k.
+
+A completion is correct when it earns the full reward. Nothing here touches the training graph or its random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
+from gspo.rewards.pool import RewardPool
+from gspo.sampling import Sampler
+from gspo.types import Completion, Group, Prompt, SamplingParams
+
+_SEED = 20250718  # the same draws at every evaluation, so that two of them differ by the policy alone
+
+
+def evaluate(
+    sampler: Sampler,
+    pool: RewardPool,
+    prompts: list[Prompt],
+    *,
+    params: SamplingParams,
+    num_samples: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Metric pairs of this rank's prompts: ``eval/accuracy`` (greedy), and ``eval/pass@k`` for ``num_samples`` > 0.
+
+    Args:
+        sampler: holds the weights to be evaluated.
+        pool: scores the completions.
+        prompts: this rank's share; may be empty.
+        params: of the sampled completions; the greedy ones keep only its length limit.
+        num_samples: k, completions drawn for each prompt.
+    """
+    greedy = sampler.sample(prompts, group_size=1, params=replace(params, temperature=0.0), seed=_SEED) if prompts else []
+    correct = _correct(pool, prompts, greedy)
+    pairs = {"eval/accuracy": (float(sum(map(any, correct))), float(len(prompts)))}
+    if num_samples:
+        drawn = sampler.sample(prompts, group_size=num_samples, params=params, seed=_SEED) if prompts else []
+        correct = _correct(pool, prompts, drawn)
+        pairs[f"eval/pass@{num_samples}"] = (float(sum(map(any, correct))), float(len(prompts)))
+        pairs["eval/sampled_accuracy"] = (float(sum(map(sum, correct))), float(len(prompts) * num_samples))
+    return pairs
+
+
+def _correct(pool: RewardPool, prompts: list[Prompt], groups: list[list[Completion]]) -> list[list[bool]]:
+    """Whether each completion earns the full reward."""
+    drawn = [Group(i, prompt, group) for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))]
+    totals = iter(pool.score(reward_items(drawn)).totals)
+    full = pool.full_reward - FULL_REWARD_TOLERANCE
+    return [[next(totals) >= full for _ in group] for group in groups]

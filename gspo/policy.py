@@ -1,0 +1,204 @@
+"""The policy: a torchtune decoder and the loss head in one module, sharded with FSDP2.
+
+Both are under one root so that the LM-head weight is gathered exactly while the head needs it. The decoder is
+torchtune's own; only its ``unembed`` is replaced, so that it returns normalised hidden states instead of logits.
+
+Not here: which model is built and where its weights come from (the config), the optimizer, the denominators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torchtune import training
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+
+from gspo.functional import LossInputs, MetricSums
+from gspo.kernels import linear_logps
+from gspo.types import PackedBatch
+
+AttentionMask = Tensor | BlockMask | None
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A packed batch on the device, with what is derived from its layout once."""
+
+    batch: PackedBatch
+    label_rows: Tensor  # [N] int64, places with a label
+    attention_mask: AttentionMask
+
+    @classmethod
+    def prepare(cls, batch: PackedBatch, device: torch.device) -> Microbatch:
+        """Moves a batch from the CPU to ``device``. The label rows are found before, so that no kernel waits for them."""
+        rows = batch.loss_mask.nonzero().squeeze(-1)
+        alone = _one_document_per_bin(batch)
+        on_device = batch.to(device)
+        return cls(on_device, rows.to(device), None if alone else document_mask(on_device))
+
+
+def _one_document_per_bin(batch: PackedBatch) -> bool:
+    """True if no bin holds two documents; the causal mask alone is then exact, whatever padding sees."""
+    index = batch.document_index.view(batch.num_bins, -1)
+    starts = (index[:, 1:] != index[:, :-1]) & (index[:, 1:] != batch.label_counts.numel() - 1)
+    return not starts.any()
+
+
+def document_mask(batch: PackedBatch) -> AttentionMask:
+    """Causal attention inside each document: a FlexAttention block mask on CUDA, a dense [R, S, S] mask elsewhere."""
+    index = batch.document_index.view(batch.num_bins, -1)
+    length = index.shape[1]
+    if index.device.type == "cuda":
+
+        def same_document(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (q >= kv) & (index[b, q] == index[b, kv])
+
+        return create_block_mask(same_document, index.shape[0], None, length, length, device=index.device)
+    causal = torch.ones(length, length, dtype=torch.bool, device=index.device).tril()
+    return causal & (index[:, :, None] == index[:, None, :])
+
+
+class Policy(nn.Module):
+    """A decoder with its loss head.
+
+    Args:
+        decoder: any torchtune decoder with a linear or tied output.
+        loss: a component of :mod:`gspo.losses`; None for a policy that is only evaluated.
+        chunk_size: labelled tokens whose logits are held at a time.
+        compile_head: run the head's chunks through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        decoder: TransformerDecoder,
+        loss: nn.Module | None = None,
+        *,
+        chunk_size: int = 4096,
+        compile_head: bool = False,
+    ) -> None:
+        super().__init__()
+        decoder.unembed = lambda hidden: decoder.norm(hidden)  # type: ignore[method-assign]
+        self.decoder = decoder
+        self.loss = loss
+        self._chunk_size = chunk_size
+        self._compile_head = compile_head
+
+    def forward(self, microbatch: Microbatch) -> tuple[Tensor, MetricSums]:
+        """The undivided loss sum of a microbatch and its metric sums."""
+        assert self.loss is not None, "this policy was built without a loss"
+        logps, entropy = self._row_logps(microbatch, entropy_grad=bool(self.loss.entropy_coef))
+        return self.loss(logps, entropy, _row_inputs(microbatch))
+
+    @torch.no_grad()
+    def logps(self, microbatch: Microbatch) -> Tensor:  # [T] float32 nats, 0 where there is no label
+        """Log-probabilities of the labels at the sampling temperature."""
+        rows, _ = self._row_logps(microbatch, entropy_grad=False)
+        return rows.new_zeros(microbatch.batch.tokens.numel()).index_put((microbatch.label_rows,), rows)
+
+    def full_state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """The decoder's parameters by torchtune's names, each gathered in turn on every rank. Collective."""
+        for name, value in self.decoder.state_dict().items():
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _row_logps(self, microbatch: Microbatch, *, entropy_grad: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
+        batch, rows = microbatch.batch, microbatch.label_rows
+        hidden = self.decoder(
+            batch.tokens.view(batch.num_bins, -1),
+            mask=microbatch.attention_mask,
+            input_pos=batch.positions.view(batch.num_bins, -1),
+        )
+        return linear_logps(
+            hidden.flatten(0, 1)[rows],  # rows without a label are gathered away before the first product
+            output_weight(self.decoder),
+            batch.labels[rows],
+            batch.temperature[batch.document_index[rows]],
+            chunk_size=self._chunk_size,
+            entropy_grad=entropy_grad,
+            compiled=self._compile_head,
+        )
+
+
+def _row_inputs(microbatch: Microbatch) -> LossInputs:
+    batch, rows = microbatch.batch, microbatch.label_rows
+    return LossInputs(
+        document_index=batch.document_index[rows],
+        loss_mask=torch.ones_like(rows, dtype=torch.bool),
+        old_logps=batch.old_logps[rows],
+        advantages=batch.advantages,
+        label_counts=batch.label_counts,
+        ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
+    )
+
+
+def output_weight(decoder: TransformerDecoder) -> Tensor:  # [V, H]
+    """The LM-head weight, which is the embedding's when they are tied."""
+    tied = getattr(decoder.output, "tied_module", None)
+    return (tied or decoder.output).weight
+
+
+def accumulate_gradients(
+    policy: Policy, microbatches: list[Microbatch], denominator: float, *, reduce_every_microbatch: bool = True
+) -> Iterator[MetricSums]:
+    """The backwards of an optimizer step: leaves the gradient of ``loss sum over all ranks / denominator``.
+
+    Args:
+        policy: sharded, without gradients or with some to add to.
+        microbatches: as many on every rank.
+        denominator: from the totals of the whole step over all ranks, see the loss's ``denominator``.
+        reduce_every_microbatch: False adds up unsharded gradients and reduces them once, in the last backward: fewer
+            collectives for the memory of a full gradient on every rank.
+
+    Yields:
+        The metric sums of each microbatch, ``loss`` among them.
+    """
+    # FSDP2 averages gradients over the ranks; a sum over documents needs them added up.
+    scale = dist.get_world_size() / denominator
+    for i, microbatch in enumerate(microbatches):
+        policy.set_requires_gradient_sync(reduce_every_microbatch or i == len(microbatches) - 1)
+        loss_sum, pairs = policy(microbatch)
+        (loss_sum * scale).backward()
+        yield pairs | {"loss": (loss_sum.detach() / denominator, loss_sum.new_ones(()))}
+
+
+def shard_policy(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    activation_checkpointing: bool = False,
+    compile_layers: bool = False,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Shards a policy in place with FSDP2, layer by layer; gradients are reduced in float32. One rank is no exception."""
+    if compile_layers:
+        training.compile_model(policy.decoder, verbose=False)
+    if activation_checkpointing:
+        training.set_activation_checkpointing(
+            policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer}
+        )
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for layer in policy.decoder.layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(policy, **options)
+    register_fsdp_forward_method(policy, "logps")
+
+
+def load_weights(policy: Policy, state_dict: dict[str, Tensor], device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (full, torchtune's names)."""
+    policy.to_empty(device="cpu" if cpu_offload else device)
+    with device:
+        for module in policy.modules():
+            if hasattr(module, "rope_init"):  # not part of a state dict
+                module.rope_init()
+    training.load_from_full_model_state_dict(policy.decoder, state_dict, device, strict=True, cpu_offload=cpu_offload)
+    training.validate_no_params_on_meta_device(policy)

@@ -1,0 +1,115 @@
+"""Prompt, Completion, Group, Rollout and PackedBatch: shapes and units, declared once.
+
+Everything left of :class:`PackedBatch` works on token ids and plain Python objects; everything right of it on tensors.
+This module imports torch for annotations only, so that reward workers start without loading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One task. ``id`` is stable over runs and leads back to its source, e.g. ``train.jsonl:17``."""
+
+    id: str
+    text: str
+    tokens: list[int]
+    answer: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. ``temperature`` 0 is greedy decoding; ``top_p`` 1 and ``top_k`` 0 switch these off."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled answer to a prompt, with how it was sampled."""
+
+    tokens: list[int]  # sampled ids, the stop token included when one was drawn
+    logps: list[float]  # nats, one per token, under the distribution sampled from
+    text: str  # decoded, without special tokens
+    finish_reason: str  # "stop" or "length"
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    logps_of: str = "processed"  # "processed": at the temperature; "raw": at temperature 1
+    policy_version: int = 0
+    tokenizer: str = ""  # fingerprint
+    rewards: dict[str, float] = field(default_factory=dict)  # by reward name, before weights
+    reward: float = 0.0  # weighted sum
+    advantage: float = 0.0
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt and its completions, the unit over which advantages are taken."""
+
+    id: int  # unique on its rank
+    prompt: Prompt
+    completions: list[Completion]
+
+
+@dataclass(slots=True)
+class Rollout:
+    """What one call of the sampler gives, on its way through scoring and advantages.
+
+    ``stats`` holds metric sums by name as ``(value, weight)``, see :mod:`gspo.metrics`.
+    ``dropped_documents`` and ``dropped_tokens`` count documents that were drawn, carry no gradient and were taken out
+    before the update; they stay in the denominators.
+    """
+
+    groups: list[Group]
+    stats: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dropped_documents: int = 0
+    dropped_tokens: int = 0
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """R bins of S tokens, seen flat by the loss as T = R * S tokens with D documents in them.
+
+    The last document is padding and has no labels; it is there even when nothing is padded. A document of n tokens
+    fills n - 1 places: its last token is only ever a label.
+    """
+
+    num_bins: int  # R
+    tokens: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64, the next token of the same document; 0 where there is none
+    positions: torch.Tensor  # [T] int64, from 0 in each document
+    document_index: torch.Tensor  # [T] int64 in [0, D), D - 1 is padding
+    loss_mask: torch.Tensor  # [T] bool, True where the label was sampled by the policy
+    old_logps: torch.Tensor  # [T] float32, nats, of the label under the distribution sampled from; 0 outside loss_mask
+    advantages: torch.Tensor  # [D] float32
+    rewards: torch.Tensor  # [D] float32
+    label_counts: torch.Tensor  # [D] int64, labelled tokens of each document
+    policy_version: torch.Tensor  # [D] int64
+    temperature: torch.Tensor  # [D] float32, > 0 (1 for padding)
+    num_documents: int  # documents that count in the step's denominators: those here and the dropped ones
+    num_label_tokens: int  # the same in labelled tokens
+    ids: list[tuple[str, int]] = field(default_factory=list)  # (prompt id, group id) of each real document
+    stats: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric sums of the rollouts behind this batch
+    ref_logps: torch.Tensor | None = None  # [T] float32, nats, under the reference policy at the same temperature
+    segment_index: torch.Tensor | None = None  # [T] int64, finer than a document: a turn, a step
+
+    @property
+    def bin_length(self) -> int:
+        """S, tokens in a bin."""
+        return self.tokens.numel() // max(self.num_bins, 1)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """A copy whose tensors are on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()})

@@ -1,0 +1,402 @@
+"""Reinforcement-learning fine-tuning of a language model with a sequence- or token-level policy objective.
+
+The loop, top to bottom: draw microbatches until the global document count reaches ``docs_per_step``, run their
+backwards under the totals of the whole step, update, and every ``sync_every_steps`` hand the weights to the sampler.
+One path serves 1..N devices. Copy this file with ``tune cp gspo_full_finetune my_recipe.py`` to change it.
+
+Not here: exact resume of an interrupted run, and samplers that live in another process.
+"""
+
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtune import config, training, utils
+from tqdm import tqdm
+
+from gspo import evaluation, metrics, parallel
+from gspo.config import check_config, parse, require
+from gspo.data.graph import GraphOptions, build_graph
+from gspo.data.record import Record
+from gspo.errors import InputError
+from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.rewards.pool import RewardPool
+from gspo.sampling.fingerprint import tokenizer_fingerprint
+from gspo.types import PackedBatch, SamplingParams
+
+log = utils.get_logger("INFO")
+
+REQUIRED_KEYS = (
+    "output_dir", "seed", "device", "dtype", "model", "tokenizer", "checkpointer", "loss", "optimizer", "prompts",
+    "rewards", "sampler", "sampling", "group_size", "prompts_per_rollout", "packing", "docs_per_step", "num_steps",
+)  # fmt: skip
+OPTIONAL_KEYS = {
+    "reference_checkpointer": None,
+    "lr_scheduler": None,
+    "clip_grad_norm": None,
+    "advantages": {"estimator": "group_mean_std", "drop_dead_groups": True, "refill_dead_groups": False},
+    "reward_pool": {},
+    "sync_every_steps": 1,
+    "ppo_epochs": 1,
+    "prefetch": 0,
+    "eval_prompts": None,
+    "eval": {"every_n_steps": 0, "num_samples": 0, "max_prompts": None},
+    "save_every_n_steps": 0,
+    "max_skipped_steps": 10,
+    "head_chunk_size": 4096,
+    "enable_activation_checkpointing": False,
+    "compile": False,
+    "fsdp_cpu_offload": False,
+    "fsdp_reshard_after_forward": True,
+    "reduce_every_microbatch": True,
+    "data_parallel_replicate_size": 1,
+    "metric_logger": None,
+    "log_every_n_steps": 1,
+    "log_completions": 4,
+    "profiler": None,
+}
+SECTIONS = {
+    "sampling": SamplingParams,
+    "packing": ("tokens_per_microbatch", "bin_length", "buffer_size", "flush_every_rollout"),
+    "reward_pool": ("num_workers", "timeout", "on_failure"),
+}
+PASSED = {  # arguments that the recipe gives to a component itself
+    "prompts": ("tokenizer", "seed", "rank", "world_size"),
+    "eval_prompts": ("tokenizer", "shuffle", "rank", "world_size", "num_epochs"),
+    "sampler": ("model", "tokenizer"),
+    "optimizer": ("params",),
+    "lr_scheduler": ("optimizer", "num_training_steps"),
+}
+
+
+class GSPOFullFinetuneRecipe:
+    """Trains all weights of a policy; see the module for the loop and the config for every knob."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._check_values(cfg)
+        self._cfg = cfg
+        self._output_dir = Path(cfg.output_dir)
+        self._device = utils.get_device(cfg.device)
+        self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        parallel.init_process_group(self._device)
+        self._rank = dist.get_rank()
+        self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
+        training.set_seed(cfg.seed)
+        self._step = 0  # optimizer steps done
+        self._version = 0  # of the weights; the sampler's lags behind by at most sync_every_steps
+        self._skipped_in_a_row = 0
+        self._num_skipped = 0
+        self._accuracy: dict[str, float] = {}
+        self._last_evaluation = -1
+
+    @staticmethod
+    def _check_values(cfg: DictConfig) -> None:
+        for key in ("docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs"):
+            require(cfg[key] >= 1, key, cfg[key], "must be at least 1", "raise it")
+        require(cfg.prefetch >= 0, "prefetch", cfg.prefetch, "must not be negative", "use 0 for strictly on-policy data")
+        require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
+        every = cfg.eval.get("every_n_steps", 0)
+        require(
+            every % cfg.sync_every_steps == 0, "eval.every_n_steps", every,
+            f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): the sampler evaluates the weights it holds",
+            f"use {math.ceil(every / cfg.sync_every_steps) * cfg.sync_every_steps}",
+        )  # fmt: skip
+        needs_reference = cfg.loss.get("kl_coef", 0) > 0 and cfg.reference_checkpointer is None
+        require(
+            not needs_reference, "loss.kl_coef", cfg.loss.get("kl_coef", 0), "needs a reference policy",
+            "set reference_checkpointer to the model to stay near, e.g. reference_checkpointer='${checkpointer}'",
+        )  # fmt: skip
+
+    def setup(self) -> None:
+        """Builds everything that the loop uses, in the order in which a mistake is cheapest to find."""
+        cfg = self._cfg
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._pool = RewardPool(OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool)
+        self._params = SamplingParams(**cfg.sampling)
+        data_rank, data_size = parallel.data_parallel_rank(self._mesh)
+        require(
+            cfg.prompts_per_rollout % data_size == 0, "prompts_per_rollout", cfg.prompts_per_rollout,
+            f"must be a multiple of the {data_size} data-parallel ranks that share the prompts", "change one of them",
+        )  # fmt: skip
+        prompts = config.instantiate(
+            cfg.prompts, self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size
+        )
+        self._eval_prompts = self._take_eval_prompts(data_rank, data_size)
+
+        self._checkpointer = config.instantiate(cfg.checkpointer)
+        self._policy = self._build_policy(self._checkpointer, loss=config.instantiate(cfg.loss))
+        self._reference = None
+        if cfg.reference_checkpointer is not None:
+            self._reference = self._build_policy(config.instantiate(cfg.reference_checkpointer), loss=None)
+        self._optimizer = config.instantiate(cfg.optimizer, self._policy.parameters())
+        self._lr_scheduler = None
+        if cfg.lr_scheduler is not None:
+            self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=cfg.num_steps)
+
+        self._sampler = config.instantiate(cfg.sampler, self._build_decoder(), self._tokenizer)
+        self._sampler.update(self._policy, self._version)
+        self._batches = build_graph(
+            prompts,
+            sampler=self._sampler,
+            pool=self._pool,
+            options=GraphOptions(
+                prompts_per_rollout=cfg.prompts_per_rollout // data_size,
+                group_size=cfg.group_size,
+                params=self._params,
+                seed=cfg.seed,
+                prefetch=cfg.prefetch,
+                **cfg.packing,
+                **cfg.advantages,
+            ),
+            rank=data_rank,
+            tokenizer=tokenizer_fingerprint(self._tokenizer),
+            on_quarantine=self._write_quarantined,
+            record=partial(
+                Record, path=self._output_dir / f"completions_rank{self._rank}.jsonl", num_per_rollout=cfg.log_completions
+            ),
+        )
+        self._num_parameters = sum(p.numel() for p in self._policy.parameters())
+        self._logged_at = time.perf_counter()
+        self._profiler, _ = self._setup_profiler()
+        self._writer = metrics.JsonlWriter(self._output_dir / "metrics.jsonl") if self._rank == 0 else None
+        self._metric_logger = config.instantiate(cfg.metric_logger) if self._rank == 0 else None
+        if self._metric_logger is not None:
+            self._metric_logger.log_config(cfg)
+
+    def _build_decoder(self, device: torch.device | None = None) -> nn.Module:
+        with training.set_default_dtype(self._dtype), device or self._device:
+            return config.instantiate(self._cfg.model)
+
+    def _build_policy(self, checkpointer: Any, loss: nn.Module | None) -> Policy:
+        cfg = self._cfg
+        weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+        policy = Policy(
+            self._build_decoder(torch.device("meta")), loss, chunk_size=cfg.head_chunk_size, compile_head=cfg.compile
+        )
+        policy.requires_grad_(loss is not None)
+        shard_policy(
+            policy,
+            parallel.fsdp_mesh(self._mesh),
+            activation_checkpointing=cfg.enable_activation_checkpointing and loss is not None,
+            compile_layers=cfg.compile,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        load_weights(policy, weights, self._device, cpu_offload=cfg.fsdp_cpu_offload)
+        return policy
+
+    def _take_eval_prompts(self, rank: int, world_size: int) -> list:
+        if self._cfg.eval_prompts is None:
+            return []
+        source = config.instantiate(
+            self._cfg.eval_prompts, self._tokenizer, shuffle=False, rank=rank, world_size=world_size, num_epochs=1
+        )
+        return list(source)
+
+    def _setup_profiler(self) -> tuple[Any, Any]:
+        default = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
+        return config.instantiate(OmegaConf.merge(default, self._cfg.profiler or {}))
+
+    def train(self) -> None:
+        """Runs the loop to ``num_steps`` optimizer steps, or until the prompts end."""
+        cfg = self._cfg
+        started = time.perf_counter()
+        self._accuracy_before = self._evaluate()
+        self._bar = tqdm(total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True)
+        with self._profiler:
+            while self._step < cfg.num_steps:
+                begin = time.perf_counter()
+                step = parallel.fetch_step(self._batches, docs_per_step=cfg.docs_per_step, device=self._device)
+                if step is None:
+                    log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
+                    break
+                rollout_stats = [{"time/data_wait": (time.perf_counter() - begin, 1.0)}, *(b.stats for b in step.batches)]
+                microbatches = [self._prepare(batch) for batch in step.batches]
+                for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
+                    self._update(microbatches, step, rollout_stats)
+                    rollout_stats = []  # counted once, with the first update that uses them
+        self._bar.close()
+        self._finish(time.perf_counter() - started)
+
+    def _prepare(self, batch: PackedBatch) -> Microbatch:
+        microbatch = Microbatch.prepare(batch, self._device)
+        if self._reference is not None:
+            microbatch.batch.ref_logps = self._reference.logps(microbatch)
+        return microbatch
+
+    def _update(self, microbatches: list[Microbatch], step: parallel.StepBatches, stats: list[dict]) -> None:
+        """One optimizer step over all microbatches, under the totals of the whole step."""
+        begin = time.perf_counter()
+        sums = metrics.MetricSums(reward.name for reward in self._pool.rewards)
+        denominator = self._policy.loss.denominator(step.num_documents, step.num_label_tokens)
+        for pairs in accumulate_gradients(
+            self._policy, microbatches, denominator, reduce_every_microbatch=self._cfg.reduce_every_microbatch
+        ):
+            sums.add(pairs)
+        for microbatch in microbatches:
+            sums.add(metrics.batch_pairs(microbatch.batch, self._step))
+        for pairs in stats:
+            sums.add(pairs)
+        values = sums.reduce(self._device)
+        if values["_late_documents"]:
+            self._quarantine(microbatches, values, step, denominator)
+        values["grad_norm"] = self._optimizer_step()
+        values["time/update"] = time.perf_counter() - begin
+        self._after_step(values)
+
+    def _optimizer_step(self) -> float:
+        """Clips and applies the gradients; skips the update, on all ranks alike, if their norm is not finite."""
+        max_norm = self._cfg.clip_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), max_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(grad_norm):
+            self._optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._skip_step(grad_norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        self._step += 1
+        return grad_norm
+
+    def _skip_step(self, grad_norm: float) -> None:
+        self._num_skipped += 1
+        self._skipped_in_a_row += 1
+        log.warning("Step %d is skipped: its gradient norm is %s.", self._step, grad_norm)
+        if self._skipped_in_a_row > self._cfg.max_skipped_steps:
+            raise InputError(
+                f"{self._skipped_in_a_row} steps in a row had a gradient norm that is not finite (the last: {grad_norm}); "
+                "max_skipped_steps allows no more. Lower optimizer.lr, set clip_grad_norm, or look into the quarantine "
+                f"files in {self._output_dir} for the documents that cause it."
+            )
+
+    def _quarantine(
+        self, microbatches: list[Microbatch], values: dict[str, float], step: parallel.StepBatches, denominator: float
+    ) -> None:
+        """Takes documents found not finite in the forward out of the denominator, and writes down which they are."""
+        remaining = self._policy.loss.denominator(
+            int(step.num_documents - values["_late_documents"]), int(step.num_label_tokens - values["_late_tokens"])
+        )
+        factor = denominator / remaining  # every objective is linear in 1 / denominator
+        training.scale_grads(self._policy, torch.tensor(factor, device=self._device))
+        values["loss"] *= factor
+        for microbatch in microbatches:
+            for record in metrics.not_finite_documents(microbatch.batch, self._policy.logps(microbatch)):
+                self._write_quarantined({"step": self._step} | record)
+
+    def _write_quarantined(self, record: dict[str, Any]) -> None:
+        writer = metrics.JsonlWriter(self._output_dir / f"quarantine_rank{self._rank}.jsonl")
+        writer.write(record)
+        writer.close()
+
+    def _after_step(self, values: dict[str, float]) -> None:
+        """Hands the weights to the sampler, evaluates, logs and saves, each when its turn has come."""
+        cfg = self._cfg
+        fresh = values["staleness/max"] == 0
+        begin = time.perf_counter()
+        if self._step % cfg.sync_every_steps == 0:
+            self._sync_sampler()
+        values["time/sync"] = time.perf_counter() - begin
+        if cfg.eval.every_n_steps and self._step % cfg.eval.every_n_steps == 0:
+            values |= self._evaluate()
+        if fresh:
+            values |= metrics.noise_floor(values)
+        values |= {"lr": training.get_lr(self._optimizer), "skipped_steps": self._num_skipped}
+        self._log(values)
+        if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and self._step < cfg.num_steps:
+            self._save()
+        self._profiler.step()
+
+    def _sync_sampler(self) -> None:
+        if self._version != self._step:
+            self._version = self._step
+            self._sampler.update(self._policy, self._version)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out accuracy of the weights that the sampler holds, over all ranks."""
+        if self._cfg.eval_prompts is None:
+            return {}
+        pairs = evaluation.evaluate(
+            self._sampler, self._pool, self._eval_prompts, params=self._params, num_samples=self._cfg.eval.num_samples
+        )
+        counts = parallel.sum_over_ranks([int(x) for pair in pairs.values() for x in pair], self._device)
+        self._last_evaluation = self._step
+        self._accuracy = {
+            name: correct / max(total, 1) for name, correct, total in zip(pairs, counts[::2], counts[1::2], strict=True)
+        }
+        return self._accuracy
+
+    def _log(self, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        values["time/step"] = now - self._logged_at
+        self._logged_at = now
+        values |= metrics.throughput(values, self._num_parameters, self._device)
+        self._bar.update()
+        if self._rank != 0:
+            return
+        shown = {"reward": "reward/mean", "held-out": "eval/accuracy", "clip": "clip/any_document", "tok/s": "tokens_per_second"}
+        seen = self._accuracy | values
+        self._bar.set_postfix({k: f"{seen[v]:.3g}" for k, v in shown.items() if v in seen})
+        public = metrics.public(values)
+        self._writer.write({"step": self._step} | public)
+        if self._metric_logger is not None and self._step % self._cfg.log_every_n_steps == 0:
+            self._metric_logger.log_dict(public, step=self._step)
+
+    def _save(self) -> None:
+        """Writes the model through torchtune's checkpointer, in the format it was read in."""
+        weights = training.gather_cpu_state_dict(self._policy.decoder, self._rank == 0, self._device)
+        if self._rank == 0:
+            self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=self._step)
+        dist.barrier()
+
+    def _finish(self, seconds: float) -> None:
+        """The last evaluation, the final model, and ``summary.json``."""
+        self._sync_sampler()
+        if self._last_evaluation != self._step:
+            self._evaluate()
+        self._save()
+        if self._rank != 0:
+            return
+        summary = {
+            "accuracy_before": self._accuracy_before.get("eval/accuracy"),
+            "accuracy_after": self._accuracy.get("eval/accuracy"),
+            "steps": self._step,
+            "seconds": round(seconds, 1),
+            "seed": self._cfg.seed,
+        }
+        (self._output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        log.info("Done: %s", summary)
+
+    def cleanup(self) -> None:
+        """Ends worker processes and the process group."""
+        self._pool.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._metric_logger is not None:
+            self._metric_logger.close()
+        dist.destroy_process_group()
+
+
+@parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Configuration comes from the YAML file, then from key=value on the command line."""
+    cfg = check_config(cfg, required=REQUIRED_KEYS, optional=OPTIONAL_KEYS, sections=SECTIONS, passed=PASSED)
+    config.log_config(recipe_name="GSPOFullFinetuneRecipe", cfg=cfg)
+    recipe = GSPOFullFinetuneRecipe(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,347 @@
+import json
+import random
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from gspo.data.packing import Document, Pack, best_fit, merge_stats, pack_documents, rollout_documents, short_bins
+from gspo.errors import InputError
+from gspo.types import Group, PackedBatch, Prompt, Rollout
+from tests.data.fakes import Items, completion, exact, rollout
+from tests.data.law import assert_resumes_anywhere
+
+
+def document(num_prompt_tokens: int, num_sampled: int, seed: int = 0) -> Document:
+    draw = random.Random(f"{num_prompt_tokens} {num_sampled} {seed}")
+    return Document(
+        tokens=[draw.randrange(1, 1000) for _ in range(num_prompt_tokens + num_sampled)],
+        num_prompt_tokens=num_prompt_tokens,
+        logps=[-draw.random() for _ in range(num_sampled)],
+        advantage=draw.gauss(0, 1),
+        reward=draw.random(),
+        temperature=draw.uniform(0.5, 1.5),
+        policy_version=draw.randrange(100),
+        prompt_id=f"p:{seed}",
+        group_id=seed,
+    )
+
+
+def documents(num: int, seed: int = 0, longest: int = 20) -> list[Document]:
+    draw = random.Random(seed)
+    return [document(draw.randint(1, longest // 2), draw.randint(1, longest // 2), i) for i in range(num)]
+
+
+def unpack(batch: PackedBatch) -> list[Document]:
+    """The documents, rebuilt place by place from the tensors, every other promise of PackedBatch checked on the way."""
+    found = []
+    num_documents = len(batch.ids)
+    assert batch.advantages.numel() == num_documents + 1
+    bins = batch.document_index.view(batch.num_bins, -1)
+    for d in range(num_documents):
+        at = (batch.document_index == d).nonzero().flatten()
+        assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(at))), "not in one piece"
+        assert (bins == d).any(dim=1).sum() == 1, "over a bin's end"
+        assert batch.positions[at].tolist() == list(range(len(at)))
+        tokens = [*batch.tokens[at].tolist(), int(batch.labels[at[-1]])]
+        assert batch.labels[at].tolist() == tokens[1:]
+        sampled = batch.loss_mask[at]
+        num_sampled = int(sampled.sum())
+        assert sampled.tolist() == [False] * (len(at) - num_sampled) + [True] * num_sampled
+        assert num_sampled == batch.label_counts[d]
+        assert not batch.old_logps[at][~sampled].any()
+        found.append(
+            Document(
+                tokens,
+                len(tokens) - num_sampled,
+                batch.old_logps[at][sampled].tolist(),
+                *(float(x[d]) for x in (batch.advantages, batch.rewards, batch.temperature)),
+                int(batch.policy_version[d]),
+                *batch.ids[d],
+            )
+        )
+    check_padding(batch)
+    return found
+
+
+def check_padding(batch: PackedBatch) -> None:
+    last = batch.advantages.numel() - 1
+    padding = batch.document_index == last
+    for values in (batch.tokens, batch.labels, batch.loss_mask, batch.old_logps):
+        assert values.numel() == batch.num_bins * batch.bin_length and not values[padding].any()
+    for row, positions in zip(padding.view(batch.num_bins, -1), batch.positions.view(batch.num_bins, -1), strict=True):
+        assert row.tolist() == sorted(row.tolist()), "padding before a document"
+        assert positions[row].tolist() == list(range(int(row.sum())))
+    ends = [x[last].item() for x in (batch.advantages, batch.rewards, batch.label_counts, batch.policy_version)]
+    assert ends == [0, 0, 0, 0] and batch.temperature[last] == 1
+
+
+def as_float32(d: Document) -> Document:
+    def cast(x):
+        return float(np.float32(x))
+
+    return replace(
+        d, logps=[cast(x) for x in d.logps], **{k: cast(getattr(d, k)) for k in ("advantage", "reward", "temperature")}
+    )
+
+
+def by_id(found: list[Document]) -> list[Document]:
+    return sorted(found, key=lambda d: d.group_id)
+
+
+def test_pack_documents_lays_out_two_documents_by_hand():
+    first = Document([5, 6, 7, 8], 2, [-0.25, -0.5], 1.5, 2.0, 0.5, 3, "a", 11)
+    second = Document([9, 4], 1, [-0.75], -1.5, 0.0, 1.0, 4, "b", 12)
+    batch = pack_documents([first, second], bin_length=6)
+    assert (batch.num_bins, batch.bin_length) == (1, 6)
+    assert batch.tokens.tolist() == [5, 6, 7, 9, 0, 0]
+    assert batch.labels.tolist() == [6, 7, 8, 4, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert batch.document_index.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.loss_mask.tolist() == [False, True, True, True, False, False]
+    assert batch.old_logps.tolist() == [0, -0.25, -0.5, -0.75, 0, 0]
+    assert batch.advantages.tolist() == [1.5, -1.5, 0]
+    assert batch.rewards.tolist() == [2, 0, 0]
+    assert batch.label_counts.tolist() == [2, 1, 0]
+    assert batch.policy_version.tolist() == [3, 4, 0]
+    assert batch.temperature.tolist() == [0.5, 1, 1]
+    assert (batch.num_documents, batch.num_label_tokens) == (2, 3)
+    assert batch.ids == [("a", 11), ("b", 12)]
+    assert batch.stats == {"packing_efficiency": (4, 6)}
+
+
+@pytest.mark.parametrize("bin_length", [None, 19, 20, 64, 10_000], ids=str)
+@pytest.mark.parametrize("num", [1, 2, 63, 257])
+def test_pack_documents_round_trips(num, bin_length):
+    given = documents(num)
+    batch = pack_documents(given, bin_length)
+    assert by_id(unpack(batch)) == [as_float32(d) for d in given]
+    assert bin_length is None or batch.bin_length == bin_length
+    assert batch.num_documents == num
+    assert batch.num_label_tokens == batch.label_counts.sum() == sum(len(d.logps) for d in given)
+
+
+def test_pack_documents_has_the_types_of_packed_batch():
+    batch = pack_documents(documents(3))
+    int64 = {"tokens", "labels", "positions", "document_index", "label_counts", "policy_version"}
+    float32 = {"old_logps", "advantages", "rewards", "temperature"}
+    types = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if torch.is_tensor(getattr(batch, f.name))}
+    expected = {**dict.fromkeys(int64, torch.int64), **dict.fromkeys(float32, torch.float32), "loss_mask": torch.bool}
+    assert types == expected
+
+
+def test_pack_documents_of_nothing_is_one_bin_of_padding():
+    batch = pack_documents([])
+    assert (batch.num_bins, batch.bin_length, batch.num_documents, batch.num_label_tokens) == (1, 8, 0, 0)
+    assert batch.document_index.tolist() == [0] * 8
+    check_padding(batch)
+
+
+def test_pack_documents_without_padding_still_has_the_padding_document():
+    batch = pack_documents([document(5, 4)], bin_length=8)
+    assert batch.document_index.tolist() == [0] * 8 and batch.label_counts.tolist() == [4, 0]
+
+
+def test_pack_documents_changes_nothing_but_places_with_the_order():
+    given = documents(40)
+    shuffled = random.Random(1).sample(given, len(given))
+    assert by_id(unpack(pack_documents(shuffled, 64))) == by_id(unpack(pack_documents(given, 32)))
+
+
+def test_pack_documents_refuses_a_document_longer_than_a_bin():
+    with pytest.raises(ValueError, match="9 places, more than bin_length 8"):
+        pack_documents([document(5, 5)], bin_length=8)
+
+
+def test_best_fit_takes_the_fullest_bin_that_fits():
+    # 7 and 6 open bins of 10 with 3 and 4 left: 3 fills the first, 4 the second, and nothing is left over.
+    assert best_fit([3, 6, 4, 7], 10) == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("places", "length", "num_bins"),
+    [
+        ([10] * 256, 40, 64),  # 16 would be 62 % full
+        ([7] * 4, 8, 4),
+        ([7] * 32, 56, 4),  # 8 is 87 % full
+        ([8] * 5, 8, 5),
+        ([100, 50, 50, 30], 104, 3),
+        ([60, 1], 64, 1),
+        ([], 8, 1),
+    ],
+    ids=["many_tiny", "few_sevens", "sevens", "exact", "long", "one_short_beside", "none"],
+)
+def test_short_bins_are_little_longer_than_their_documents(places, length, num_bins):
+    found, bin_of = short_bins(places)
+    assert (found, max(bin_of, default=0) + 1) == (length, num_bins)
+
+
+def test_merge_stats_adds_means_and_takes_extremes():
+    a = {"x": (1.0, 2.0), "l/max": (3.0, 1.0), "l/min": (3.0, 1.0), "a": (1.0, 1.0)}
+    b = {"x": (10.0, 20.0), "l/max": (2.0, 1.0), "l/min": (2.0, 1.0), "b": (2.0, 2.0)}
+    expected = {"x": (11.0, 22.0), "l/max": (3.0, 1.0), "l/min": (2.0, 1.0), "a": (1.0, 1.0), "b": (2.0, 2.0)}
+    assert merge_stats(a, b) == merge_stats(b, a) == expected
+    assert a["x"] == (1.0, 2.0)
+
+
+def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> Rollout:
+    """Rollouts of ``sizes`` documents in turn, with one dropped document and stats of their own."""
+    num = sizes[index % len(sizes)]
+    draw = random.Random(index)
+    groups = [
+        Group(
+            100 * index + i,
+            Prompt(f"p:{i}", "", [1] * draw.randint(1, 9)),
+            [completion(draw.randint(1, 30), draw.random())],
+        )
+        for i in range(num)
+    ]
+    return Rollout(groups, {"n": (num, 1), "i/max": (index, 1)}, dropped_documents=1, dropped_tokens=index)
+
+
+def pack(num_rollouts=9, make=random_rollout, **options):
+    return Pack(Items(make, num_rollouts), **({"tokens_per_microbatch": 128} | options))
+
+
+LAYOUTS = {
+    "short": {},
+    "one_bin": {"bin_length": 128},
+    "four_bins": {"tokens_per_microbatch": 256, "bin_length": 64},
+    "short_buffered": {"flush_every_rollout": False, "buffer_size": 25},
+    "one_bin_buffered": {"flush_every_rollout": False, "buffer_size": 25, "bin_length": 128},
+}
+LAYOUT = pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@LAYOUT
+def test_pack_gives_every_document_once_and_every_count_once(options):
+    batches = list(pack(**options))
+    rollouts = [random_rollout(i) for i in range(9)]
+    given = [as_float32(d) for r in rollouts for d in rollout_documents(r)]
+    assert by_id([d for b in batches for d in unpack(b)]) == by_id(given)
+    assert sum(b.num_documents for b in batches) == len(given) + 9
+    assert sum(b.num_label_tokens for b in batches) == sum(len(d.logps) for d in given) + sum(range(9))
+    totals = {}
+    for batch in batches:
+        totals = merge_stats(totals, batch.stats)
+    assert totals["n"] == (len(given), 9) and totals["i/max"] == (8, 1)
+    assert totals["packing_efficiency"][0] == sum(d.num_places for d in given)
+
+
+@LAYOUT
+def test_pack_keeps_to_the_budget(options):
+    limit = options.get("tokens_per_microbatch", 128)
+    for batch in pack(**options):
+        assert batch.tokens.numel() <= limit
+        assert batch.bin_length == options.get("bin_length", batch.bin_length) or not batch.ids
+        assert batch.bin_length % 8 == 0
+
+
+@LAYOUT
+def test_pack_resumes_anywhere(options):
+    num_batches = len(list(pack(**options)))
+    assert num_batches > 4
+    assert_resumes_anywhere(lambda: pack(**options), num_batches, key=exact)
+
+
+def test_pack_state_is_json_and_restores_exactly_through_it():
+    node = pack(flush_every_rollout=False, buffer_size=25)
+    next(node)
+    state = node.state_dict()
+    assert state["documents"]
+    saved = json.dumps(state)
+    rest = [exact(b) for b in node]
+    assert json.dumps(state) == saved, "going on changed a state that was taken"
+    again = pack(flush_every_rollout=False, buffer_size=25)
+    again.reset(json.loads(saved))
+    assert [exact(b) for b in again] == rest
+
+
+def test_pack_flushes_at_the_end_of_each_rollout():
+    source = Items(random_rollout, 9)
+    drawn = []
+    for batch in Pack(source, tokens_per_microbatch=128):
+        drawn.append((source.done, {group_id // 100 for _, group_id in batch.ids}))
+    assert all(rollouts <= {done - 1} for done, rollouts in drawn)
+
+
+def test_pack_emits_a_rollout_without_live_documents_at_once():
+    def make(index):
+        return rollout(stats={"n": (1, 1)}, dropped_documents=3, dropped_tokens=8)
+
+    for flush in (True, False):
+        batches = list(pack(2, make, flush_every_rollout=flush))
+        assert [(b.num_documents, b.num_label_tokens, b.num_bins, b.bin_length) for b in batches] == [(3, 8, 1, 8)] * 2
+        assert all(b.stats["n"] == (1, 1) and b.advantages.numel() == 1 for b in batches)
+
+
+def test_pack_with_a_buffer_always_takes_the_oldest_document():
+    source = Items(lambda i: random_rollout(i, sizes=(10,)), 30)
+    node = Pack(source, tokens_per_microbatch=64, bin_length=64, flush_every_rollout=False, buffer_size=40)
+    gone = set()
+    for batch in node:
+        oldest = next(g for i in range(30) for g in range(100 * i, 100 * i + 10) if g not in gone)
+        ids = {group_id for _, group_id in batch.ids}
+        assert oldest in ids
+        gone |= ids
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.8, 1.2])
+def test_pack_fills_long_bins_to_97_percent(sigma):
+    draw = np.random.default_rng(0)
+    sizes = np.clip(np.exp(draw.normal(np.log(400), sigma, 4096)), 2, 4096).astype(int)
+    sizes[0] = 4096
+
+    def make(index):
+        mine = sizes[64 * index : 64 * index + 64]
+        return Rollout([Group(0, Prompt("p", "", [1]), [completion(n - 1) for n in mine.tolist()])])
+
+    batches = list(pack(64, make, tokens_per_microbatch=8192, bin_length=8192, flush_every_rollout=False))
+    assert {b.tokens.numel() for b in batches} == {8192}
+    used = sum(b.stats["packing_efficiency"][0] for b in batches)
+    assert used == (sizes - 1).sum()
+    assert used / (8192 * len(batches)) >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"tokens_per_microbatch": 8},
+            "tokens_per_microbatch: 8 is too small for a document of prompt p:3, which has 10 tokens",
+        ),
+        (
+            {"bin_length": 8},
+            "bin_length: 8 is too small for a document of prompt p:3, .* Raise bin_length to 9 or more",
+        ),
+    ],
+    ids=["tokens_per_microbatch", "bin_length"],
+)
+def test_pack_refuses_a_document_longer_than_a_bin(options, message):
+    def make(index):
+        return Rollout([Group(0, Prompt("p:3", "", [1] * 4), [completion(5), completion(6)])])
+
+    with pytest.raises(InputError, match=message):
+        next(pack(1, make, **options))
+    assert next(pack(1, make, tokens_per_microbatch=9)).num_documents == 1
+
+
+def test_pack_refuses_a_prompt_without_tokens():
+    with pytest.raises(InputError, match="prompt p:3 has no tokens"):
+        next(pack(1, lambda _: Rollout([Group(0, Prompt("p:3", "", []), [completion(5)])])))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens_per_microbatch": 0}, "tokens_per_microbatch: 0"),
+        ({"buffer_size": 0}, "buffer_size: 0"),
+        ({"bin_length": 100}, "bin_length: 100 does not divide tokens_per_microbatch: 128"),
+        ({"bin_length": 0}, "bin_length: 0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_pack_refuses_arguments(options, message):
+    with pytest.raises(InputError, match=message):
+        pack(**options)

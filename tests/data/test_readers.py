@@ -1,0 +1,305 @@
+import inspect
+import itertools
+import json
+import logging
+import re
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gspo.data import readers
+from gspo.errors import InputError
+from tests.data.law import assert_resumes_anywhere
+
+
+class CharTokenizer:
+    """One token per character; 1 begins a sequence."""
+
+    def encode(self, text, *, add_bos, add_eos):
+        return [1] * add_bos + [ord(character) for character in text] + [2] * add_eos
+
+
+TOKENIZER = CharTokenizer()
+ROWS = [{"question": "x" * (i + 1), "answer": i, "level": i % 3} for i in range(7)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "train.jsonl", ROWS)
+
+
+def ids(reader, num=None):
+    return [prompt.id for prompt in itertools.islice(reader, num)]
+
+
+def make_jsonl(tmp_path, **knobs):
+    return readers.jsonl_prompts(TOKENIZER, source=write_jsonl(tmp_path / "train.jsonl", ROWS), **knobs)
+
+
+def make_parquet(tmp_path, **knobs):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "train.parquet")
+    return readers.parquet_prompts(TOKENIZER, source=str(tmp_path / "train.parquet"), **knobs)
+
+
+def make_saved_dataset(tmp_path, **knobs):
+    if not (tmp_path / "saved").exists():
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "saved"))
+    return readers.huggingface_prompts(TOKENIZER, source=str(tmp_path / "saved"), **knobs)
+
+
+def make_reasoning_gym(tmp_path, **knobs):
+    return readers.reasoning_gym_prompts(TOKENIZER, name="chain_sum", size=7, dataset_seed=5, **knobs)
+
+
+SOURCES = pytest.mark.parametrize(
+    "make",
+    [make_jsonl, make_parquet, make_saved_dataset, make_reasoning_gym],
+    ids=["jsonl", "parquet", "huggingface", "reasoning_gym"],
+)
+
+
+@SOURCES
+def test_reader_resumes_anywhere(make, tmp_path):
+    assert_resumes_anywhere(lambda: make(tmp_path), 17)  # two epochs and a part
+
+
+@SOURCES
+def test_reader_yields_every_row_once_per_epoch(make, tmp_path):
+    reader = make(tmp_path, num_epochs=3)
+    order = ids(reader)
+    epochs = [order[i : i + 7] for i in (0, 7, 14)]
+    assert len(order) == 21
+    assert all(len(set(epoch)) == 7 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_of_every_file_source_are_equal(tmp_path):
+    for make in (make_jsonl, make_parquet, make_saved_dataset):
+        prompts = list(make(tmp_path, shuffle=False, num_epochs=1, add_bos=False))
+        assert [p.metadata for p in prompts] == ROWS
+        assert [p.answer for p in prompts] == [str(i) for i in range(7)]
+        assert [p.text for p in prompts] == ["x" * (i + 1) for i in range(7)]
+        assert [len(p.tokens) for p in prompts] == [i + 1 for i in range(7)]
+
+
+def test_local_folder_of_data_files_loads_as_huggingface_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", ROWS)
+    reader = readers.huggingface_prompts(TOKENIZER, source=str(tmp_path / "data"), shuffle=False)
+    assert next(reader).metadata == ROWS[0]
+
+
+def test_order_depends_on_seed_alone(jsonl):
+    orders = [ids(readers.jsonl_prompts(TOKENIZER, source=jsonl, seed=seed), 14) for seed in (3, 3, 4)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("shuffle", [True, False], ids=["shuffled", "in_order"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_split_every_epoch(jsonl, world_size, shuffle):
+    knobs = {"source": jsonl, "world_size": world_size, "shuffle": shuffle, "num_epochs": 1}
+    drawn = [ids(readers.jsonl_prompts(TOKENIZER, rank=rank, **knobs)) for rank in range(world_size)]
+    flat = sum(drawn, [])
+    assert sorted(flat) == [f"train.jsonl:{i}" for i in range(1, 8)]
+    assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
+
+
+def test_rank_resumes_anywhere(jsonl):
+    assert_resumes_anywhere(lambda: readers.jsonl_prompts(TOKENIZER, source=jsonl, rank=1, world_size=3), 9)
+
+
+def test_state_of_other_data_is_refused(jsonl, tmp_path):
+    state = readers.jsonl_prompts(TOKENIZER, source=jsonl).state_dict()
+    other = readers.jsonl_prompts(TOKENIZER, source=write_jsonl(tmp_path / "other.jsonl", ROWS[:5]))
+    with pytest.raises(InputError, match="num_rows 7, this run has 5"):
+        other.reset(state)
+    ranks = readers.jsonl_prompts(TOKENIZER, source=jsonl, world_size=2)
+    with pytest.raises(InputError, match="world_size 1, this run has 2"):
+        ranks.reset(state)
+
+
+def test_prompt_has_template_tokens_answer_and_metadata(jsonl):
+    prompt = next(readers.jsonl_prompts(TOKENIZER, source=jsonl, prompt_template="Q{{{question}}}:", shuffle=False))
+    assert (prompt.id, prompt.text, prompt.answer, prompt.metadata) == ("train.jsonl:1", "Q{x}:", "0", ROWS[0])
+    assert prompt.tokens == [1, *map(ord, "Q{x}:")]
+
+
+def test_answer_can_be_absent(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
+    assert next(readers.jsonl_prompts(TOKENIZER, source=source, answer_column=None)).answer is None
+
+
+def test_jsonl_ids_are_line_numbers_over_blank_lines_and_unicode(tmp_path):
+    lines = [
+        "",
+        json.dumps({"question": "größe", "answer": "é"}, ensure_ascii=False),
+        "  ",
+        '{"question":"b","answer":1}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prompts = list(readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "a.jsonl"), shuffle=False, num_epochs=1))
+    assert [(p.id, p.text, p.answer) for p in prompts] == [("a.jsonl:2", "größe", "é"), ("a.jsonl:4", "b", "1")]
+
+
+def test_reasoning_gym_prompt_carries_its_entry(tmp_path):
+    prompt = next(make_reasoning_gym(tmp_path, prompt_template="{expression}=", shuffle=False))
+    entry = prompt.metadata["entry"]
+    assert prompt.id == "reasoning_gym/chain_sum:0"
+    assert prompt.text == f"{entry['metadata']['expression']}="
+    assert prompt.answer == entry["answer"]
+    assert entry["metadata"]["source_dataset"] == "chain_sum"
+
+
+def test_component_shows_its_keywords():
+    parameters = inspect.signature(readers.reasoning_gym_prompts).parameters
+    assert {"tokenizer", "name", "size", "dataset_options", "prompt_template", "rank", "num_epochs"} <= set(parameters)
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_long_prompts_are_skipped_and_counted(jsonl, caplog):
+    knobs = {"source": jsonl, "max_prompt_tokens": 4, "on_long_prompt": "skip"}  # of 2..8 tokens with the first one
+    reader = readers.jsonl_prompts(TOKENIZER, num_epochs=2, **knobs)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(set(ids(reader))) == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    assert reader.num_skipped == 8
+    assert len(caplog.records) == 1
+    assert_resumes_anywhere(lambda: readers.jsonl_prompts(TOKENIZER, **knobs), 8)
+
+
+def test_skips_survive_a_resume(jsonl):
+    knobs = {"source": jsonl, "max_prompt_tokens": 2, "on_long_prompt": "skip", "shuffle": False}
+    reader = readers.jsonl_prompts(TOKENIZER, **knobs)
+    assert ids(reader, 2) == ["train.jsonl:1", "train.jsonl:1"]
+    restored = readers.jsonl_prompts(TOKENIZER, **knobs)
+    restored.reset(reader.state_dict())
+    next(restored)  # over the rest of the epoch, all skipped, which is no all-skipped pass
+    assert restored.num_skipped == 12
+
+
+def test_pass_without_any_prompt_raises(jsonl):
+    reader = readers.jsonl_prompts(TOKENIZER, source=jsonl, max_prompt_tokens=1, on_long_prompt="skip")
+    with pytest.raises(InputError, match="all 7 prompts of a pass are longer than max_prompt_tokens: 1"):
+        next(reader)
+
+
+def test_long_prompt_raises_by_default(jsonl):
+    reader = readers.jsonl_prompts(TOKENIZER, source=jsonl, max_prompt_tokens=7, shuffle=False)
+    assert len(ids(reader, 6)) == 6
+    with pytest.raises(InputError, match=r"train.jsonl:7: the prompt has 8 tokens, more than max_prompt_tokens: 7"):
+        next(reader)
+
+
+GOOD_LINE = '{"question": "q", "answer": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{GOOD_LINE}\n{{'question': 1}}\n", r"bad\.jsonl:2: not JSON"),
+        (f"{GOOD_LINE}\n\n[1, 2]\n", r"bad\.jsonl:3: a list, not a JSON object"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        (
+            '{"question": "q", "solution": "a"}\n',
+            "answer_column: bad.jsonl:1 has no field 'answer'; it has 'question', 's",
+        ),
+        ('{"problem": "q", "answer": "a"}\n', "prompt_template: bad.jsonl:1 has no field 'question'"),
+    ],
+    ids=["not_json", "not_an_object", "empty", "blank", "no_answer_column", "no_template_field"],
+)
+def test_bad_jsonl_shows_when_opened(tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "bad.jsonl"))
+
+
+def test_bytes_that_are_not_text_name_their_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(f"{GOOD_LINE}\n".encode() + b'{"question": "\xff\xfe"}\n')
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: not JSON"):
+        readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "bad.jsonl"))
+
+
+def test_later_row_without_a_field_names_its_line(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}, {"question": "q"}])
+    reader = readers.jsonl_prompts(TOKENIZER, source=source, shuffle=False)
+    next(reader)
+    with pytest.raises(InputError, match="answer_column: a.jsonl:2 has no field 'answer'"):
+        next(reader)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"on_long_prompt": "drop"}, "on_long_prompt: 'drop' must be 'error' or 'skip'"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens: 0 must be at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank: 2 must be"),
+        ({"world_size": 8}, "7 rows are too few for 8 data-parallel ranks"),
+        ({"prompt_template": "{question"}, "prompt_template: .*double a brace"),
+        ({"prompt_template": "Solve it."}, "prompt_template: 'Solve it.' must name the row's fields"),
+        ({"prompt_template": "{}"}, "must name the row's fields"),
+        ({"promt_template": "{question}"}, "promt_template: jsonl_prompts takes no such .* mean 'prompt_template'"),
+    ],
+    ids=["long", "budget", "rank", "ranks", "brace", "constant", "nameless", "typo"],
+)
+def test_bad_knob_names_its_key(jsonl, knobs, message):
+    with pytest.raises(InputError, match=message):
+        readers.jsonl_prompts(TOKENIZER, source=jsonl, **knobs)
+
+
+def test_source_is_needed():
+    with pytest.raises(InputError, match="source: jsonl_prompts needs this argument"):
+        readers.jsonl_prompts(TOKENIZER)
+
+
+@pytest.mark.parametrize("component", [readers.jsonl_prompts, readers.parquet_prompts], ids=["jsonl", "parquet"])
+def test_missing_file_is_named(component, tmp_path):
+    with pytest.raises(InputError, match=re.escape(f"source: {tmp_path}/none does not exist")):
+        component(TOKENIZER, source=f"{tmp_path}/none")
+
+
+def test_file_that_is_not_parquet_is_named(jsonl):
+    with pytest.raises(InputError, match="not readable as Parquet"):
+        readers.parquet_prompts(TOKENIZER, source=jsonl)
+
+
+def test_unknown_split_lists_the_splits(tmp_path):
+    make_saved_dataset(tmp_path)
+    with pytest.raises(InputError, match="has no 'test'. There are: train"):
+        readers.huggingface_prompts(TOKENIZER, source=str(tmp_path / "saved"), split="test")
+
+
+def test_folder_without_data_does_not_load(tmp_path):
+    with pytest.raises(InputError, match="does not load as a Hugging Face dataset"):
+        readers.huggingface_prompts(TOKENIZER, source=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"name": "chain_sums"}, "name: reasoning-gym has no 'chain_sums'. Did you mean 'chain_sum'"),
+        ({"name": "chain_sum", "size": 0}, "size: 0 must be at least 1"),
+        ({"name": "chain_sum", "dataset_options": {"terms": 2}}, "dataset_options: reasoning-gym's chain_sum refuses"),
+        (
+            {"name": "chain_sum", "dataset_options": {"min_terms": 9}},
+            "dataset_options: reasoning-gym's chain_sum refuses",
+        ),
+    ],
+    ids=["name", "size", "option", "value"],
+)
+def test_bad_reasoning_gym_task_names_its_key(knobs, message):
+    with pytest.raises(InputError, match=message):
+        readers.reasoning_gym_prompts(TOKENIZER, **knobs)
+
+
+def test_prompt_without_tokens_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "", "answer": "a"}])
+    with pytest.raises(InputError, match="a.jsonl:1: the prompt '' has no tokens"):
+        next(readers.jsonl_prompts(TOKENIZER, source=source, add_bos=False))

@@ -1,0 +1,88 @@
+import pytest
+from torchdata.nodes import BaseNode
+
+from gspo.data.score import Score
+from gspo.rewards import RewardPool
+from gspo.types import Completion, Group, Prompt, Rollout
+from tests.data.law import assert_resumes_anywhere
+
+REWARDS = {
+    "correct": {"function": "gspo.rewards.exact_match", "weight": 1.0},
+    "length": {"function": "gspo.rewards.overlong_penalty", "weight": 0.5, "max_tokens": 4, "buffer_tokens": 2},
+}
+
+
+class Rollouts(BaseNode):
+    """Rollout i: two groups, whose answer is i, of two completions: ``i`` (i tokens) and ``0`` (1 token)."""
+
+    def reset(self, initial_state=None):
+        super().reset(initial_state)
+        self.i = initial_state["i"] if initial_state else 0
+
+    def get_state(self):
+        return {"i": self.i}
+
+    def next(self):
+        if self.i == 5:
+            raise StopIteration
+        i, self.i = self.i, self.i + 1
+        groups = [
+            Group(k, Prompt(f"p:{i}", "?", [1], answer=str(answer)), [completion(i, max(i, 1)), completion(0, 1)])
+            for k, answer in enumerate((i, 99))
+        ]
+        return Rollout(groups, stats={"length/mean": (4.0, 2)})
+
+
+def completion(text, num_tokens):
+    return Completion([7] * num_tokens, [0.0] * num_tokens, str(text), "stop", 1.0)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = RewardPool(REWARDS, num_workers=1)
+    yield pool
+    pool.close()
+
+
+def test_score_fills_rewards(pool):
+    node = Score(Rollouts(), pool)
+    rollout = [next(node) for _ in range(4)][3]  # 3 tokens are half way down the slope
+    scored = [(c.rewards, c.reward) for group in rollout.groups for c in group.completions]
+    assert scored == [
+        ({"correct": 1.0, "length": -0.5}, 0.75),
+        ({"correct": 0.0, "length": 0.0}, 0.0),
+        ({"correct": 0.0, "length": -0.5}, -0.25),
+        ({"correct": 0.0, "length": 0.0}, 0.0),
+    ]
+
+
+def test_score_adds_sums_and_weights(pool):
+    node = Score(Rollouts(), pool)
+    rollouts = [next(node) for _ in range(4)]
+    seconds, weight = rollouts[3].stats.pop("time/score")
+    assert seconds > 0 and weight == 1
+    assert rollouts[3].stats == {
+        "length/mean": (4.0, 2),
+        "reward/mean": (0.5, 4),
+        "_reward_sq": (0.75**2 + 0.25**2, 4),
+        "reward/correct": (1.0, 4),
+        "reward/length": (-1.0, 4),
+        "solved": (0, 2),
+        "reward_failures": (0, 1),
+    }
+    assert [rollout.stats["solved"] for rollout in rollouts] == [(1, 2), (1, 2), (1, 2), (0, 2)]
+
+
+def test_score_counts_failures():
+    pool = RewardPool({"r": {"function": "tests.rewards.sample_rewards.by_command"}}, num_workers=1)
+    rollout = next(Score(Rollouts(), pool))  # the completions "0" are no commands
+    pool.close()
+    assert rollout.stats["reward_failures"] == (4, 1)
+    assert rollout.stats["reward/mean"] == (0.0, 4)
+
+
+def test_score_resumes_anywhere(pool):
+    def text_and_reward(rollout):
+        return [(g.prompt.id, c.text, c.reward) for g in rollout.groups for c in g.completions]
+
+    assert_resumes_anywhere(lambda: Score(Rollouts(), pool), 5, key=text_and_reward)

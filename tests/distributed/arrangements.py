@@ -1,0 +1,67 @@
+"""Gradients of the same documents in one arrangement after another, on the ranks of this process group."""
+
+import random
+
+import torch
+import torch.distributed as dist
+
+from gspo.data.packing import pack_documents
+from gspo.losses import GRPOLoss, GSPOLoss
+from gspo.metrics import MetricSums
+from gspo.parallel import build_mesh, fsdp_mesh
+from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from tests import tiny_policy
+
+CPU = torch.device("cpu")
+LOSSES = {"gspo": GSPOLoss(clip_low=0.2, clip_high=0.2), "grpo": GRPOLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.0)}
+ARRANGEMENTS = {
+    "one_bin": {"bin_length": 512},
+    "many_bins": {"bin_length": 32},
+    "short_bins": {"bin_length": None},
+    "shuffled": {"bin_length": 64, "shuffle": True},
+    "five_microbatches": {"bin_length": 48, "num_microbatches": 5},
+    "reduced_once": {"bin_length": 48, "num_microbatches": 5, "reduce_every_microbatch": False},
+    "checkpointed": {"bin_length": 48, "activation_checkpointing": True},
+    "small_head_chunks": {"bin_length": 48, "chunk_size": 7},
+    "compiled": {"bin_length": 48, "compile_layers": True},
+    "untied": {"bin_length": 48, "tied": False},
+}
+
+
+def all_gradients(names):
+    """``{(arrangement, loss): (metrics, gradients by parameter)}``, full tensors, the same on every rank."""
+    return {(name, loss): gradients(LOSSES[loss], **ARRANGEMENTS[name]) for name in names for loss in LOSSES}
+
+
+def build_policy(loss, *, tied=True, chunk_size=4096, compile_layers=False, activation_checkpointing=False, replicate=1):
+    with torch.device("meta"):
+        decoder = tiny_policy.build_decoder(tied=tied)
+    policy = Policy(decoder, loss, chunk_size=chunk_size, compile_head=compile_layers)
+    mesh = fsdp_mesh(build_mesh(CPU, data_parallel_replicate_size=replicate))
+    shard_policy(policy, mesh, compile_layers=compile_layers, activation_checkpointing=activation_checkpointing)
+    load_weights(policy, tiny_policy.weights(tied=tied), CPU)
+    return policy
+
+
+def gradients(
+    loss, *, bin_length, shuffle=False, num_microbatches=1, reduce_every_microbatch=True, replicate=1, **options
+):
+    policy = build_policy(loss, replicate=replicate, **options)
+    documents = tiny_policy.documents()
+    if shuffle:
+        random.Random(1).shuffle(documents)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = documents[rank::world_size]
+    parts = [mine[i::num_microbatches] for i in range(num_microbatches)]  # some are empty on some ranks
+    microbatches = [Microbatch.prepare(pack_documents(part, bin_length), CPU) for part in parts]
+    denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
+    sums = MetricSums()
+    for pairs in accumulate_gradients(
+        policy, microbatches, denominator, reduce_every_microbatch=reduce_every_microbatch
+    ):
+        sums.add(pairs)
+    grads = {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor().numpy()
+        for name, p in policy.decoder.named_parameters()
+    }
+    return sums.reduce(CPU), grads

@@ -1,0 +1,132 @@
+import logging
+
+import pytest
+import reasoning_gym as gym
+
+from gspo.rewards import exact_match, math_verify, overlong_penalty, reasoning_gym, regex_match
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "options", "value"),
+    [
+        (" 42\n", "42", {}, 1),
+        ("42.", "42", {}, 0),
+        ("so\n#### 42\nbye", "42", {"marker": "####"}, 1),
+        ("#### 1\n####\n42", "42", {"marker": "####"}, 1),
+        ("#### 42 #### 43", "42", {"marker": "####"}, 0),
+        ("42", "42", {"marker": "####"}, 0),
+        ("#### 42", "6 * 7 = 42\n#### 42", {"marker": "####"}, 1),
+        ("because\n42\n\n", "42", {"last_line": True}, 1),
+        ("42\nor so", "42", {"last_line": True}, 0),
+        ("$1,042", "1042", {"ignore": ",$"}, 1),
+        ("Yes", "yes", {"ignore_case": True}, 1),
+        ("Yes", "yes", {}, 0),
+        ("", "42", {}, 0),
+    ],
+)
+def test_exact_match_compares_the_stated_answer(completion, answer, options, value):
+    assert exact_match("", completion, answer, {}, **options) == value
+
+
+@pytest.mark.parametrize(
+    ("completion", "options", "value"),
+    [
+        ("<a>1\n2</a>\n", {"pattern": "<a>.*</a>"}, 1),
+        ("see <a>1</a>", {"pattern": "<a>.*</a>"}, 0),
+        ("see <a>1</a>", {"pattern": "<a>.*</a>", "whole": False}, 1),
+        ("see", {"pattern": "<a>", "whole": False}, 0),
+    ],
+)
+def test_regex_match_finds_the_form(completion, options, value):
+    assert regex_match("", completion, None, {}, **options) == value
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "value"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (99, -0.95), (100, -1), (101, -1), (500, -1)]
+)
+def test_overlong_penalty_falls_over_the_buffer(num_tokens, value):
+    metadata = {"num_tokens": num_tokens}
+    assert overlong_penalty("", "", None, metadata, max_tokens=100, buffer_tokens=20) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("buffer_tokens", [0, 101])
+def test_overlong_penalty_refuses_a_buffer_out_of_range(buffer_tokens):
+    with pytest.raises(ValueError, match="buffer_tokens"):
+        overlong_penalty("", "", None, {"num_tokens": 1}, max_tokens=100, buffer_tokens=buffer_tokens)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", 1),
+        (r"so $x = \frac{2}{4}$", r"\frac{1}{2}", 1),
+        (r"\boxed{(x+1)^2}", "$x^2+2x+1$", 1),
+        (r"\boxed{3}", r"thus \boxed{3}", 1),
+        ("the answer is 3", "3", 1),
+        (r"\boxed{4}", "3", 0),
+        ("no idea", "3", 0),
+        ("", "3", 0),
+    ],
+)
+def test_math_verify_compares_expressions(completion, answer, value):
+    assert math_verify("", completion, answer, {}) == value
+
+
+def test_math_verify_sets_no_alarm_and_is_silent(monkeypatch, caplog):
+    for module in ("parser", "grader"):  # the library warns once per process
+        monkeypatch.setattr(f"math_verify.{module}.TIMEOUT_WARNING_SHOWN", False)
+    monkeypatch.setattr("signal.alarm", lambda seconds: pytest.fail("math-verify set an alarm"))
+    with caplog.at_level(logging.WARNING):
+        assert math_verify("", r"\boxed{1729}", "1729", {}) == 1.0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("reward", [exact_match, math_verify], ids=["exact_match", "math_verify"])
+def test_reward_without_a_reference_says_so(reward):
+    with pytest.raises(ValueError, match="answer_column"):
+        reward("", "3", None, {})
+
+
+def test_math_verify_refuses_a_reference_without_an_expression():
+    with pytest.raises(ValueError, match="no expression"):
+        math_verify("", "3", "", {})
+
+
+def entry_of(task, index=0):
+    return gym.create_dataset(task, size=3, seed=1)[index]
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "zebra_puzzles", "countdown"])
+def test_reasoning_gym_gives_the_scorers_values(task):
+    entry = entry_of(task)
+    scorer = gym.get_score_answer_fn(task)
+    for completion in (entry["answer"], "wrong", f"{entry['answer']} or so"):
+        assert reasoning_gym("", completion, None, {"entry": entry}) == scorer(completion, entry)
+    assert reasoning_gym("", f" {entry['answer']}\n", None, {"entry": entry}) == 1.0
+
+
+def test_reasoning_gym_scores_by_the_entry_and_not_by_the_text():
+    entry = {**entry_of("countdown")}
+    expression = entry["metadata"]["expression"]
+    assert reasoning_gym("", f"({expression})", None, {"entry": entry}) == 1.0  # not the oracle's letters
+    assert f"({expression})" != entry["answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("hm\n<answer> {} </answer> done", {"tag": "answer"}),
+        ("hm\n#### {}\ndone", {"marker": "####"}),
+        ("hm\n{}\n", {"last_line": True}),
+    ],
+    ids=["tag", "marker", "last_line"],
+)
+def test_reasoning_gym_extracts_the_answer(text, options):
+    entry = entry_of("chain_sum")
+    assert reasoning_gym("", text.format(entry["answer"]), None, {"entry": entry}, **options) == 1.0
+    assert reasoning_gym("", "none of it", None, {"entry": entry}, **options) < 1.0
+
+
+def test_reasoning_gym_needs_an_entry():
+    with pytest.raises(ValueError, match="reasoning_gym_prompts"):
+        reasoning_gym("", "3", "3", {})

@@ -1,0 +1,50 @@
+from types import SimpleNamespace
+
+import pytest
+
+from gspo.errors import InputError
+from gspo.sampling.fingerprint import tokenizer_fingerprint
+
+
+def tokenizer(vocabulary, specials=None):
+    return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens=specials or {})
+
+
+def test_fingerprint_is_stable_and_independent_of_order():
+    one = tokenizer_fingerprint(tokenizer({"a": 0, "b": 1}, {"<eos>": 2}))
+    assert one == tokenizer_fingerprint(tokenizer({"b": 1, "a": 0}, {"<eos>": 2}))
+    assert one == "7945ef1736af59cb"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        tokenizer({"a": 1, "b": 0}, {"<eos>": 2}),
+        tokenizer({"a": 0, "b": 1}),
+        tokenizer({"a": 0, "b": 1}, {"<eos>": 3}),
+        tokenizer({"a": 0, "b": 1, "<eos>": 2}),
+    ],
+    ids=["ids", "no-specials", "special-id", "not-special"],
+)
+def test_fingerprint_differs_when_an_id_changes_meaning(other):
+    assert tokenizer_fingerprint(tokenizer({"a": 0, "b": 1}, {"<eos>": 2})) != tokenizer_fingerprint(other)
+
+
+def test_fingerprint_finds_the_vocabulary_where_torchtune_keeps_it():
+    vocabulary = {"a": 0, "b": 1}
+    expected = tokenizer_fingerprint(tokenizer(vocabulary))
+    pieces = SimpleNamespace(id_to_piece=["a", "b"].__getitem__, get_piece_size=lambda: 2)
+    ranks = SimpleNamespace(_mergeable_ranks={b"a": 0, b"b": 1})
+    for holder in (
+        SimpleNamespace(encoder=vocabulary),  # Qwen2
+        SimpleNamespace(tokenizer_model=SimpleNamespace(encoder=vocabulary)),  # Phi4
+        SimpleNamespace(tt_model=SimpleNamespace(tt_model=ranks)),  # Llama3
+        SimpleNamespace(_spm_model=SimpleNamespace(spm_model=pieces)),  # Llama2, Gemma, Mistral
+        SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary)),  # tokenizers
+    ):
+        assert tokenizer_fingerprint(holder) == expected
+
+
+def test_fingerprint_refuses_a_tokenizer_without_a_vocabulary():
+    with pytest.raises(InputError, match="get_vocab"):
+        tokenizer_fingerprint(SimpleNamespace(decode=str))
