@@ -25,8 +25,6 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 
 from gspo.errors import InputError, did_you_mean
 
-Section = Collection[str] | Callable[..., Any]
-
 MAX_SHOWN_PROBLEMS = 8
 
 
@@ -103,7 +101,7 @@ def check_config(
     *,
     required: Collection[str],
     optional: Mapping[str, Any] | None = None,
-    sections: Mapping[str, Section] | None = None,
+    sections: Mapping[str, Any] | None = None,
     passed: Mapping[str, Collection[str]] | None = None,
 ) -> DictConfig:
     """Check the names in ``cfg``, its keys and each ``_component_`` with its arguments, and fill in the defaults.
@@ -161,7 +159,7 @@ def _top_level_problems(
     known = [*required, *optional]
     for key in values:
         if key not in known and key not in variables:
-            yield f"{key}: unknown key.{did_you_mean(key, [k for k in known if k not in values or k in optional])}"
+            yield f"{key}: unknown key.{did_you_mean(key, known)}"
     for key in required:
         if values.get(key) is None:
             yield f"{key}: {'null' if key in values else 'missing'}, but the recipe needs a value; set it in the config"
@@ -171,7 +169,7 @@ def _top_level_problems(
 
 
 def _section_problems(
-    values: dict[str, Any], sections: Mapping[str, Section], passed: Mapping[str, Collection[str]] | None
+    values: dict[str, Any], sections: Mapping[str, Any], passed: Mapping[str, Collection[str]] | None
 ) -> Iterator[str]:
     for path, section in sections.items():
         node = values.get(path)
@@ -260,10 +258,10 @@ def _argument_problems(
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     given = [name for name in node if name != "_component_" and name not in handled]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        free = [name for name in named if name not in node and name not in handled]
         for name in given:
             if name not in named:
-                yield f"{path}.{name}: unknown, {component_name} takes no such argument.{did_you_mean(name, free)}"
+                hint = did_you_mean(name, set(named) - set(handled))
+                yield f"{path}.{name}: unknown, {component_name} takes no such argument.{hint}"
     for name, parameter in named.items() if passed is not None else ():
         if parameter.default is parameter.empty and name not in given and name not in handled:
             yield f"{path}.{name}: missing, but {component_name} needs it; set it in the config"

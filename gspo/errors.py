@@ -16,4 +16,5 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     choices = sorted(set(choices))
     if close := difflib.get_close_matches(name, choices, n=3, cutoff=0.7):
         return f" Did you mean {' or '.join(map(repr, close))}?"
-    return f" There are: {', '.join(choices[:12])}{', ...' if len(choices) > 12 else ''}." if choices else ""
+    listed = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else ".")
+    return f" There are: {listed}" if choices else ""

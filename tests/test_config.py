@@ -1,8 +1,10 @@
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -24,6 +26,7 @@ class Knobs:
 def any_arguments(**kwargs): ...
 
 
+ROOT = Path(__file__).parent.parent
 REQUIRED = ("seed", "group_size")
 OPTIONAL = {
     "optimizer": None,
@@ -73,7 +76,11 @@ def test_check_config_accepts_what_fits(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grupo: 4", "grupo: unknown key. There are: eval, extra, optimizer, output_dir, readers, sampling."),
+        (
+            "clip: 4",
+            "clip: unknown key. There are: eval, extra, group_size, optimizer, output_dir, readers, sampling, seed.",
+        ),
+        ("grupo_size: 8", "grupo_size: unknown key. Did you mean 'group_size'?"),  # also where the right one is given
         ("outputdir: x", "outputdir: unknown key. Did you mean 'output_dir'?"),
         ("output_dir: ${sead}", "output_dir: Interpolation key 'sead' not found; set or correct the value"),
         (
@@ -265,7 +272,8 @@ def test_tune_run_ends_with_the_message_of_an_input_error(tmp_path, options):
     (tmp_path / "my_recipe.py").write_text(RECIPE)
     (tmp_path / "c.yaml").write_text("group_size: 1\n")
     command = [sys.executable, "-m", "torchtune._cli.tune", "run", *options, "my_recipe", "--config", "c.yaml"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     message = "group_size: 1 must be at least 2; set it to 8"
     assert result.returncode == 1
     assert f"\nerror: {message}" in f"\n{result.stderr}"
