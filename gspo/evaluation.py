@@ -32,7 +32,9 @@ def evaluate(
         params: of the sampled completions; the greedy ones keep only its length limit.
         num_samples: k, completions drawn for each prompt.
     """
-    greedy = sampler.sample(prompts, group_size=1, params=replace(params, temperature=0.0), seed=_SEED) if prompts else []
+    greedy = (
+        sampler.sample(prompts, group_size=1, params=replace(params, temperature=0.0), seed=_SEED) if prompts else []
+    )
     correct = _correct(pool, prompts, greedy)
     pairs = {"eval/accuracy": (float(sum(map(any, correct))), float(len(prompts)))}
     if num_samples:

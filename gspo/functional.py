@@ -99,7 +99,9 @@ def loss_denominator(
         return float(num_label_tokens)
     if aggregation == "constant":
         if constant_length is None:
-            raise InputError("loss.constant_length is not set: aggregation 'constant' divides by documents x this length.")
+            raise InputError(
+                "loss.constant_length is not set: aggregation 'constant' divides by documents x this length."
+            )
         return float(num_documents * constant_length)
     return float(num_documents)
 

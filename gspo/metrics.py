@@ -68,10 +68,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
 }
 
 
-
-
 def combine(how: str, a: Pair, b: Pair) -> Pair:
-    """Two pairs of one metric. ``how`` is the first entry of its line in :data:`METRICS`; a time is a sum on one rank."""
+    """Two pairs of one metric; ``how`` is the first entry of its line in :data:`METRICS`. Times add up on one rank."""
     if how in ("max", "min"):
         return (max if how == "max" else min)(a[0], b[0]), a[1]
     return a[0] + b[0], a[1] + b[1]
@@ -178,11 +176,17 @@ def not_finite_documents(batch: PackedBatch, logps: Tensor) -> list[dict[str, An
     return records
 
 
-_PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # dense, data sheets
+_PEAK_BF16_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}  # dense, data sheets
 
 
 def throughput(values: Mapping[str, float], num_parameters: int, device: torch.device) -> dict[str, float]:
-    """Trained tokens a second over all ranks; on a known GPU also model FLOPs utilization (6 N per token), and memory."""
+    """Trained tokens a second over all ranks; on a known GPU model FLOPs utilization (6 N per token), and memory."""
     rate = values["_places"] / values["time/step"]
     found = {"tokens_per_second": rate}
     if device.type == "cuda":

@@ -65,7 +65,9 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def data_parallel_rank(mesh: DeviceMesh) -> tuple[int, int]:
     """This rank's place among those that draw different prompts, and how many there are."""
     shards = mesh["shard"].size()
-    return mesh["replicate"].get_local_rank() * shards + mesh["shard"].get_local_rank(), mesh["replicate"].size() * shards
+    return mesh["replicate"].get_local_rank() * shards + mesh["shard"].get_local_rank(), mesh[
+        "replicate"
+    ].size() * shards
 
 
 def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:

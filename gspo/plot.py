@@ -29,7 +29,9 @@ def plot_run(output: Path) -> Path:
         for name in names:
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else None, markersize=3)
+                axis.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else None, markersize=3
+                )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Microbatch:
 
     @classmethod
     def prepare(cls, batch: PackedBatch, device: torch.device) -> Microbatch:
-        """Moves a batch from the CPU to ``device``. The label rows are found before, so that no kernel waits for them."""
+        """Moves a batch from the CPU to ``device``. The label rows are found before it, so that no kernel waits."""
         rows = batch.loss_mask.nonzero().squeeze(-1)
         alone = _one_document_per_bin(batch)
         on_device = batch.to(device)
@@ -85,7 +86,7 @@ class Policy(nn.Module):
         compile_head: bool = False,
     ) -> None:
         super().__init__()
-        decoder.unembed = lambda hidden: decoder.norm(hidden)  # type: ignore[method-assign]
+        decoder.unembed = lambda hidden: decoder.norm(hidden)
         self.decoder = decoder
         self.loss = loss
         self._chunk_size = chunk_size
@@ -177,14 +178,12 @@ def shard_policy(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shards a policy in place with FSDP2, layer by layer; gradients are reduced in float32. One rank is no exception."""
+    """Shards a policy in place with FSDP2, layer by layer, with float32 reductions. One rank is no exception."""
     if compile_layers:
         training.compile_model(policy.decoder, verbose=False)
     if activation_checkpointing:
-        training.set_activation_checkpointing(
-            policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer}
-        )
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        training.set_activation_checkpointing(policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
     for layer in policy.decoder.layers:
@@ -193,8 +192,10 @@ def shard_policy(
     register_fsdp_forward_method(policy, "logps")
 
 
-def load_weights(policy: Policy, state_dict: dict[str, Tensor], device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (full, torchtune's names)."""
+def load_weights(
+    policy: Policy, state_dict: dict[str, Tensor], device: torch.device, *, cpu_offload: bool = False
+) -> None:
+    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (torchtune's names)."""
     policy.to_empty(device="cpu" if cpu_offload else device)
     with device:
         for module in policy.modules():

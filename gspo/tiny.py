@@ -42,7 +42,9 @@ def tiny_qwen2() -> TransformerDecoder:
     return qwen2(**SHAPE)
 
 
-def make_untrained(model_dir: Path, data_dir: Path, *, seed: int, num_train: int = 8000, num_heldout: int = 400) -> None:
+def make_untrained(
+    model_dir: Path, data_dir: Path, *, seed: int, num_train: int = 8000, num_heldout: int = 400
+) -> None:
     """Writes an untrained model and its data.
 
     Args:
@@ -57,12 +59,16 @@ def make_untrained(model_dir: Path, data_dir: Path, *, seed: int, num_train: int
     rows = chain_sum_rows(num_train + num_heldout, seed=seed)
     _write_jsonl(data_dir / "heldout.jsonl", rows[:num_heldout])
     _write_jsonl(data_dir / "train.jsonl", rows[num_heldout:])
-    write_tokenizer(model_dir, (CHAT_TEMPLATE.format_map(row) + row["answer"] for row in rows))
+    write_tokenizer(model_dir, (CHAT_TEMPLATE.format_map(row) + row["worked"] for row in rows))
     write_model(model_dir, seed=seed)
 
 
 def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
-    """Distinct two-digit sums and differences; ``entry`` is what reasoning-gym's scorer reads."""
+    """Distinct two-digit sums and differences that are not negative.
+
+    ``worked`` is the example that SFT learns from: the result's digits from the right, as one computes them, then the
+    answer behind ``=``. ``entry`` is what reasoning-gym's scorer reads.
+    """
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
@@ -70,8 +76,10 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
     )
     rows: dict[str, dict[str, Any]] = {}
     for entry in dataset:
-        expression = entry["metadata"]["expression"]
-        rows.setdefault(expression, {"expression": expression, "answer": entry["answer"], "entry": entry})
+        expression, answer = entry["metadata"]["expression"], entry["answer"]
+        if not answer.startswith("-"):
+            worked = f"{answer[::-1]}={answer}"
+            rows.setdefault(expression, {"expression": expression, "answer": answer, "worked": worked, "entry": entry})
         if len(rows) == count:
             break
     return list(rows.values())
@@ -112,7 +120,7 @@ def write_model(folder: Path, *, seed: int) -> None:
         model = tiny_qwen2()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.06)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
     weights = qwen2_tune_to_hf(

@@ -100,14 +100,23 @@ class GSPOFullFinetuneRecipe:
 
     @staticmethod
     def _check_values(cfg: DictConfig) -> None:
-        for key in ("docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs"):
+        for key in (
+            "docs_per_step",
+            "num_steps",
+            "group_size",
+            "prompts_per_rollout",
+            "sync_every_steps",
+            "ppo_epochs",
+        ):
             require(cfg[key] >= 1, key, cfg[key], "must be at least 1", "raise it")
-        require(cfg.prefetch >= 0, "prefetch", cfg.prefetch, "must not be negative", "use 0 for strictly on-policy data")
+        require(
+            cfg.prefetch >= 0, "prefetch", cfg.prefetch, "must not be negative", "use 0 for strictly on-policy data"
+        )
         require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
         every = cfg.eval.get("every_n_steps", 0)
         require(
             every % cfg.sync_every_steps == 0, "eval.every_n_steps", every,
-            f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): the sampler evaluates the weights it holds",
+            f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): evaluation uses the sampler's weights",
             f"use {math.ceil(every / cfg.sync_every_steps) * cfg.sync_every_steps}",
         )  # fmt: skip
         needs_reference = cfg.loss.get("kl_coef", 0) > 0 and cfg.reference_checkpointer is None
@@ -127,9 +136,7 @@ class GSPOFullFinetuneRecipe:
             cfg.prompts_per_rollout % data_size == 0, "prompts_per_rollout", cfg.prompts_per_rollout,
             f"must be a multiple of the {data_size} data-parallel ranks that share the prompts", "change one of them",
         )  # fmt: skip
-        prompts = config.instantiate(
-            cfg.prompts, self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size
-        )
+        prompts = config.instantiate(cfg.prompts, self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
         self._eval_prompts = self._take_eval_prompts(data_rank, data_size)
 
         self._checkpointer = config.instantiate(cfg.checkpointer)
@@ -161,7 +168,9 @@ class GSPOFullFinetuneRecipe:
             tokenizer=tokenizer_fingerprint(self._tokenizer),
             on_quarantine=self._write_quarantined,
             record=partial(
-                Record, path=self._output_dir / f"completions_rank{self._rank}.jsonl", num_per_rollout=cfg.log_completions
+                Record,
+                path=self._output_dir / f"completions_rank{self._rank}.jsonl",
+                num_per_rollout=cfg.log_completions,
             ),
         )
         self._num_parameters = sum(p.numel() for p in self._policy.parameters())
@@ -219,7 +228,10 @@ class GSPOFullFinetuneRecipe:
                 if step is None:
                     log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
                     break
-                rollout_stats = [{"time/data_wait": (time.perf_counter() - begin, 1.0)}, *(b.stats for b in step.batches)]
+                rollout_stats = [
+                    {"time/data_wait": (time.perf_counter() - begin, 1.0)},
+                    *(b.stats for b in step.batches),
+                ]
                 microbatches = [self._prepare(batch) for batch in step.batches]
                 for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
                     self._update(microbatches, step, rollout_stats)
@@ -275,7 +287,7 @@ class GSPOFullFinetuneRecipe:
         log.warning("Step %d is skipped: its gradient norm is %s.", self._step, grad_norm)
         if self._skipped_in_a_row > self._cfg.max_skipped_steps:
             raise InputError(
-                f"{self._skipped_in_a_row} steps in a row had a gradient norm that is not finite (the last: {grad_norm}); "
+                f"{self._skipped_in_a_row} steps in a row had a gradient norm that is not finite ({grad_norm}); "
                 "max_skipped_steps allows no more. Lower optimizer.lr, set clip_grad_norm, or look into the quarantine "
                 f"files in {self._output_dir} for the documents that cause it."
             )
@@ -344,7 +356,12 @@ class GSPOFullFinetuneRecipe:
         self._bar.update()
         if self._rank != 0:
             return
-        shown = {"reward": "reward/mean", "held-out": "eval/accuracy", "clip": "clip/any_document", "tok/s": "tokens_per_second"}
+        shown = {
+            "reward": "reward/mean",
+            "held-out": "eval/accuracy",
+            "clip": "clip/any_document",
+            "tok/s": "tokens_per_second",
+        }
         seen = self._accuracy | values
         self._bar.set_postfix({k: f"{seen[v]:.3g}" for k, v in shown.items() if v in seen})
         public = metrics.public(values)

@@ -267,5 +267,7 @@ def test_bad_option_names_its_key(name, options, key):
 
 
 def test_document_mean_of_a_document_without_labels_is_zero():
-    mean = document_mean(torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([True, True, False]), torch.tensor([2, 0]))
+    mean = document_mean(
+        torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([True, True, False]), torch.tensor([2, 0])
+    )
     assert mean.tolist() == [1.0, 0.0]

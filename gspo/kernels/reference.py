@@ -33,7 +33,9 @@ def linear_logps(
         return one_chunk(hidden, weight, labels, temperature)
     parts = [
         checkpoint(one_chunk, h, weight, y, t, use_reentrant=False, preserve_rng_state=False)
-        for h, y, t in zip(hidden.split(chunk_size), labels.split(chunk_size), temperature.split(chunk_size), strict=True)
+        for h, y, t in zip(
+            hidden.split(chunk_size), labels.split(chunk_size), temperature.split(chunk_size), strict=True
+        )
     ]
     logps, entropy = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropy)

@@ -33,7 +33,9 @@ def all_gradients(names):
     return {(name, loss): gradients(LOSSES[loss], **ARRANGEMENTS[name]) for name in names for loss in LOSSES}
 
 
-def build_policy(loss, *, tied=True, chunk_size=4096, compile_layers=False, activation_checkpointing=False, replicate=1):
+def build_policy(
+    loss, *, tied=True, chunk_size=4096, compile_layers=False, activation_checkpointing=False, replicate=1
+):
     with torch.device("meta"):
         decoder = tiny_policy.build_decoder(tied=tied)
     policy = Policy(decoder, loss, chunk_size=chunk_size, compile_head=compile_layers)

@@ -10,7 +10,7 @@ TIMEOUT_SECONDS = 240
 
 
 def launch(target: str, world_size: int, folder: Path, *args) -> list:
-    """``target`` is ``module:function``; it is called as ``function(*args)`` inside a process group of ``world_size``."""
+    """``target`` is ``module:function``, called as ``function(*args)`` inside a process group of ``world_size``."""
     (folder / "args.pkl").write_bytes(pickle.dumps(args))
     root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": str(root), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
@@ -28,7 +28,9 @@ def launch(target: str, world_size: int, folder: Path, *args) -> list:
     finally:
         for process in processes:
             process.kill()
-    failed = [f"rank {rank}: {e[-2000:]}" for rank, (p, e) in enumerate(zip(processes, errors, strict=True)) if p.returncode]
+    failed = [
+        f"rank {rank}: {e[-2000:]}" for rank, (p, e) in enumerate(zip(processes, errors, strict=True)) if p.returncode
+    ]
     # The rank that failed first is the one whose peers did not hang up on it.
     assert not failed, min(failed, key=lambda text: "Connection closed by peer" in text)
     return [pickle.loads((folder / f"result{rank}.pkl").read_bytes()) for rank in range(world_size)]

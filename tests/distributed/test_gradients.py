@@ -9,7 +9,11 @@ from tests import objectives, tiny_policy
 from tests.distributed.arrangements import ARRANGEMENTS, LOSSES
 from tests.distributed.launch import launch
 
-WORLD_SIZES = {1: list(ARRANGEMENTS), 2: [n for n in ARRANGEMENTS if n != "compiled"], 4: ["one_bin", "five_microbatches"]}
+WORLD_SIZES = {
+    1: list(ARRANGEMENTS),
+    2: [n for n in ARRANGEMENTS if n != "compiled"],
+    4: ["one_bin", "five_microbatches"],
+}
 CASES = [(world, name) for world, names in WORLD_SIZES.items() for name in names]
 
 
@@ -29,7 +33,7 @@ def found(tmp_path_factory):
 
 
 def document_by_document(loss_name, *, tied):
-    """Loss and gradients from a plain decoder, one document at a time, with logits of every place and a restated loss."""
+    """Loss and gradients from a plain decoder, one document at a time, with all logits and a restated loss."""
     decoder = tiny_policy.build_decoder(tied=tied)
     decoder.load_state_dict(tiny_policy.weights(tied=tied))
     documents = tiny_policy.documents()
