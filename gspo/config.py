@@ -6,6 +6,7 @@ Building the components is torchtune's own ``config.instantiate``; no config obj
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
@@ -94,6 +95,21 @@ def require(condition: bool, key: str, value: Any, must: str, remedy: str) -> No
     """
     if not condition:
         raise InputError(f"{key}: {value!r} {must}; {remedy}")
+
+
+@contextlib.contextmanager
+def refusals(key: str, remedy: str) -> Iterator[None]:
+    """Show what a library raises over the value of ``key`` as the user's input, with the ``remedy``.
+
+    Raises:
+        InputError: naming the key and the cause.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # libraries refuse with what they like: torchtune's checkpointers raise a bare Exception
+        raise InputError(f"{key}: {type(error).__name__}: {error}; {remedy}") from error
 
 
 def check_config(

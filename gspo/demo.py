@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-SFT_STEPS = 150
+START_ACCURACY = 0.25  # of the base policy, at least: often wrong, and right often enough to learn from
 
 
 def main() -> None:
@@ -36,18 +36,40 @@ def main() -> None:
     report(args.output, seconds=time.perf_counter() - started)
 
 
-def make_base(output: Path, *, seed: int, sft_steps: int = SFT_STEPS) -> None:
+def make_base(output: Path, *, seed: int) -> None:
     """An untrained model with its data, then torchtune's own SFT recipe, stopped while the policy is often wrong."""
     from gspo.tiny import make_untrained
 
-    print("Making a base policy: an untrained Qwen2 of half a million parameters ...", flush=True)
+    print(
+        "Making a base policy: an untrained Qwen2 of half a million parameters, then SFT on worked examples.",
+        flush=True,
+    )
     make_untrained(output / "untrained", output / "data", seed=seed)
-    print(f"... and {sft_steps} steps of SFT on worked examples.", flush=True)
     tune_run(
         "full_finetune_single_device", "tiny/sft", f"output_dir={output}/sft", f"base_dir={output}/untrained",
-        f"data_dir={output}/data", f"max_steps_per_epoch={sft_steps}", f"seed={seed}",
+        f"data_dir={output}/data", f"seed={seed}",
     )  # fmt: skip
-    shutil.move(output / "sft" / "epoch_0", output / "base")
+    shutil.move(choose_checkpoint(output), output / "base")
+
+
+def choose_checkpoint(output: Path) -> Path:
+    """The first SFT checkpoint whose greedy accuracy on the validation questions reaches :data:`START_ACCURACY`."""
+    from gspo.evaluation import evaluate
+    from gspo.rewards.pool import RewardPool
+    from gspo.tiny import load_sampler, read_prompts
+    from gspo.types import SamplingParams
+
+    pool = RewardPool({"correct": {"function": "gspo.rewards.reasoning_gym", "marker": "="}}, num_workers=1)
+    prompts = read_prompts(output / "untrained", output / "data" / "validation.jsonl")
+    checkpoints = sorted((output / "sft").glob("epoch_*"), key=lambda path: int(path.name.removeprefix("epoch_")))
+    for checkpoint in checkpoints:
+        pairs = evaluate(load_sampler(checkpoint), pool, prompts, params=SamplingParams(max_new_tokens=10))
+        correct, total = pairs["eval/accuracy"]
+        print(f"  {checkpoint.name}: {correct / total:.3f} of the validation questions right", flush=True)
+        if correct >= START_ACCURACY * total:
+            break
+    pool.close()
+    return checkpoint
 
 
 def train(output: Path, *, seed: int, overrides: list[str]) -> None:

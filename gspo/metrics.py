@@ -208,19 +208,8 @@ def noise_floor(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: metrics[source] for name, source in names.items() if source in metrics}
 
 
-class JsonlWriter:
-    """Appends one JSON object a line, flushed, so that a run that dies keeps what it logged."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Writes ``record``; numbers that JSON cannot hold become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON object as a line, with null for a number that JSON cannot hold."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean) + "\n")

@@ -113,4 +113,4 @@ def fetch_step(source: Iterator[PackedBatch], *, docs_per_step: int, device: tor
         batches.append(batch)
         num_documents += documents
         num_label_tokens += tokens
-    return StepBatches(batches, num_documents, num_label_tokens) if batches else None
+    return StepBatches(batches, num_documents, num_label_tokens) if num_documents else None

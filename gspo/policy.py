@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torchtune import training
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
+from gspo.errors import InputError
 from gspo.functional import LossInputs, MetricSums
 from gspo.kernels import linear_logps
 from gspo.types import PackedBatch
@@ -195,7 +196,12 @@ def shard_policy(
 def load_weights(
     policy: Policy, state_dict: dict[str, Tensor], device: torch.device, *, cpu_offload: bool = False
 ) -> None:
-    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (torchtune's names)."""
+    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (torchtune's names).
+
+    Raises:
+        InputError: names or shapes are not those of the decoder.
+    """
+    _check_weights(state_dict, policy.decoder.state_dict())
     policy.to_empty(device="cpu" if cpu_offload else device)
     with device:
         for module in policy.modules():
@@ -203,3 +209,13 @@ def load_weights(
                 module.rope_init()
     training.load_from_full_model_state_dict(policy.decoder, state_dict, device, strict=True, cpu_offload=cpu_offload)
     training.validate_no_params_on_meta_device(policy)
+
+
+def _check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        ours, theirs = (list(weights[name].shape) if name in weights else "missing" for weights in (wanted, found))
+        if ours != theirs:
+            raise InputError(
+                f"model: {name} is {ours} in the model and {theirs} in the checkpoint. "
+                "Name the builder, with its arguments, that the checkpoint was made for."
+            )

@@ -19,11 +19,15 @@ from torch import nn
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
+from gspo.data.readers import jsonl_prompts
+from gspo.sampling.local import LocalSampler
+from gspo.types import Prompt
+
 CHAT_TEMPLATE = "<|im_start|>user\n{expression}<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_MERGES = 13  # what "user", "assistant" and the operators with their blank need
 VOCAB_SIZE = 272  # 256 bytes, the special tokens and the merges
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "num_layers": 3,
     "num_heads": 4,
@@ -35,6 +39,7 @@ SHAPE = {
     "rope_base": 10_000.0,
     "tie_word_embeddings": True,
 }
+HEADS = {"num_heads": SHAPE["num_heads"], "num_kv_heads": SHAPE["num_kv_heads"], "dim": SHAPE["embed_dim"]}
 
 
 def tiny_qwen2() -> TransformerDecoder:
@@ -43,24 +48,62 @@ def tiny_qwen2() -> TransformerDecoder:
 
 
 def make_untrained(
-    model_dir: Path, data_dir: Path, *, seed: int, num_train: int = 8000, num_heldout: int = 400
+    model_dir: Path,
+    data_dir: Path,
+    *,
+    seed: int,
+    num_train: int = 8000,
+    num_heldout: int = 400,
+    num_validation: int = 200,
 ) -> None:
     """Writes an untrained model and its data.
 
     Args:
         model_dir: gets ``model.safetensors``, ``config.json`` and the tokenizer's files.
-        data_dir: gets ``train.jsonl`` and ``heldout.jsonl``, which share no question.
+        data_dir: gets ``train.jsonl``, ``heldout.jsonl`` and ``validation.jsonl``, which share no question.
         seed: of the weights and of the questions.
         num_train: questions to train on.
         num_heldout: questions to evaluate on.
+        num_validation: questions to decide by when the warm start ends.
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     data_dir.mkdir(parents=True, exist_ok=True)
-    rows = chain_sum_rows(num_train + num_heldout, seed=seed)
+    rows = chain_sum_rows(num_train + num_heldout + num_validation, seed=seed)
+    end = num_heldout + num_validation
     _write_jsonl(data_dir / "heldout.jsonl", rows[:num_heldout])
-    _write_jsonl(data_dir / "train.jsonl", rows[num_heldout:])
+    _write_jsonl(data_dir / "validation.jsonl", rows[num_heldout:end])
+    _write_jsonl(data_dir / "train.jsonl", rows[end:])
     write_tokenizer(model_dir, (CHAT_TEMPLATE.format_map(row) + row["worked"] for row in rows))
     write_model(model_dir, seed=seed)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The Qwen2 tokenizer of torchtune on the files of ``folder``."""
+    from torchtune.models.qwen2 import qwen2_tokenizer
+
+    return qwen2_tokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), special_tokens_path=str(folder / "tokenizer.json")
+    )
+
+
+def read_prompts(model_dir: Path, path: Path) -> list[Prompt]:
+    """All questions of a JSONL file, in its order."""
+    tokenizer = read_tokenizer(model_dir)
+    reader = jsonl_prompts(
+        tokenizer, source=str(path), prompt_template=CHAT_TEMPLATE, add_bos=False, shuffle=False, num_epochs=1
+    )
+    return list(reader)
+
+
+def load_sampler(folder: Path) -> LocalSampler:
+    """A sampler on a saved tiny model."""
+    from safetensors.torch import load_file
+    from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
+
+    (file,) = folder.glob("*.safetensors")
+    model = tiny_qwen2()
+    model.load_state_dict(qwen2_hf_to_tune(load_file(file), tie_word_embeddings=True, **HEADS))
+    return LocalSampler(model, read_tokenizer(folder))
 
 
 def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
@@ -71,8 +114,9 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
     """
     import reasoning_gym
 
+    # Its items are seeded by seed + index: neighbouring seeds would share them.
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", size=4 * count, seed=seed, min_terms=2, max_terms=2, min_digits=2, max_digits=2
+        "chain_sum", size=4 * count, seed=1_000_003 * seed, min_terms=2, max_terms=2, min_digits=2, max_digits=2
     )
     rows: dict[str, dict[str, Any]] = {}
     for entry in dataset:
@@ -123,13 +167,7 @@ def write_model(folder: Path, *, seed: int) -> None:
                 nn.init.normal_(parameter, std=0.06)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-    weights = qwen2_tune_to_hf(
-        model.state_dict(),
-        num_heads=SHAPE["num_heads"],
-        num_kv_heads=SHAPE["num_kv_heads"],
-        dim=SHAPE["embed_dim"],
-        tie_word_embeddings=True,
-    )
+    weights = qwen2_tune_to_hf(model.state_dict(), tie_word_embeddings=True, **HEADS)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["Qwen2ForCausalLM"],

@@ -21,13 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
+from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from gspo import evaluation, metrics, parallel
-from gspo.config import check_config, parse, require
+from gspo.config import check_config, parse, refusals, require
 from gspo.data.graph import GraphOptions, build_graph
+from gspo.data.packing import check_bin_length
 from gspo.data.record import Record
 from gspo.errors import InputError
+from gspo.optim import mend_stochastic_rounding
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
 from gspo.rewards.pool import RewardPool
 from gspo.sampling.fingerprint import tokenizer_fingerprint
@@ -49,7 +52,7 @@ OPTIONAL_KEYS = {
     "ppo_epochs": 1,
     "prefetch": 0,
     "eval_prompts": None,
-    "eval": {"every_n_steps": 0, "num_samples": 0, "max_prompts": None},
+    "eval": {"every_n_steps": 0, "num_samples": 0},
     "save_every_n_steps": 0,
     "max_skipped_steps": 10,
     "head_chunk_size": 4096,
@@ -78,6 +81,15 @@ PASSED = {  # arguments that the recipe gives to a component itself
 }
 
 
+_GET_MODEL = "correct the path, or get the model first: the head of each shipped config has the command"
+REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
+AT_LEAST_1 = (
+    "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
+    "head_chunk_size", "data_parallel_replicate_size", "log_every_n_steps",
+)  # fmt: skip
+AT_LEAST_0 = ("prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed")
+
+
 class GSPOFullFinetuneRecipe:
     """Trains all weights of a policy; see the module for the loop and the config for every knob."""
 
@@ -85,8 +97,14 @@ class GSPOFullFinetuneRecipe:
         self._check_values(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
-        self._device = utils.get_device(cfg.device)
-        self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        self._metrics_file = self._output_dir / "metrics.jsonl"
+        with refusals("device", "choose one that this machine has"):
+            self._device = utils.get_device(cfg.device)
+            self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        found = self._device.type  # torchtune takes the CPU where there is no such device
+        require(
+            torch.device(cfg.device).type == found, "device", cfg.device, "is not there", f"use {found} or install it"
+        )
         parallel.init_process_group(self._device)
         self._rank = dist.get_rank()
         self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
@@ -100,18 +118,10 @@ class GSPOFullFinetuneRecipe:
 
     @staticmethod
     def _check_values(cfg: DictConfig) -> None:
-        for key in (
-            "docs_per_step",
-            "num_steps",
-            "group_size",
-            "prompts_per_rollout",
-            "sync_every_steps",
-            "ppo_epochs",
-        ):
-            require(cfg[key] >= 1, key, cfg[key], "must be at least 1", "raise it")
-        require(
-            cfg.prefetch >= 0, "prefetch", cfg.prefetch, "must not be negative", "use 0 for strictly on-policy data"
-        )
+        for key in (*AT_LEAST_1, *AT_LEAST_0):
+            least = int(key in AT_LEAST_1)
+            fits = isinstance(cfg[key], int) and cfg[key] >= least
+            require(fits, key, cfg[key], f"must be a whole number of {least} or more", "change it")
         require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
         every = cfg.eval.get("every_n_steps", 0)
         require(
@@ -128,7 +138,11 @@ class GSPOFullFinetuneRecipe:
     def setup(self) -> None:
         """Builds everything that the loop uses, in the order in which a mistake is cheapest to find."""
         cfg = self._cfg
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        with refusals("output_dir", "choose a folder that can be written"):
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            self._metrics_file.touch()
+        self._tokenizer = self._component("tokenizer")
+        self._checkpointer = self._component("checkpointer")
         self._pool = RewardPool(OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool)
         self._params = SamplingParams(**cfg.sampling)
         data_rank, data_size = parallel.data_parallel_rank(self._mesh)
@@ -136,20 +150,21 @@ class GSPOFullFinetuneRecipe:
             cfg.prompts_per_rollout % data_size == 0, "prompts_per_rollout", cfg.prompts_per_rollout,
             f"must be a multiple of the {data_size} data-parallel ranks that share the prompts", "change one of them",
         )  # fmt: skip
-        prompts = config.instantiate(cfg.prompts, self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
+        prompts = self._component("prompts", self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
         self._eval_prompts = self._take_eval_prompts(data_rank, data_size)
 
-        self._checkpointer = config.instantiate(cfg.checkpointer)
-        self._policy = self._build_policy(self._checkpointer, loss=config.instantiate(cfg.loss))
+        self._policy = self._build_policy("checkpointer", self._checkpointer, loss=self._component("loss"))
         self._reference = None
         if cfg.reference_checkpointer is not None:
-            self._reference = self._build_policy(config.instantiate(cfg.reference_checkpointer), loss=None)
-        self._optimizer = config.instantiate(cfg.optimizer, self._policy.parameters())
+            key = "reference_checkpointer"
+            self._reference = self._build_policy(key, self._component(key), loss=None)
+        mend_stochastic_rounding()
+        self._optimizer = self._component("optimizer", self._policy.parameters())
         self._lr_scheduler = None
         if cfg.lr_scheduler is not None:
-            self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=cfg.num_steps)
+            self._lr_scheduler = self._component("lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps)
 
-        self._sampler = config.instantiate(cfg.sampler, self._build_decoder(), self._tokenizer)
+        self._sampler = self._component("sampler", self._build_decoder(), self._tokenizer)
         self._sampler.update(self._policy, self._version)
         self._batches = build_graph(
             prompts,
@@ -176,21 +191,27 @@ class GSPOFullFinetuneRecipe:
         self._num_parameters = sum(p.numel() for p in self._policy.parameters())
         self._logged_at = time.perf_counter()
         self._profiler, _ = self._setup_profiler()
-        self._writer = metrics.JsonlWriter(self._output_dir / "metrics.jsonl") if self._rank == 0 else None
-        self._metric_logger = config.instantiate(cfg.metric_logger) if self._rank == 0 else None
-        if self._metric_logger is not None:
+        self._metric_logger = None
+        if self._rank == 0 and cfg.metric_logger is not None:
+            self._metric_logger = self._component("metric_logger")
             self._metric_logger.log_config(cfg)
 
-    def _build_decoder(self, device: torch.device | None = None) -> nn.Module:
-        with training.set_default_dtype(self._dtype), device or self._device:
-            return config.instantiate(self._cfg.model)
+    def _component(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        """The component that the config names at ``key``; what it refuses is shown as the user's input."""
+        with refusals(key, REMEDIES.get(key, "correct its arguments")):
+            return config.instantiate(self._cfg[key], *args, **kwargs)
 
-    def _build_policy(self, checkpointer: Any, loss: nn.Module | None) -> Policy:
+    def _build_decoder(self, device: torch.device | None = None) -> TransformerDecoder:
+        with training.set_default_dtype(self._dtype), device or self._device:
+            return self._component("model")
+
+    def _build_policy(self, key: str, checkpointer: Any, loss: nn.Module | None) -> Policy:
         cfg = self._cfg
-        weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        policy = Policy(
-            self._build_decoder(torch.device("meta")), loss, chunk_size=cfg.head_chunk_size, compile_head=cfg.compile
-        )
+        decoder = self._build_decoder(torch.device("meta"))
+        check_bin_length(cfg.packing.get("bin_length"), decoder.max_seq_len)
+        with refusals(key, REMEDIES[key]):
+            weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, compile_head=cfg.compile)
         policy.requires_grad_(loss is not None)
         shard_policy(
             policy,
@@ -206,10 +227,8 @@ class GSPOFullFinetuneRecipe:
     def _take_eval_prompts(self, rank: int, world_size: int) -> list:
         if self._cfg.eval_prompts is None:
             return []
-        source = config.instantiate(
-            self._cfg.eval_prompts, self._tokenizer, shuffle=False, rank=rank, world_size=world_size, num_epochs=1
-        )
-        return list(source)
+        options = {"shuffle": False, "rank": rank, "world_size": world_size, "num_epochs": 1}
+        return list(self._component("eval_prompts", self._tokenizer, **options))
 
     def _setup_profiler(self) -> tuple[Any, Any]:
         default = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
@@ -249,7 +268,7 @@ class GSPOFullFinetuneRecipe:
         """One optimizer step over all microbatches, under the totals of the whole step."""
         begin = time.perf_counter()
         sums = metrics.MetricSums(reward.name for reward in self._pool.rewards)
-        denominator = self._policy.loss.denominator(step.num_documents, step.num_label_tokens)
+        denominator = self._denominator(step.num_documents, step.num_label_tokens)
         for pairs in accumulate_gradients(
             self._policy, microbatches, denominator, reduce_every_microbatch=self._cfg.reduce_every_microbatch
         ):
@@ -265,12 +284,18 @@ class GSPOFullFinetuneRecipe:
         values["time/update"] = time.perf_counter() - begin
         self._after_step(values)
 
+    def _denominator(self, num_documents: int, num_label_tokens: int) -> float:
+        return max(self._policy.loss.denominator(num_documents, num_label_tokens), 1.0)  # 0 when nothing is left
+
     def _optimizer_step(self) -> float:
         """Clips and applies the gradients; skips the update, on all ranks alike, if their norm is not finite."""
         max_norm = self._cfg.clip_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), max_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(grad_norm):
+            # Stochastic rounding draws from this seed: replicas of a shard must round alike, shards each by themselves.
+            shards = self._mesh["shard"]
+            torch.manual_seed(self._cfg.seed + self._step * shards.size() + shards.get_local_rank())
             self._optimizer.step()
             self._skipped_in_a_row = 0
         else:
@@ -296,7 +321,7 @@ class GSPOFullFinetuneRecipe:
         self, microbatches: list[Microbatch], values: dict[str, float], step: parallel.StepBatches, denominator: float
     ) -> None:
         """Takes documents found not finite in the forward out of the denominator, and writes down which they are."""
-        remaining = self._policy.loss.denominator(
+        remaining = self._denominator(
             int(step.num_documents - values["_late_documents"]), int(step.num_label_tokens - values["_late_tokens"])
         )
         factor = denominator / remaining  # every objective is linear in 1 / denominator
@@ -307,9 +332,7 @@ class GSPOFullFinetuneRecipe:
                 self._write_quarantined({"step": self._step} | record)
 
     def _write_quarantined(self, record: dict[str, Any]) -> None:
-        writer = metrics.JsonlWriter(self._output_dir / f"quarantine_rank{self._rank}.jsonl")
-        writer.write(record)
-        writer.close()
+        metrics.append_jsonl(self._output_dir / f"quarantine_rank{self._rank}.jsonl", record)
 
     def _after_step(self, values: dict[str, float]) -> None:
         """Hands the weights to the sampler, evaluates, logs and saves, each when its turn has come."""
@@ -323,7 +346,7 @@ class GSPOFullFinetuneRecipe:
             values |= self._evaluate()
         if fresh:
             values |= metrics.noise_floor(values)
-        values |= {"lr": training.get_lr(self._optimizer), "skipped_steps": self._num_skipped}
+        values |= {"lr": float(training.get_lr(self._optimizer)), "skipped_steps": self._num_skipped}
         self._log(values)
         if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and self._step < cfg.num_steps:
             self._save()
@@ -365,7 +388,7 @@ class GSPOFullFinetuneRecipe:
         seen = self._accuracy | values
         self._bar.set_postfix({k: f"{seen[v]:.3g}" for k, v in shown.items() if v in seen})
         public = metrics.public(values)
-        self._writer.write({"step": self._step} | public)
+        metrics.append_jsonl(self._metrics_file, {"step": self._step} | public)
         if self._metric_logger is not None and self._step % self._cfg.log_every_n_steps == 0:
             self._metric_logger.log_dict(public, step=self._step)
 
@@ -397,8 +420,6 @@ class GSPOFullFinetuneRecipe:
     def cleanup(self) -> None:
         """Ends worker processes and the process group."""
         self._pool.close()
-        if self._writer is not None:
-            self._writer.close()
         if self._metric_logger is not None:
             self._metric_logger.close()
         dist.destroy_process_group()

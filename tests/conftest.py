@@ -1,12 +1,19 @@
-"""What every test needs: one thread per worker under pytest-xdist, and a reason where a GPU is missing."""
+"""What every test needs: one thread per worker under pytest-xdist, a reason where a GPU is missing, the installed pack."""
 
 import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and inherited by the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +24,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("gspo", "recipes", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "_gspo_torch_plugin.py"):
+        shutil.copy(ROOT / name, source)
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", target)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=300)
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """A folder as site-packages holds it, its entry point included."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder

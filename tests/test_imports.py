@@ -18,12 +18,19 @@ LAYERS = (
     ("functional", "advantages", "rewards", "sampling", "plugin"),
     ("kernels", "data"),
     ("losses", "parallel", "metrics", "config", "evaluation"),
-    ("policy", "tiny", "plot"),
+    ("policy", "optim", "tiny", "plot"),
     ("demo", "__main__"),
     ("recipe",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-MAY_USE_TORCH_DISTRIBUTED = ("gspo.parallel", "gspo.policy", "gspo.metrics", "gspo.sampling.vllm", "recipe")
+MAY_USE_TORCH_DISTRIBUTED = (
+    "gspo.parallel",
+    "gspo.policy",
+    "gspo.metrics",
+    "gspo.optim",
+    "gspo.sampling.vllm",
+    "recipe",
+)
 
 
 def sources() -> dict[str, ast.Module]:

@@ -22,26 +22,6 @@ sys.stdout.write(" ".join(words) + chr(10))  # one write: two ranks share the pi
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("gspo", "recipes", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "_gspo_torch_plugin.py"):
-        shutil.copy(ROOT / name, source)
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", target)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=300)
-    return next(target.glob("*.whl"))
-
-
-@pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory):
-    """A folder as site-packages holds it, its entry point included."""
-    folder = tmp_path_factory.mktemp("installed")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def installed_stub(installed, tmp_path_factory):
     """The same with a recipe that only says what it was called with."""
     folder = tmp_path_factory.mktemp("stub")

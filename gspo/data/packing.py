@@ -201,6 +201,25 @@ def take_long_bins(places: list[int], bin_length: int, max_bins: int) -> tuple[l
     return taken, bin_length, bin_of
 
 
+def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
+    """Refuse a layout whose bins could be longer than the model takes.
+
+    Raises:
+        InputError: bins of ``bin_length``, or those that :func:`short_bins` chooses, may exceed ``max_seq_len``.
+    """
+    if bin_length is not None and bin_length > max_seq_len:
+        raise InputError(
+            f"packing.bin_length: {bin_length} is more than the model's max_seq_len {max_seq_len}. "
+            "Lower it, or raise model.max_seq_len."
+        )
+    if bin_length is None and (max_seq_len < _SHORT_BIN or max_seq_len % _MULTIPLE):
+        raise InputError(
+            f"packing.bin_length: null makes bins of up to {_SHORT_BIN} tokens or of the longest document, rounded up "
+            f"to a multiple of {_MULTIPLE}; the model's max_seq_len is {max_seq_len}. "
+            f"Set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple of {_SHORT_BIN}."
+        )
+
+
 def build_batch(documents: list[Document], bin_of: list[int], bin_length: int) -> PackedBatch:
     """The tensors of ``documents`` laid out in the bins given; no documents give one bin of padding.
 

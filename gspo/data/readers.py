@@ -3,7 +3,8 @@
 One node, :class:`PromptReader`, does everything that readers share; a source only gives rows by index. The functions
 that a config names (``jsonl_prompts`` and so on) put the two together from one flat set of keywords.
 
-Prompts are text from a template and not chat messages: a chat model's turn markers belong into the template.
+Prompts are text from a template and not chat messages: a chat model's turn markers belong into the template. A special
+token of the tokenizer that is written there becomes that one token.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import string
 from array import array
 from collections.abc import Callable, Mapping
@@ -58,7 +60,8 @@ class PromptReader(BaseNode[Prompt]):
     Args:
         rows: the source.
         tokenizer: has torchtune's ``encode(text, add_bos=, add_eos=)``.
-        prompt_template: a format string over the row's fields; a literal brace is doubled.
+        prompt_template: a format string over the row's fields; a literal brace is doubled. The tokenizer's special
+            tokens may stand in it.
         answer_column: the field that holds the reference answer; None for prompts without one.
         add_bos: put the tokenizer's begin-of-sequence token first.
         max_prompt_tokens: the longest prompt allowed, in tokens; None for no limit.
@@ -71,7 +74,8 @@ class PromptReader(BaseNode[Prompt]):
 
     Raises:
         InputError: on construction, a knob is out of range, there are fewer rows than ranks or the first row lacks a
-            field; on drawing, a row lacks a field, or its prompt is too long or empty, or a whole pass was skipped.
+            field; on drawing, a row lacks a field, or its prompt is too long or empty or begins twice, or a whole pass
+            was skipped.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class PromptReader(BaseNode[Prompt]):
         self._tokenizer = tokenizer
         self._template = prompt_template
         self._fields = _template_fields(prompt_template)
+        self._pieces = _template_pieces(prompt_template, tokenizer)
         self._answer_column = answer_column
         self._add_bos = add_bos
         self._max_prompt_tokens = max_prompt_tokens
@@ -182,14 +187,31 @@ class PromptReader(BaseNode[Prompt]):
         row, name = self._rows[index], self._rows.name(index)
         self._check_fields(row, name)
         text = self._template.format_map(row)
-        tokens = self._tokenizer.encode(text, add_bos=self._add_bos, add_eos=False)
+        tokens = self._encode(row)
         if not tokens:
             raise InputError(f"{name}: the prompt {text!r} has no tokens; a sampler needs one, e.g. add_bos: true")
+        if len(tokens) > 1 and tokens[0] == tokens[1] == getattr(self._tokenizer, "bos_id", None):
+            raise InputError(
+                f"prompt_template: {name} begins with the token {tokens[0]} (begin of sequence) twice; "
+                "take it out of the template, the tokenizer adds it, or set add_bos: false"
+            )
         if self._max_prompt_tokens is not None and len(tokens) > self._max_prompt_tokens:
             self._handle_long(name, len(tokens))
             return None
         answer = None if self._answer_column is None else row[self._answer_column]
         return Prompt(name, text, tokens, None if answer is None else str(answer), row)
+
+    def _encode(self, row: Mapping[str, Any]) -> list[int]:
+        if len(self._pieces) == 1:
+            return self._tokenizer.encode(self._template.format_map(row), add_bos=self._add_bos, add_eos=False)
+        bos_id = getattr(self._tokenizer, "bos_id", None)
+        tokens = [bos_id] if self._add_bos and bos_id is not None else []
+        for piece in self._pieces:
+            if isinstance(piece, int):
+                tokens.append(piece)
+            else:
+                tokens += self._tokenizer.encode(piece.format_map(row), add_bos=False, add_eos=False)
+        return tokens
 
     def _check_fields(self, row: Mapping[str, Any], name: str) -> None:
         wanted = [("prompt_template", field) for field in self._fields]
@@ -224,6 +246,19 @@ def _template_fields(template: str) -> list[str]:
     if "" in fields or not fields:
         raise InputError(f"prompt_template: {template!r} must name the row's fields, e.g. '{{question}}'")
     return fields
+
+
+def _template_pieces(template: str, tokenizer: Any) -> list[str | int]:
+    """The template cut at the special tokens written in it, which are given by id.
+
+    Not every ``encode`` finds them: torchtune's for Llama 3 takes ``<|eot_id|>`` for plain text.
+    """
+    special_tokens = getattr(tokenizer, "special_tokens", None)
+    if not special_tokens or not isinstance(special_tokens, dict):
+        return [template]
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", template)
+    return [special_tokens[piece] if piece in special_tokens else piece for piece in pieces if piece]
 
 
 class JsonlRows:

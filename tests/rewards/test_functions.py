@@ -72,6 +72,19 @@ def test_math_verify_compares_expressions(completion, answer, value):
     assert math_verify("", completion, answer, {}) == value
 
 
+GSM8K_ANSWER = "She has $5 + 5 = $<<5+5=10>>10 and 6 * 7 = 42\n#### 1,042"
+
+
+@pytest.mark.parametrize(("boxed", "value"), [("1042", 1), ("1{,}042", 1), ("10", 0), ("42", 0)])
+def test_math_verify_takes_a_worked_reference_after_its_marker(boxed, value):
+    assert math_verify("", f"so \\boxed{{{boxed}}}", GSM8K_ANSWER, {}, answer_marker="####") == value
+
+
+def test_math_verify_refuses_a_reference_without_its_marker():
+    with pytest.raises(ValueError, match="no answer_marker '####' in the reference '1042'"):
+        math_verify("", "1042", "1042", {}, answer_marker="####")
+
+
 def test_math_verify_sets_no_alarm_and_is_silent(monkeypatch, caplog):
     for module in ("parser", "grader"):  # the library warns once per process
         monkeypatch.setattr(f"math_verify.{module}.TIMEOUT_WARNING_SHOWN", False)

@@ -1,0 +1,195 @@
+"""How many completions a second the whole loop trains, and where the time goes.
+
+    python benchmarks/rl_loop.py --json benchmarks/results/DATE-rl_loop.json
+
+The shape is fixed: a 0.46 M-parameter Qwen2 in fp32, 32 prompts of 6 tokens x 8 completions of 5 tokens a rollout, two
+updates of the whole rollout (``ppo_epochs`` 2), then a weight sync. It runs the recipe's own objects through the
+recipe's own loop. The reward is a coin weighted by ``--solve-rate``, so that the share of dead groups is known: with
+``--keep-dead-groups`` every one of the 256 completions goes through both updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torchdata.nodes import BaseNode
+from torchtune.models.qwen2 import qwen2
+
+from gspo import metrics, parallel
+from gspo.data.graph import GraphOptions, build_graph
+from gspo.losses import GSPOLoss
+from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.rewards.pool import RewardPool
+from gspo.sampling.local import LocalSampler
+from gspo.types import Prompt, SamplingParams
+
+NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
+SHAPE = dict(
+    vocab_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=128,
+    intermediate_dim=256,
+    max_seq_len=64,
+    tie_word_embeddings=True,
+)
+CPU = torch.device("cpu")
+ALPHABET = "".join(chr(48 + i) for i in range(SHAPE["vocab_size"]))
+
+
+class CharTokenizer:
+    """One character a token, no stop token: every answer has five tokens."""
+
+    stop_tokens: tuple[int, ...] = ()
+    special_tokens: dict[str, int] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by character."""
+        return {c: i for i, c in enumerate(ALPHABET)}
+
+    def encode(self, text: str, **_) -> list[int]:
+        """Ids of the characters."""
+        return [ord(c) - 48 for c in text]
+
+    def decode(self, ids: list[int], **_) -> str:
+        """Characters of the ids."""
+        return "".join(ALPHABET[i] for i in ids)
+
+
+class Prompts(BaseNode[Prompt]):
+    """Endless random prompts, as a torchdata node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+        self._count = 0
+
+    def next(self) -> Prompt:
+        """The next prompt."""
+        tokens = torch.randint(0, SHAPE["vocab_size"], (PROMPT_TOKENS,), generator=self._generator).tolist()
+        self._count += 1
+        return Prompt(f"p:{self._count}", CharTokenizer().decode(tokens), tokens)
+
+
+class Loop:
+    """The recipe's objects, wired as the recipe wires them."""
+
+    def __init__(self, pool: RewardPool, *, drop_dead_groups: bool) -> None:
+        torch.manual_seed(0)
+        weights = {k: 0.5 * v if v.dim() == 2 else v for k, v in qwen2(**SHAPE).state_dict().items()}
+        weights["tok_embeddings.weight"] = 0.02 * weights["tok_embeddings.weight"]
+        with torch.device("meta"):
+            decoder = qwen2(**SHAPE)
+        self.pool = pool
+        self.policy = Policy(decoder, GSPOLoss())
+        shard_policy(self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)))
+        load_weights(self.policy, weights, CPU)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
+        self.sampler = LocalSampler(qwen2(**SHAPE), CharTokenizer(), stop_token_ids=[])
+        self.sampler.update(self.policy, 0)
+        self.batches = build_graph(
+            Prompts(),
+            sampler=self.sampler,
+            pool=pool,
+            options=GraphOptions(
+                prompts_per_rollout=NUM_PROMPTS,
+                group_size=GROUP_SIZE,
+                params=SamplingParams(max_new_tokens=ANSWER_TOKENS),
+                seed=0,
+                tokens_per_microbatch=8192,
+                drop_dead_groups=drop_dead_groups,
+            ),
+            rank=0,
+        )
+        self.step = 0
+
+    def run(self) -> dict[str, float]:
+        """One rollout and its two updates; seconds by part."""
+        times = {"total": -time.perf_counter(), "rollout": -time.perf_counter()}
+        step = parallel.fetch_step(self.batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
+        microbatches = [Microbatch.prepare(batch, CPU) for batch in step.batches]
+        times["rollout"] += time.perf_counter()
+        times["update"] = -time.perf_counter()
+        for _ in range(UPDATES):
+            self.update(microbatches, step)
+        times["update"] += time.perf_counter()
+        times["sync"] = -time.perf_counter()
+        self.sampler.update(self.policy, self.step)
+        times["sync"] += time.perf_counter()
+        times["total"] += time.perf_counter()
+        stats = step.batches[0].stats
+        live = sum(int((batch.label_counts > 0).sum()) for batch in step.batches)
+        return times | {"sample": stats["time/sample"][0], "score": stats["time/score"][0], "live": live}
+
+    def update(self, microbatches: list[Microbatch], step: parallel.StepBatches) -> None:
+        """What the recipe does for one optimizer step, logging excepted."""
+        sums = metrics.MetricSums(reward.name for reward in self.pool.rewards)
+        denominator = self.policy.loss.denominator(step.num_documents, step.num_label_tokens)
+        for pairs in accumulate_gradients(self.policy, microbatches, denominator):
+            sums.add(pairs)
+        for microbatch in microbatches:
+            sums.add(metrics.batch_pairs(microbatch.batch, self.step))
+        sums.reduce(CPU)
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+
+def measure(name: str, *, solve_rate: float, drop_dead_groups: bool, rollouts: int) -> dict:
+    """Medians over ``rollouts`` after a warm-up."""
+    letters = "".join(ALPHABET[: round(solve_rate * len(ALPHABET))])
+    pattern = f"[{letters[0]}-{letters[-1]}].*"  # the first character decides
+    spec = {"coin": {"function": "gspo.rewards.regex_match", "pattern": pattern}}
+    pool = RewardPool(spec, num_workers=1)
+    pool.warm()
+    loop = Loop(pool, drop_dead_groups=drop_dead_groups)
+    for _ in range(5):
+        loop.run()
+    runs = [loop.run() for _ in range(rollouts)]
+    pool.close()
+    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    rate = NUM_PROMPTS * GROUP_SIZE / median["total"]
+    totals = sorted(NUM_PROMPTS * GROUP_SIZE / run["total"] for run in runs)
+    return {
+        "case": name,
+        "completions_per_s": rate,
+        "p10": totals[len(totals) // 10],
+        "p90": totals[-1 - len(totals) // 10],
+        "trained_documents": median["live"],
+        "ms": {k: 1000 * v for k, v in median.items() if k != "live"},
+    }
+
+
+def main() -> None:
+    """Runs the cases and prints one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--rollouts", type=int, default=40)
+    args = parser.parse_args()
+    parallel.init_process_group(CPU)
+    cases = [
+        ("every group trained", dict(solve_rate=0.5, drop_dead_groups=False)),
+        ("half of the groups dead, dropped", dict(solve_rate=0.92, drop_dead_groups=True)),
+    ]
+    rows = [measure(name, rollouts=args.rollouts, **case) for name, case in cases]
+    for row in rows:
+        split = ", ".join(f"{k} {v:.1f}" for k, v in row["ms"].items())
+        print(f"{row['case']:34s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})")
+        print(f"{'':34s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
+    if args.json:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        report = {"date": str(datetime.date.today()), "torch": torch.__version__, **machine, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

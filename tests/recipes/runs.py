@@ -1,0 +1,65 @@
+"""Short runs of the recipe on an untrained model: inside this process, or through the command line of ``tune``."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gspo.config import check_config, read_command_line
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "gspo_full_finetune.py"
+SHORT = (  # with what a test depends on, whatever the config is tuned to
+    "checkpointer.checkpoint_files=[model.safetensors]",
+    "prompts_per_rollout=8",
+    "group_size=4",
+    "docs_per_step=32",
+    "num_steps=2",
+    "sync_every_steps=1",
+    "ppo_epochs=1",
+    "eval={every_n_steps: 0, num_samples: 0}",
+    "sampling={temperature: 1.0, max_new_tokens: 10}",
+    "optimizer.lr=1e-3",
+)
+TIMEOUT_SECONDS = 240
+
+
+def load_recipe(path=RECIPE):
+    spec = importlib.util.spec_from_file_location("gspo_full_finetune", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def overrides(base, output_dir, *more, reward="tests.recipes.rewards.variety"):
+    """Command-line arguments of a run of two steps; those in ``more`` win."""
+    return [
+        *(f"base_dir={base / 'base'}", f"data_dir={base / 'data'}", f"output_dir={output_dir}"),
+        *(f"rewards.correct.function={reward}", *SHORT, *more),
+    ]
+
+
+def command_line(*arguments, config="gspo"):
+    """``sys.argv`` of a run inside this process."""
+    return ["recipe", "--config", str(ROOT / "configs" / "tiny" / f"{config}.yaml"), *arguments]
+
+
+def build(recipe, monkeypatch, *arguments, config="gspo"):
+    """A recipe object, not yet set up."""
+    monkeypatch.setattr(sys, "argv", command_line(*arguments, config=config))
+    keys = {"required": recipe.REQUIRED_KEYS, "optional": recipe.OPTIONAL_KEYS}
+    cfg = check_config(read_command_line(), **keys, sections=recipe.SECTIONS, passed=recipe.PASSED)
+    return recipe.GSPOFullFinetuneRecipe(cfg)
+
+
+def shell(*command, path, cwd, **environment):
+    """A command of the user's, with ``path`` in the place of site-packages."""
+    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

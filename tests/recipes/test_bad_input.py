@@ -1,0 +1,125 @@
+"""Every mistake that a user can make with a config is one message: the key, the value found and the remedy."""
+
+import gc
+import json
+import shutil
+import socket
+import sys
+
+import pytest
+
+from tests.recipes.runs import ROOT, lines, overrides, shell
+
+REFUSED = {
+    "misspelt_key": (["docs_per_stepp=3"], "docs_per_stepp: unknown key. Did you mean 'docs_per_step'?"),
+    "misspelt_argument": (["loss.clip_hihg=3"], "loss.clip_hihg: unknown, GSPOLoss takes no such argument."),
+    "wrong_component": (["loss=gspo.losses.GSPOLos"], "gspo.losses has no 'GSPOLos'. Did you mean 'GSPOLoss'"),
+    "wrong_model": (
+        ["model=torchtune.models.qwen2.qwen2_0_5b"],
+        "model: layers.0.attn.k_proj.bias is [128] in the model and [64] in the",
+    ),
+    "wrong_model_type": (["checkpointer.model_type=QWEN3"], "checkpointer: "),
+    "no_checkpoint_folder": (
+        ["checkpointer.checkpoint_dir=nowhere"],
+        "checkpointer: FileNotFoundError: [Errno 2] No such",
+    ),
+    "no_checkpoint_file": (["checkpointer.checkpoint_files=[a.bin]"], "No file with name: a.bin found in"),
+    "no_reference": (["loss.kl_coef=0.1"], "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer"),
+    "no_tokenizer": (["tokenizer.path=nowhere.json"], "tokenizer: FileNotFoundError: [Errno 2] No such file or direc"),
+    "no_prompts_file": (["prompts.source=nowhere.jsonl"], "source: nowhere.jsonl does not exist (looked for /"),
+    "group_of_one": (["group_size=1"], "group_size: 1 "),
+    "no_documents": (["docs_per_step=0"], "docs_per_step: 0 must be a whole number of 1 or more"),
+    "not_a_number": (["num_steps=many"], "num_steps: 'many' must be a whole number of 1 or more"),
+    "negative_prefetch": (["prefetch=-1"], "prefetch: -1 must be a whole number of 0 or more"),
+    "uneven_evaluation": (
+        ["sync_every_steps=2", "eval.every_n_steps=3"],
+        "eval.every_n_steps: 3 must be a multiple of",
+    ),
+    "greedy_sampling": (["sampling.temperature=0"], "temperature is 0, needed: above 0"),
+    "long_bins": (["packing.bin_length=8192"], "packing.bin_length: 8192 is more than the model's max_seq_len 128"),
+    "short_bins": (["packing.tokens_per_microbatch=16"], "is more than the 17 that one bin takes. Raise tokens_per"),
+    "long_completions": (["sampling.max_new_tokens=120"], "in the model's max_seq_len 128"),
+    "negative_rate": (["optimizer.lr=-1"], "optimizer: ValueError: Invalid learning rate: -1"),
+    "odd_replicas": (["data_parallel_replicate_size=3"], "data_parallel_replicate_size is 3, which does not divide"),
+    "output_in_the_model": (["output_dir=${base_dir}/out"], "output directory cannot be the same as or a subdirectory"),
+    "output_in_a_file": (["output_dir=${data_dir}/train.jsonl/out"], "output_dir: NotADirectoryError: [Errno 20]"),
+    "no_gpu": (["device=xpu"], "device: 'xpu' is not there; use cpu"),
+    "no_device": (["device=gpu"], "device: RuntimeError: Expected one of cpu, cuda"),
+    "unknown_reward": (["rewards.correct.function=gspo.rewards.mathh"], "gspo.rewards has no 'mathh'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_mistake_is_one_message(run, capsys, changes, message):
+    code, _ = run(*changes)
+    shown = capsys.readouterr().err.split("error: ")[-1]
+    assert code == 1
+    assert message in shown
+    assert len(shown.splitlines()) <= 5 and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"expression": "1 + 1", "answer": "2"}\n{"expression": \n', "train.jsonl:2: not JSON: Expecting value"),
+        ("", "train.jsonl is empty; a run needs at least one prompt"),
+        (
+            '{"question": "1 + 1", "answer": "2"}\n',
+            "train.jsonl:1 has no field 'expression'; it has 'question', 'answer'",
+        ),
+    ],
+    ids=["not_json", "empty", "other_fields"],
+)
+def test_bad_data_names_file_and_line(run, tmp_path, capsys, content, message):
+    (tmp_path / "train.jsonl").write_text(content)
+    code, _ = run(f"prompts.source={tmp_path / 'train.jsonl'}")
+    assert code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_weights_name_the_file(run, base, tmp_path, capsys):
+    shutil.copytree(base / "base", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    code, _ = run(f"base_dir={tmp_path / 'model'}")
+    assert code == 1
+    assert "error: checkpointer: ValueError: Unable to load checkpoint from" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torchtune's logger, half built
+def test_missing_tensorboard_is_one_message(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    code, _ = run("metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: log}")
+    assert code == 1
+    assert "error: metric_logger: ModuleNotFoundError: import of tensorboard halted" in capsys.readouterr().err
+    gc.collect()
+
+
+def test_port_in_use_names_the_address(base, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        address = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = ("gspo", "run", "gspo_full_finetune", "--config", "tiny/gspo", *overrides(base, tmp_path / "out"))
+        result = shell(*command, path=ROOT, cwd=tmp_path, **address)
+    assert result.returncode == 1
+    error = result.stderr.split("error: ")[-1]
+    assert error.startswith(f"The ranks could not meet at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}: ")
+    assert "Choose a free port" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("reward", ["raises", "hangs", "nan"])
+def test_failing_reward_is_counted_and_the_run_goes_on(run, reward):
+    options = ["reward_pool.timeout=0.2", "prompts_per_rollout=4", "docs_per_step=16"]
+    code, output = run(*options, reward=f"tests.recipes.rewards.{reward}")
+    assert code is None
+    records = lines(output / "metrics.jsonl")
+    assert len(records) == 2 and all(r["reward_failures"] > 0 for r in records)
+
+
+def test_prompts_that_end_stop_the_run_early(run, base):
+    code, output = run("prompts.num_epochs=1", "num_steps=50")
+    assert code is None
+    num_prompts = len((base / "data" / "train.jsonl").read_text().splitlines())
+    assert json.loads((output / "summary.json").read_text())["steps"] == num_prompts // 8

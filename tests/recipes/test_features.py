@@ -1,0 +1,156 @@
+"""What a config can switch on, each in a short run inside this process."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torchtune.models.qwen2 import qwen2_tokenizer
+from torchtune.training import FullModelHFCheckpointer
+
+from gspo.tiny import tiny_qwen2
+from tests.recipes.runs import lines
+
+ALWAYS = {
+    *("step", "loss", "grad_norm", "lr", "ratio/mean", "ratio/ess", "kl_new_old", "entropy", "clip/any_document"),
+    *("clip/binding_token", "reward/mean", "reward/std", "reward/correct", "solved", "length/mean", "length/truncated"),
+    *("dead_groups", "staleness/mean", "documents", "tokens", "packing_efficiency", "quarantined_documents"),
+    *("mismatch/rms_token", "clip/at_zero_drift", "time/sample", "time/update", "time/sync", "time/step"),
+    *("tokens_per_second", "skipped_steps"),
+}
+
+
+def finish(result):
+    """The metrics of a run that went well."""
+    code, output = result
+    assert code is None
+    records = lines(output / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    return records
+
+
+def saved_decoder(folder):
+    checkpointer = FullModelHFCheckpointer(
+        checkpoint_dir=str(folder),
+        checkpoint_files=["model-00001-of-00001.safetensors"],
+        model_type="QWEN2",
+        output_dir=str(folder.parent / "reread"),
+    )
+    decoder = tiny_qwen2()
+    decoder.load_state_dict(checkpointer.load_checkpoint()["model"])
+    return decoder
+
+
+@pytest.fixture
+def tokens(base):
+    model = base / "base"
+    files = (str(model / "vocab.json"), str(model / "merges.txt"))
+    tokenizer = qwen2_tokenizer(*files, special_tokens_path=str(model / "tokenizer.json"))
+    text = "<|im_start|>user\n12 + 34<|im_end|>\n<|im_start|>assistant\n46"
+    return torch.tensor([tokenizer.encode(text, add_bos=False, add_eos=False)])
+
+
+def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
+    code, output = run("save_every_n_steps=1", "eval={every_n_steps: 1, num_samples: 3}", "num_steps=3")
+    records = finish((code, output))
+    assert len(records) == 3 and all(ALWAYS | {"eval/accuracy", "eval/pass@3"} <= r.keys() for r in records)
+    assert [r["lr"] for r in records] == [1e-3] * 3
+    assert records[0]["kl_new_old"] < 1e-6 and records[0]["clip/at_zero_drift"] == 0
+    completions = lines(output / "completions_rank0.jsonl")
+    assert {"prompt", "completion", "reward", "advantage", "policy_version"} <= completions[0].keys()
+    assert {c["policy_version"] for c in completions} == {0, 1, 2}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary.keys() == {"accuracy_before", "accuracy_after", "steps", "seconds", "seed"}
+    assert summary["steps"] == 3 and summary["seed"] == 0 and summary["accuracy_after"] == records[-1]["eval/accuracy"]
+
+    assert {p.name for p in output.glob("epoch_*")} == {"epoch_1", "epoch_2", "epoch_3"}
+    logits = {i: saved_decoder(output / f"epoch_{i}")(tokens) for i in (1, 3)}
+    assert (logits[1] - logits[3]).abs().max() > 1e-3  # training moved it
+    read_back = transformers.Qwen2ForCausalLM.from_pretrained(output / "epoch_3")
+    torch.testing.assert_close(read_back(tokens).logits, logits[3], rtol=0, atol=1e-5)
+    text = transformers.AutoTokenizer.from_pretrained(output / "epoch_3").decode(tokens[0])
+    assert text.endswith("assistant\n46")
+
+
+def test_saved_model_gives_the_logits_of_the_recipe(run, recipe, monkeypatch, tokens):
+    held = {}
+
+    def keep(self, save=recipe.GSPOFullFinetuneRecipe._save):
+        held.update({name: value.clone() for name, value in self._policy.full_state_dict()})
+        save(self)
+
+    monkeypatch.setattr(recipe.GSPOFullFinetuneRecipe, "_save", keep)
+    code, output = run()
+    assert code is None
+    decoder = tiny_qwen2()
+    decoder.load_state_dict(held)
+    read_back = transformers.Qwen2ForCausalLM.from_pretrained(output / "epoch_2")
+    torch.testing.assert_close(read_back(tokens).logits, decoder(tokens), rtol=0, atol=1e-5)
+
+
+def test_prefetch_lets_policies_go_stale_by_as_much(run):
+    records = finish(run("prefetch=2", "num_steps=5"))
+    assert records[0]["staleness/max"] == 0 < max(r["staleness/max"] for r in records) <= 3
+
+
+def test_ppo_epochs_update_twice_on_the_same_rollout(run):
+    records = finish(run("ppo_epochs=2", "num_steps=4"))
+    assert [r["staleness/max"] for r in records] == [0, 1, 0, 1]
+    assert [("reward/mean" in r) for r in records] == [True, False, True, False]
+    assert records[0]["kl_new_old"] < 1e-6 < records[1]["kl_new_old"]
+
+
+def test_reference_policy_starts_where_the_policy_does(run):
+    records = finish(run("reference_checkpointer=${checkpointer}", "loss.kl_coef=0.1", "num_steps=3"))
+    assert records[0]["kl_ref"] < 1e-7 < records[1]["kl_ref"] < records[2]["kl_ref"]
+
+
+def test_activation_checkpointing_changes_nothing(run, tmp_path):
+    plain = finish(run())
+    code, _ = run("enable_activation_checkpointing=True", f"output_dir={tmp_path / 'again'}")
+    assert code is None
+    checkpointed = lines(tmp_path / "again" / "metrics.jsonl")
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        assert b["reward/mean"] == a["reward/mean"]
+
+
+def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
+    schedule = "{_component_: torchtune.training.get_cosine_schedule_with_warmup, num_warmup_steps: 2}"
+    profiler = (
+        f"profiler={{enabled: True, output_dir: {tmp_path / 'traces'}, cpu: True, cuda: False, xpu: False, "
+        "profile_memory: False, with_stack: False, record_shapes: False, with_flops: False, "
+        "wait_steps: 1, warmup_steps: 1, active_steps: 1, num_cycles: 1}"
+    )
+    logger = f"metric_logger={{_component_: torchtune.training.metric_logging.DiskLogger, log_dir: {tmp_path / 'log'}}}"
+    records = finish(run(f"lr_scheduler={schedule}", profiler, logger, "log_every_n_steps=2", "num_steps=4"))
+    assert [r["lr"] for r in records] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0], abs=1e-9)
+    (logged,) = (tmp_path / "log").glob("*.txt")
+    assert [line.split("|")[0] for line in logged.read_text().splitlines()] == ["Step 2 ", "Step 4 "]
+    assert list((tmp_path / "traces").rglob("*.json*"))
+
+
+def test_grpo_config_runs(run):
+    records = finish(run(config="grpo"))
+    assert records[0]["tokens"] > records[0]["documents"] > 0
+
+
+def test_adamw8bit_moves_bfloat16_weights_with_stochastic_rounding(run, base):
+    code, output = run(
+        "dtype=bf16",
+        "optimizer=torchao.optim.AdamW8bit",
+        "optimizer.lr=1e-4",
+        "optimizer.bf16_stochastic_round=True",
+        "~optimizer.fused",
+    )
+    records = finish((code, output))
+    assert len(records) == 2
+    before = load_file(base / "base" / "model.safetensors")
+    after = load_file(output / "epoch_2" / "model-00001-of-00001.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.bfloat16
+    moved = (after[name].float() - before[name].bfloat16().float()).abs().mean().item()
+    assert 0.5e-4 < moved < 2e-4  # two steps of 1e-4, which rounding to nearest would mostly lose at weights of 0.06

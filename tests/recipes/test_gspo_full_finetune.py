@@ -1,0 +1,83 @@
+"""The recipe as a user starts it: ``tune run`` on one rank and on two, copies of it, and ``python -m gspo``."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from tests.recipes.runs import ROOT, lines, overrides, shell
+
+TUNE = "torchtune._cli.tune"
+RUN = ("run", "gspo_full_finetune", "--config", "tiny/gspo")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder, with a reward of their own."""
+    shutil.copy(ROOT / "tests" / "recipes" / "rewards.py", tmp_path / "my_rewards.py")
+    return tmp_path
+
+
+def assert_trained(result, output, *, num_steps=2):
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [r["step"] for r in lines(output / "metrics.jsonl")] == list(range(1, num_steps + 1))
+    assert json.loads((output / "summary.json").read_text())["steps"] == num_steps
+    assert lines(output / "completions_rank0.jsonl")
+    transformers.Qwen2ForCausalLM.from_pretrained(output / f"epoch_{num_steps}")
+
+
+def test_tune_run_trains(installed, base, folder):
+    arguments = overrides(base, "out", reward="my_rewards.variety")
+    result = shell(TUNE, *RUN, *arguments, path=installed, cwd=folder)
+    assert_trained(result, folder / "out")
+    assert "steps: 100%" in result.stderr and "tok/s=" in result.stderr
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize("replicas", [1, 2], ids=["sharded", "replicated"])
+def test_tune_run_trains_on_two_ranks(installed, base, folder, replicas):
+    arguments = overrides(base, "out", f"data_parallel_replicate_size={replicas}", reward="my_rewards.variety")
+    command = ("run", "--nproc_per_node", "2", *RUN[1:])
+    result = shell(TUNE, *command, *arguments, path=installed, cwd=folder)
+    assert_trained(result, folder / "out")
+    asked = [{c["prompt_id"] for c in lines(folder / "out" / f"completions_rank{rank}.jsonl")} for rank in (0, 1)]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+
+
+def test_copies_run_from_the_users_folder(installed, base, folder):
+    for source, target in (("gspo_full_finetune", "my_recipe.py"), ("tiny/gspo", "my.yaml")):
+        assert shell(TUNE, "cp", source, target, path=installed, cwd=folder).returncode == 0
+    recipe = folder / "my_recipe.py"
+    command = ("run", "my_recipe.py", "--config", "my.yaml")
+    arguments = overrides(base, "out", reward="my_rewards.variety")
+    assert_trained(shell(TUNE, *command, *arguments, path=installed, cwd=folder), folder / "out")
+
+    line = "        self._optimizer.zero_grad(set_to_none=True)\n"
+    edited = recipe.read_text().replace(line, line + "        grad_norm = 1234.0\n")
+    assert edited != recipe.read_text()
+    recipe.write_text(edited)
+    arguments = overrides(base, "edited", reward="my_rewards.variety")
+    assert_trained(shell(TUNE, *command, *arguments, path=installed, cwd=folder), folder / "edited")
+    assert [r["grad_norm"] for r in lines(folder / "edited" / "metrics.jsonl")] == [1234.0] * 2
+
+
+def test_module_trains_where_the_plugin_is_switched_off(installed, base, folder):
+    arguments = overrides(base, "out", reward="my_rewards.variety")
+    result = shell("gspo", *RUN, *arguments, path=installed, cwd=folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert_trained(result, folder / "out")
+
+
+def test_an_error_on_one_rank_ends_both(installed, base, folder):
+    data = folder / "tiny" / "data"
+    shutil.copytree(base, folder / "tiny")
+    rows = (data / "train.jsonl").read_text().splitlines()
+    rows[5] = rows[5].replace('"expression": "', '"expression": "' + "1 + " * 200)
+    (data / "train.jsonl").write_text("\n".join(rows) + "\n")
+    options = ("num_steps=50", "prompts.shuffle=False", "sampling.max_new_tokens=4")
+    arguments = overrides(folder / "tiny", "out", *options, reward="my_rewards.variety")
+    result = shell(TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder)
+    assert result.returncode == 1
+    assert "prompt train.jsonl:6" in result.stderr and "max_new_tokens" in result.stderr
+    assert "Traceback" not in result.stderr.split("error: prompt train.jsonl:6")[0]
+    assert len(lines(folder / "out" / "metrics.jsonl")) < 50

@@ -1,0 +1,264 @@
+"""Every shipped config: its commands, its keys, its model, and whether its numbers fit together."""
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import sys
+from functools import cache
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune import config
+from torchtune._cli.tune import TuneCLIParser
+from torchtune.config._utils import _get_component_from_path
+from torchtune.models.llama3._tokenizer import LLAMA3_SPECIAL_TOKENS
+from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
+from torchtune.training import DummyProfiler
+
+from gspo.advantages import check_group_size
+from gspo.config import check_config
+from gspo.data.graph import GraphOptions
+from gspo.data.packing import Pack, check_bin_length
+from gspo.losses import GRPOLoss, GSPOLoss
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
+from gspo.rewards.pool import _parse_reward
+from gspo.rewards.worker import resolve
+from gspo.types import SamplingParams
+
+CONFIGS = shipped_configs()
+OURS = [name for name in CONFIGS if name not in CONFIGS_OF_OTHER_RECIPES]
+REAL = [name for name in OURS if not name.startswith("tiny/")]
+every_config = pytest.mark.parametrize("name", CONFIGS)
+every_gspo_config = pytest.mark.parametrize("name", OURS)
+every_real_config = pytest.mark.parametrize("name", REAL)
+
+# The model cards' counts, tied embeddings once.
+NUM_PARAMETERS = {
+    "tiny/gspo": 478_848,
+    "tiny/grpo": 478_848,
+    "tiny/sft": 478_848,
+    "deepseek_r1_distill_qwen_1_5b/gspo_math": 1_777_088_000,
+    "llama3_2/1B_grpo": 1_235_814_400,
+    "qwen2_5/7B_gspo_math": 7_615_616_512,
+}
+DEEPSEEK_TOKENS = [
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+]
+SPECIAL_TOKENS = {
+    "torchtune.models.llama3.llama3_tokenizer": LLAMA3_SPECIAL_TOKENS,
+    "torchtune.models.qwen2.qwen2_tokenizer": QWEN2_5_SPECIAL_TOKENS,
+    "torchtune.models.qwen2_5.qwen2_5_tokenizer": QWEN2_5_SPECIAL_TOKENS,
+    "torchtune.modules.transforms.tokenizers.HuggingFaceBaseTokenizer": DEEPSEEK_TOKENS,
+}
+# A row with the columns of each dataset, and what a model would have to box.
+ROWS = {
+    "openai/gsm8k": ({"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42 of $5\n#### 1,042"}, "1042"),
+    "agentica-org/DeepScaleR-Preview-Dataset": (
+        {"problem": "Half?", "answer": "\\frac{1}{2}", "solution": "Easy."},
+        "0.5",
+    ),
+    "HuggingFaceH4/MATH-500": (
+        {"problem": "3?", "solution": "Easy.", "answer": "\\left( 3, 1 \\right)", "subject": "A", "level": 1},
+        "(3,1)",
+    ),
+}
+
+
+@cache
+def load(name):
+    return OmegaConf.load(CONFIGS[name])
+
+
+@cache
+def recipe():
+    spec = importlib.util.spec_from_file_location("recipe_for_configs", shipped_folder("recipes") / f"{RECIPE}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def checked(name):
+    """The config with the recipe's defaults, all names checked."""
+    tables = recipe()
+    return check_config(
+        load(name),
+        required=tables.REQUIRED_KEYS,
+        optional=tables.OPTIONAL_KEYS,
+        sections=tables.SECTIONS,
+        passed=tables.PASSED,
+    )
+
+
+@cache
+def model(name):
+    with torch.device("meta"):
+        return config.instantiate(load(name).model)
+
+
+def commands(name):
+    """The commands in the comment that opens the file, as words."""
+    lines = []
+    for line in CONFIGS[name].read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#"))
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    indented = [line.strip() for line in joined.splitlines() if line.startswith("   ")]
+    parts = [part for line in indented for part in re.sub(r"\s{3,}#.*", "", line).split(" && ")]
+    return [shlex.split(part) for part in parts if part.startswith(("tune ", "python "))]
+
+
+def parse_tune(words, monkeypatch):
+    """What torchtune's own command line makes of a command."""
+    monkeypatch.setattr(sys, "argv", words)
+    return TuneCLIParser().parse_args()
+
+
+@every_config
+def test_config_opens_with_the_command_that_runs_it(name, monkeypatch):
+    runs = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "run"]]
+    copies = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "cp"]]
+    assert runs[0].recipe_args == ["--config", name]
+    assert {run.recipe for run in runs} == {CONFIGS_OF_OTHER_RECIPES.get(name, RECIPE)}
+    assert {copy.file for copy in copies} <= {name}
+    assert {run.recipe_args[1] for run in runs} <= {name, *(str(copy.destination) for copy in copies)}
+
+
+@every_real_config
+def test_config_opens_with_the_commands_that_download_what_it_reads(name, monkeypatch):
+    cfg = load(name)
+    (download,) = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "download"]]
+    assert str(download.output_dir) == cfg.checkpointer.checkpoint_dir == cfg.model_dir
+    assert download.ignore_patterns is None or "safetensors" not in download.ignore_patterns
+    scripts = [words[2] for words in commands(name) if words[:2] == ["python", "-c"]]
+    loaded = []
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *args: loaded.append(args))
+        for script in scripts:
+            exec(script, {})
+    wanted = [(node.source, *([node.subset] if "subset" in node else [])) for node in (cfg.prompts, cfg.eval_prompts)]
+    assert set(loaded) == set(wanted)
+
+
+def test_multi_node_config_runs_on_four_nodes_of_eight(monkeypatch):
+    (words, *_) = [words for words in commands("qwen2_5/7B_gspo_math") if words[:2] == ["tune", "run"]]
+    run = parse_tune(words, monkeypatch)
+    assert (run.nnodes, run.nproc_per_node, run.rdzv_backend) == ("4", "8", "c10d")
+    assert checked("qwen2_5/7B_gspo_math").prompts_per_rollout % 32 == 0
+
+
+@every_gspo_config
+def test_recipe_accepts_the_config(name):
+    recipe().GSPOFullFinetuneRecipe._check_values(checked(name))
+
+
+@every_config
+def test_torchtune_validates_the_config(name):
+    config.validate(load(name))
+
+
+@every_config
+def test_model_has_the_parameters_of_its_name(name):
+    assert sum(p.numel() for p in model(name).parameters()) == NUM_PARAMETERS[name]
+
+
+@every_gspo_config
+def test_lengths_fit_the_model_and_the_bins(name):
+    cfg, max_seq_len = checked(name), model(name).max_seq_len
+    check_bin_length(cfg.packing.bin_length, max_seq_len)
+    longest = cfg.prompts.get("max_prompt_tokens", 0) + cfg.sampling.max_new_tokens
+    assert longest <= max_seq_len
+    assert longest <= (cfg.packing.bin_length or cfg.packing.tokens_per_microbatch) + 1
+
+
+@every_gspo_config
+def test_knobs_of_the_data_graph_are_accepted(name):
+    cfg = checked(name)
+    options = GraphOptions(
+        prompts_per_rollout=cfg.prompts_per_rollout,
+        group_size=cfg.group_size,
+        params=SamplingParams(**cfg.sampling),
+        seed=cfg.seed,
+        prefetch=cfg.prefetch,
+        **cfg.packing,
+        **cfg.advantages,
+    )
+    check_group_size(options.estimator, options.group_size)
+    packing = {field.name for field in dataclasses.fields(options)} & set(cfg.packing)
+    Pack(None, **{key: getattr(options, key) for key in packing})
+
+
+@every_gspo_config
+def test_loss_and_optimizer_are_built(name):
+    cfg = checked(name)
+    assert isinstance(config.instantiate(cfg.loss), GRPOLoss if "grpo" in name else GSPOLoss)
+    optimizer = config.instantiate(cfg.optimizer, model(name).parameters())
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(cfg.optimizer.lr)
+    bf16 = cfg.dtype == "bf16"  # at these learning rates, round-to-nearest loses nearly every update
+    assert cfg.optimizer.get("bf16_stochastic_round", False) is bf16
+
+
+@every_gspo_config
+def test_profiler_block_gives_a_profiler_that_is_off(name):
+    profiler, _ = recipe().GSPOFullFinetuneRecipe._setup_profiler(SimpleNamespace(_cfg=checked(name)))
+    assert type(profiler) is DummyProfiler
+
+
+@every_gspo_config
+def test_rewards_resolve(name):
+    for key, spec in OmegaConf.to_container(checked(name).rewards).items():
+        _parse_reward(key, spec)
+
+
+@every_real_config
+@pytest.mark.parametrize("split", ["prompts", "eval_prompts"])
+def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, monkeypatch):
+    cfg = checked(name)
+    row, boxed = ROWS[cfg[split].source]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
+    prompt = next(iter(config.instantiate(cfg[split], CharTokenizer(), num_epochs=1)))
+    assert prompt.text.count(row.get("problem", row.get("question"))) == 1
+    assert "within \\boxed{}." in prompt.text
+    (reward,) = [_parse_reward(key, spec) for key, spec in OmegaConf.to_container(cfg.rewards).items()]
+    scores = [
+        resolve(reward.path)(prompt.text, f"so \\boxed{{{given}}}", prompt.answer, prompt.metadata, **reward.options)
+        for given in (boxed, "43")
+    ]
+    assert scores == [1, 0]
+
+
+@every_gspo_config
+def test_template_uses_special_tokens_of_its_tokenizer(name):
+    cfg = checked(name)
+    tokens = re.findall(r"<[|｜].*?[|｜]>|<think>", cfg.prompts.prompt_template)
+    assert tokens
+    assert set(tokens) <= set(SPECIAL_TOKENS[cfg.tokenizer._component_])
+    assert cfg.eval_prompts.prompt_template == cfg.prompts.prompt_template
+    assert cfg.eval_prompts.add_bos == cfg.prompts.add_bos
+
+
+@every_config
+def test_every_dotted_path_exists(name):
+    """Those in comments and reward options, too, which no component check sees."""
+    paths = set(re.findall(r"(?<![\w./])(?:gspo|torchtune|torchao)(?:\.\w+)+", CONFIGS[name].read_text()))
+    assert paths
+    for path in paths:
+        if path != "gspo.demo":  # a module that is run
+            _get_component_from_path(path)
+
+
+class CharTokenizer:
+    """One token per character."""
+
+    def encode(self, text, *, add_bos, add_eos):
+        return [ord(character) for character in text]
