@@ -22,7 +22,8 @@ def mend_stochastic_rounding() -> None:
         if not isinstance(x, DTensor):
             return round_plain(x)
         rounded = round_plain(x.to_local())
-        layout = {"placements": x.placements, "shape": x.shape, "stride": x.stride()}  # shards can be uneven
-        return DTensor.from_local(rounded, x.device_mesh, run_check=False, **layout)
+        return DTensor.from_local(
+            rounded, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )  # the shape is given because shards can be uneven
 
     adam._fp32_to_bf16_sr = round_shard

@@ -12,10 +12,28 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchtune import utils
 
 from gspo.data.packing import pack_documents
 from gspo.errors import InputError
 from gspo.types import PackedBatch
+
+MAX_EMPTY_ROUNDS = 200  # of a step: a run that finds nothing to learn from ends instead of sampling for ever
+
+
+def find_device(name: str) -> torch.device:
+    """This rank's device of the type ``name``.
+
+    Raises:
+        InputError: there is none. torchtune's own function would take the CPU instead.
+    """
+    try:
+        device = utils.get_device(name)
+    except RuntimeError as error:
+        raise InputError(f"device: {name!r}: {error}. Name the type of a device that this machine has.") from error
+    if torch.device(name).type != device.type:
+        raise InputError(f"device: {name!r} is not on this machine. Set device to {device.type}, or install its torch.")
+    return device
 
 
 def init_process_group(device: torch.device) -> None:
@@ -58,16 +76,17 @@ def build_mesh(device: torch.device, *, data_parallel_replicate_size: int = 1) -
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that FSDP2 takes: one axis to shard over, with ``replicate`` before it when that is larger than 1."""
-    shard = mesh["shard", "context"]._flatten("shard_context")
-    return shard if mesh["replicate"].size() == 1 else mesh["replicate", "shard_context"]
+    replicas, shards, contexts = mesh.shape
+    if replicas == 1:
+        return init_device_mesh(mesh.device_type, (shards * contexts,), mesh_dim_names=("shard",))
+    return init_device_mesh(mesh.device_type, (replicas, shards * contexts), mesh_dim_names=("replicate", "shard"))
 
 
 def data_parallel_rank(mesh: DeviceMesh) -> tuple[int, int]:
     """This rank's place among those that draw different prompts, and how many there are."""
-    shards = mesh["shard"].size()
-    return mesh["replicate"].get_local_rank() * shards + mesh["shard"].get_local_rank(), mesh[
-        "replicate"
-    ].size() * shards
+    replicas, shards, _ = mesh.shape
+    rank = mesh["replicate"].get_local_rank() * shards + mesh["shard"].get_local_rank()
+    return rank, replicas * shards
 
 
 def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
@@ -99,9 +118,12 @@ def fetch_step(source: Iterator[PackedBatch], *, docs_per_step: int, device: tor
 
     Returns:
         None when every source has ended before a document was drawn.
+
+    Raises:
+        InputError: on every rank, after :data:`MAX_EMPTY_ROUNDS` in a row without a document.
     """
     batches: list[PackedBatch] = []
-    num_documents = num_label_tokens = 0
+    num_documents = num_label_tokens = num_empty_rounds = 0
     while num_documents < docs_per_step:
         batch = next(source, None)
         present = batch is not None
@@ -110,6 +132,13 @@ def fetch_step(source: Iterator[PackedBatch], *, docs_per_step: int, device: tor
         documents, tokens, sources = sum_over_ranks([batch.num_documents, batch.num_label_tokens, present], device)
         if not sources:
             break
+        num_empty_rounds = 0 if documents else num_empty_rounds + 1
+        if num_empty_rounds == MAX_EMPTY_ROUNDS:
+            raise InputError(
+                f"docs_per_step: {docs_per_step} is out of reach, {MAX_EMPTY_ROUNDS} microbatches in a row brought no "
+                "document. With advantages.refill_dead_groups, no group has rewards that differ: set it to false, or "
+                "give prompts of which the policy solves some."
+            )
         batches.append(batch)
         num_documents += documents
         num_label_tokens += tokens

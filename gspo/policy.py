@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torchtune import training
@@ -99,9 +105,16 @@ class Policy(nn.Module):
         logps, entropy = self._row_logps(microbatch, entropy_grad=bool(self.loss.entropy_coef))
         return self.loss(logps, entropy, _row_inputs(microbatch))
 
-    @torch.no_grad()
     def logps(self, microbatch: Microbatch) -> Tensor:  # [T] float32 nats, 0 where there is no label
-        """Log-probabilities of the labels at the sampling temperature."""
+        """Log-probabilities of the labels at the sampling temperature, without gradients. Collective."""
+        logps = self._logps(microbatch)
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or the next forward would use what was gathered here, even after an update
+        return logps
+
+    @torch.no_grad()
+    def _logps(self, microbatch: Microbatch) -> Tensor:
         rows, _ = self._row_logps(microbatch, entropy_grad=False)
         return rows.new_zeros(microbatch.batch.tokens.numel()).index_put((microbatch.label_rows,), rows)
 
@@ -190,7 +203,7 @@ def shard_policy(
     for layer in policy.decoder.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(policy, **options)
-    register_fsdp_forward_method(policy, "logps")
+    register_fsdp_forward_method(policy, "_logps")
 
 
 def load_weights(

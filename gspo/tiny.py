@@ -53,7 +53,7 @@ def make_untrained(
     *,
     seed: int,
     num_train: int = 8000,
-    num_heldout: int = 400,
+    num_heldout: int = 1000,
     num_validation: int = 200,
 ) -> None:
     """Writes an untrained model and its data.

@@ -79,8 +79,6 @@ PASSED = {  # arguments that the recipe gives to a component itself
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps"),
 }
-
-
 _GET_MODEL = "correct the path, or get the model first: the head of each shipped config has the command"
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
 AT_LEAST_1 = (
@@ -98,13 +96,9 @@ class GSPOFullFinetuneRecipe:
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
         self._metrics_file = self._output_dir / "metrics.jsonl"
-        with refusals("device", "choose one that this machine has"):
-            self._device = utils.get_device(cfg.device)
+        self._device = parallel.find_device(cfg.device)
+        with refusals("dtype", "use fp32"):
             self._dtype = training.get_dtype(cfg.dtype, device=self._device)
-        found = self._device.type  # torchtune takes the CPU where there is no such device
-        require(
-            torch.device(cfg.device).type == found, "device", cfg.device, "is not there", f"use {found} or install it"
-        )
         parallel.init_process_group(self._device)
         self._rank = dist.get_rank()
         self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
@@ -232,7 +226,8 @@ class GSPOFullFinetuneRecipe:
 
     def _setup_profiler(self) -> tuple[Any, Any]:
         default = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
-        return config.instantiate(OmegaConf.merge(default, self._cfg.profiler or {}))
+        given = OmegaConf.to_container(self._cfg.profiler, resolve=True) if self._cfg.profiler else {}
+        return config.instantiate(OmegaConf.create(default | given))
 
     def train(self) -> None:
         """Runs the loop to ``num_steps`` optimizer steps, or until the prompts end."""

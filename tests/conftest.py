@@ -1,4 +1,4 @@
-"""What every test needs: one thread per worker under pytest-xdist, a reason where a GPU is missing, the installed pack."""
+"""One thread per worker under pytest-xdist, a reason where a GPU is missing, and the pack as a wheel installs it."""
 
 import os
 import shutil

@@ -19,7 +19,7 @@ from torchtune.models.llama3._tokenizer import LLAMA3_SPECIAL_TOKENS
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from torchtune.training import DummyProfiler
 
-from gspo.advantages import check_group_size
+from gspo.advantages import check_group_size, get_estimator
 from gspo.config import check_config
 from gspo.data.graph import GraphOptions
 from gspo.data.packing import Pack, check_bin_length
@@ -157,6 +157,11 @@ def test_multi_node_config_runs_on_four_nodes_of_eight(monkeypatch):
     assert checked("qwen2_5/7B_gspo_math").prompts_per_rollout % 32 == 0
 
 
+def test_tiny_configs_differ_in_the_objective_alone():
+    gspo, grpo = (OmegaConf.to_container(load(f"tiny/{name}")) for name in ("gspo", "grpo"))
+    assert {key for key in gspo | grpo if gspo.get(key) != grpo.get(key)} == {"loss", "output_dir"}
+
+
 @every_gspo_config
 def test_recipe_accepts_the_config(name):
     recipe().GSPOFullFinetuneRecipe._check_values(checked(name))
@@ -193,7 +198,7 @@ def test_knobs_of_the_data_graph_are_accepted(name):
         **cfg.packing,
         **cfg.advantages,
     )
-    check_group_size(options.estimator, options.group_size)
+    check_group_size(get_estimator(options.estimator), options.group_size)
     packing = {field.name for field in dataclasses.fields(options)} & set(cfg.packing)
     Pack(None, **{key: getattr(options, key) for key in packing})
 

@@ -21,6 +21,9 @@ class Tokenizer:
 
     stop_tokens = [7]
 
+    def get_vocab(self):
+        return {str(i): i for i in range(tiny_policy.VOCAB_SIZE)}
+
     def decode(self, tokens):
         return " ".join(map(str, tokens))
 

@@ -17,7 +17,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     Raises:
         InputError: the tokenizer shows no vocabulary.
     """
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     if vocabulary is None:
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} shows no vocabulary to take a fingerprint of. "
@@ -37,8 +37,8 @@ def _as_bytes(token: str | bytes) -> bytes:
     return token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
 
 
-def _vocabulary(tokenizer: Any) -> dict[Any, int] | None:
-    """{token: id} of the tokenizer or of the one inside it."""
+def vocabulary_of(tokenizer: Any) -> dict[Any, int] | None:
+    """{token: id} of the tokenizer or of the one inside it; None if it shows none."""
     if callable(getattr(tokenizer, "get_vocab", None)):
         return tokenizer.get_vocab()
     for name in ("encoder", "_mergeable_ranks", "vocab"):
@@ -47,4 +47,4 @@ def _vocabulary(tokenizer: Any) -> dict[Any, int] | None:
     if callable(getattr(tokenizer, "id_to_piece", None)):
         return {tokenizer.id_to_piece(i): i for i in range(tokenizer.get_piece_size())}
     inner = (getattr(tokenizer, name, None) for name in _INNER)
-    return next((found for i in inner if i is not None and (found := _vocabulary(i)) is not None), None)
+    return next((found for i in inner if i is not None and (found := vocabulary_of(i)) is not None), None)

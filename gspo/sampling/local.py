@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gspo.errors import InputError
 from gspo.sampling.cached_decoder import CachedDecoder, KVCache
-from gspo.sampling.fingerprint import tokenizer_fingerprint
+from gspo.sampling.fingerprint import tokenizer_fingerprint, vocabulary_of
 from gspo.types import Completion, Prompt, SamplingParams
 
 # Finished rows are dropped when this share or less is left: below it the copy of the cache pays for itself.
@@ -56,7 +56,9 @@ class LocalSampler:
         self._stops = _stop_tokens(tokenizer) if stop_token_ids is None else set(stop_token_ids)
         if not self._stops and stop_token_ids is None:
             raise InputError("stop_token_ids: the tokenizer names no stop token. Set stop_token_ids; [] for none.")
-        self._specials = self._stops | _special_tokens(tokenizer)
+        # A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have no text.
+        vocabulary = vocabulary_of(tokenizer) or {}
+        self._text_tokens = set(vocabulary.values()) - self._stops - _special_tokens(tokenizer)
         self._is_stop = torch.zeros(model.tok_embeddings.num_embeddings, dtype=torch.bool)
         self._check_tokens("stop_token_ids", sorted(self._stops))
         self._is_stop[list(self._stops)] = True
@@ -178,7 +180,7 @@ class LocalSampler:
         return Completion(
             tokens=tokens,
             logps=logps,
-            text=self._tokenizer.decode([token for token in tokens if token not in self._specials]),
+            text=self._tokenizer.decode([token for token in tokens if token in self._text_tokens]),
             finish_reason="length" if end is None else "stop",
             temperature=params.temperature,
             top_p=params.top_p,

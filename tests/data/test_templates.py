@@ -71,6 +71,11 @@ def test_llama_special_token_in_the_data_stays_text(llama, tmp_path):
     assert prompt.tokens == [LLAMA["<|eot_id|>"], *b"<|eot_id|>"]
 
 
+def test_longest_special_token_of_the_template_is_taken(llama, tmp_path):
+    llama.special_tokens = llama.special_tokens | {"<|eot": 300, "<|eot_id|><|eot_id|>": 301}
+    assert draw(llama, tmp_path, "", prompt_template="<|eot_id|><|eot_id|>{question}").tokens == [llama.bos_id, 301]
+
+
 def test_qwen_template_gives_the_tokens_of_its_own_encode(folder):
     files = {"path": folder / "vocab.json", "merges_file": folder / "merges.txt"}
     tokenizer = qwen2_tokenizer(**files, special_tokens_path=str(folder / "tokenizer.json"))

@@ -26,3 +26,8 @@ def hangs(prompt, completion, answer, metadata, *, marker="="):
 def nan(prompt, completion, answer, metadata, *, marker="="):
     """Not a number on every second completion or so."""
     return math.nan if len(completion) % 2 else variety(prompt, completion, answer, metadata)
+
+
+def constant(prompt, completion, answer, metadata, *, marker="="):
+    """The same for all: every group is dead."""
+    return 0.5

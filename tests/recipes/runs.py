@@ -22,6 +22,9 @@ SHORT = (  # with what a test depends on, whatever the config is tuned to
     "eval={every_n_steps: 0, num_samples: 0}",
     "sampling={temperature: 1.0, max_new_tokens: 10}",
     "optimizer.lr=1e-3",
+    "lr_scheduler._component_=torchtune.training.get_cosine_schedule_with_warmup",
+    "lr_scheduler.num_warmup_steps=0",
+    "lr_scheduler.num_cycles=0",  # a constant rate
 )
 TIMEOUT_SECONDS = 240
 

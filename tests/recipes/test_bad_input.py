@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gspo import parallel
 from tests.recipes.runs import ROOT, lines, overrides, shell
 
 REFUSED = {
@@ -43,8 +44,8 @@ REFUSED = {
     "odd_replicas": (["data_parallel_replicate_size=3"], "data_parallel_replicate_size is 3, which does not divide"),
     "output_in_the_model": (["output_dir=${base_dir}/out"], "output directory cannot be the same as or a subdirectory"),
     "output_in_a_file": (["output_dir=${data_dir}/train.jsonl/out"], "output_dir: NotADirectoryError: [Errno 20]"),
-    "no_gpu": (["device=xpu"], "device: 'xpu' is not there; use cpu"),
-    "no_device": (["device=gpu"], "device: RuntimeError: Expected one of cpu, cuda"),
+    "no_gpu": (["device=xpu"], "device: 'xpu' is not on this machine. Set device to cpu"),
+    "no_device": (["device=gpu"], "device: 'gpu': Expected one of cpu, cuda"),
     "unknown_reward": (["rewards.correct.function=gspo.rewards.mathh"], "gspo.rewards has no 'mathh'"),
 }
 
@@ -123,3 +124,26 @@ def test_prompts_that_end_stop_the_run_early(run, base):
     assert code is None
     num_prompts = len((base / "data" / "train.jsonl").read_text().splitlines())
     assert json.loads((output / "summary.json").read_text())["steps"] == num_prompts // 8
+
+
+def test_groups_that_are_all_dead_train_nothing_and_are_counted(run):
+    code, output = run("num_steps=2", reward="tests.recipes.rewards.constant")
+    assert code is None
+    assert [(r["dead_groups"], r["documents"], r["grad_norm"]) for r in lines(output / "metrics.jsonl")] == [
+        (1, 0, 0)
+    ] * 2
+
+
+def test_refilling_dead_groups_for_ever_ends_with_a_message(run, capsys, monkeypatch):
+    monkeypatch.setattr(parallel, "MAX_EMPTY_ROUNDS", 5)
+    code, _ = run("advantages.refill_dead_groups=True", reward="tests.recipes.rewards.constant")
+    assert code == 1
+    error = capsys.readouterr().err.split("error: ")[-1]
+    assert error.startswith("docs_per_step: 32 is out of reach, 5 microbatches in a row brought no document. With adv")
+
+
+def test_refilling_dead_groups_until_the_prompts_end_trains_nothing(run):
+    options = ("advantages.refill_dead_groups=True", "prompts.num_epochs=1")
+    code, output = run(*options, reward="tests.recipes.rewards.constant")
+    assert code is None
+    assert json.loads((output / "summary.json").read_text())["steps"] == 0

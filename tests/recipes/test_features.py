@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2_tokenizer
 from torchtune.training import FullModelHFCheckpointer
 
+from gspo.policy import accumulate_gradients
 from gspo.tiny import tiny_qwen2
 from tests.recipes.runs import lines
 
@@ -119,14 +120,14 @@ def test_activation_checkpointing_changes_nothing(run, tmp_path):
 
 
 def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
-    schedule = "{_component_: torchtune.training.get_cosine_schedule_with_warmup, num_warmup_steps: 2}"
+    schedule = ("lr_scheduler.num_warmup_steps=2", "lr_scheduler.num_cycles=0.5")
     profiler = (
         f"profiler={{enabled: True, output_dir: {tmp_path / 'traces'}, cpu: True, cuda: False, xpu: False, "
         "profile_memory: False, with_stack: False, record_shapes: False, with_flops: False, "
         "wait_steps: 1, warmup_steps: 1, active_steps: 1, num_cycles: 1}"
     )
     logger = f"metric_logger={{_component_: torchtune.training.metric_logging.DiskLogger, log_dir: {tmp_path / 'log'}}}"
-    records = finish(run(f"lr_scheduler={schedule}", profiler, logger, "log_every_n_steps=2", "num_steps=4"))
+    records = finish(run(*schedule, profiler, logger, "log_every_n_steps=2", "num_steps=4"))
     assert [r["lr"] for r in records] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0], abs=1e-9)
     (logged,) = (tmp_path / "log").glob("*.txt")
     assert [line.split("|")[0] for line in logged.read_text().splitlines()] == ["Step 2 ", "Step 4 "]
@@ -154,3 +155,28 @@ def test_adamw8bit_moves_bfloat16_weights_with_stochastic_rounding(run, base):
     assert after[name].dtype == torch.bfloat16
     moved = (after[name].float() - before[name].bfloat16().float()).abs().mean().item()
     assert 0.5e-4 < moved < 2e-4  # two steps of 1e-4, which rounding to nearest would mostly lose at weights of 0.06
+
+
+def test_every_microbatch_is_divided_by_the_totals_of_the_step(run, recipe, monkeypatch):
+    seen = []
+
+    def spy(policy, microbatches, denominator, **options):
+        seen.append((len(microbatches), sum(m.batch.num_documents for m in microbatches), denominator))
+        return accumulate_gradients(policy, microbatches, denominator, **options)
+
+    monkeypatch.setattr(recipe, "accumulate_gradients", spy)
+    options = ["docs_per_step=40", "packing.tokens_per_microbatch=256", "advantages.drop_dead_groups=False"]
+    records = finish(run(*options, "loss.aggregation=document"))
+    for num_microbatches, num_documents, denominator in seen:
+        assert num_microbatches > 2
+        assert denominator == num_documents >= 40
+    assert [r["documents"] for r in records] == [num_documents for _, num_documents, _ in seen]
+
+
+def test_evaluation_and_logging_do_not_disturb_training(run, tmp_path):
+    plain = finish(run("num_steps=3"))
+    code, _ = run("num_steps=3", "eval={every_n_steps: 1, num_samples: 2}", f"output_dir={tmp_path / 'again'}")
+    assert code is None
+    names = ("loss", "grad_norm", "reward/mean", "tokens")
+    for a, b in zip(plain, lines(tmp_path / "again" / "metrics.jsonl"), strict=True):
+        assert {name: b[name] for name in names} == {name: a[name] for name in names}

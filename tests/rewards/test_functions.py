@@ -72,10 +72,10 @@ def test_math_verify_compares_expressions(completion, answer, value):
     assert math_verify("", completion, answer, {}) == value
 
 
-GSM8K_ANSWER = "She has $5 + 5 = $<<5+5=10>>10 and 6 * 7 = 42\n#### 1,042"
+GSM8K_ANSWER = "She has $5 + 5 = $<<5+5=10>>10 and 6 * 7 = 42\n#### 1,042\nSource: page 7"
 
 
-@pytest.mark.parametrize(("boxed", "value"), [("1042", 1), ("1{,}042", 1), ("10", 0), ("42", 0)])
+@pytest.mark.parametrize(("boxed", "value"), [("1042", 1), ("1{,}042", 1), ("42", 0), ("7", 0)])
 def test_math_verify_takes_a_worked_reference_after_its_marker(boxed, value):
     assert math_verify("", f"so \\boxed{{{boxed}}}", GSM8K_ANSWER, {}, answer_marker="####") == value
 

@@ -368,3 +368,20 @@ def test_sampler_refuses_parts_it_does_not_know():
         layer.attn.pos_embeddings = Learned()
     with pytest.raises(InputError, match="Learned"):
         LocalSampler(learned, Letters())
+
+
+def test_ids_beyond_the_tokenizer_have_no_text():
+    class Short(Letters):
+        def get_vocab(self):
+            return {chr(96 + i): i for i in range(VOCAB - 10)}
+
+        def decode(self, tokens):
+            assert all(token < VOCAB - 10 for token in tokens), "a real tokenizer raises here"
+            return super().decode(tokens)
+
+    params = SamplingParams(max_new_tokens=20)
+    sampler = LocalSampler(build(), Short(), stop_token_ids=[])
+    (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seed=0)
+    padded = [token for c in completions for token in c.tokens if token >= VOCAB - 10]
+    assert padded  # they were drawn
+    assert all(len(c.tokens) == 20 and len(c.text) < 20 for c in completions if max(c.tokens) >= VOCAB - 10)

@@ -1,0 +1,125 @@
+"""The recipe's update, with and without numbers that are not finite, on the ranks of this process group."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gspo import parallel
+from gspo.data.packing import Document, pack_documents
+from gspo.errors import InputError
+from gspo.policy import Microbatch
+from tests.recipes import runs
+
+CPU = torch.device("cpu")
+SPOILED = 3  # which document
+RARE_TOKEN = 200  # in no other document
+
+
+def documents():
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(8):
+        size = 3 + i
+        tokens = torch.randint(0, 150, (4 + size,), generator=generator).tolist()
+        tokens[0] = RARE_TOKEN if i == SPOILED else tokens[0]
+        logps = (-5.6 + 0.1 * torch.randn(size, generator=generator)).tolist()
+        advantage = float(torch.randn((), generator=generator))
+        found.append(Document(tokens, 4, logps, advantage, 0.0, 1.0, 0, f"p{i}", i))
+    return found
+
+
+def build(base, output_dir, loss, *more):
+    """A recipe inside the process group that is there."""
+    module = runs.load_recipe()
+    parallel.init_process_group = lambda device: None
+    arguments = runs.overrides(base, output_dir, f"loss={loss}", "loss.aggregation=token", "max_skipped_steps=1", *more)
+    monkeypatch = type("patch", (), {"setattr": staticmethod(setattr)})
+    recipe = runs.build(module, monkeypatch, *arguments)
+    recipe.setup()
+    return recipe
+
+
+def update(recipe, how):
+    """One update in two microbatches; what it reported, and the gradient that the optimizer got."""
+    kept = documents()
+    if how == "absent":
+        del kept[SPOILED]
+    elif how == "infinite_old_logps":
+        kept[SPOILED] = replace(kept[SPOILED], logps=[*kept[SPOILED].logps[:-1], float("inf")])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = kept[rank::world_size]
+    batches = [pack_documents(mine[i::2], 16) for i in (0, 1)]
+    totals = parallel.sum_over_ranks(
+        [sum(b.num_documents for b in batches), sum(b.num_label_tokens for b in batches)], CPU
+    )
+    found = {}
+    step = recipe._optimizer_step
+
+    def keep_gradient():
+        found["grads"] = {n: p.grad.full_tensor().clone().numpy() for n, p in recipe._policy.decoder.named_parameters()}
+        return step()
+
+    recipe._optimizer_step, recipe._after_step = keep_gradient, lambda values: found.update(values)
+    try:
+        microbatches = [Microbatch.prepare(b, CPU) for b in batches]
+        recipe._update(microbatches, parallel.StepBatches(batches, *totals), [])
+    finally:
+        recipe._optimizer_step = step
+    return found
+
+
+def updates(base, output_dir, loss):
+    """The same weights updated without the document, and with it spoiled."""
+    found = {}
+    for how in ("absent", "infinite_old_logps"):
+        found[how] = update(build(Path(base), Path(output_dir), loss), how)
+    return found
+
+
+def skipped(base, output_dir):
+    """Steps through a model that gives one document NaN, then one whose gradient is infinite on one rank only."""
+    recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss")
+    decoder = recipe._policy.decoder
+    embedding = decoder.tok_embeddings.weight
+    local, first = embedding.to_local(), dist.get_rank() * embedding.to_local().shape[0]
+
+    def weights():
+        return {name: p.full_tensor().clone() for name, p in decoder.named_parameters()}
+
+    before = weights()
+    if first <= RARE_TOKEN < first + local.shape[0]:
+        local.data[RARE_TOKEN - first] = float("nan")
+    nan = update(recipe, "whole")
+    local.data.copy_(before["tok_embeddings.weight"][first : first + local.shape[0]])
+    same = all(torch.equal(before[name], value) for name, value in weights().items())
+
+    good = update(recipe, "whole")
+    for rank in (0, dist.get_world_size() - 1):
+        for p in recipe._policy.parameters():
+            p.grad = torch.zeros_like(p)
+        if dist.get_rank() == rank:
+            next(iter(recipe._policy.parameters())).grad.to_local().view(-1)[:1] = float("inf")
+        try:
+            recipe._optimizer_step()
+            message = None
+        except InputError as error:
+            message = str(error)
+    counts = {"num_skipped": recipe._num_skipped, "message": message, "pid": os.getpid()}
+    return {"nan": nan["grad_norm"], "quarantined": nan["quarantined_documents"], "same": same, **counts} | {
+        "good": good["grad_norm"]
+    }
+
+
+def seeds(base, output_dir):
+    """By number of replicas, the seed that the optimizer of this rank draws from in two steps."""
+    found = {}
+    for replicas in (1, 2):
+        recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", f"data_parallel_replicate_size={replicas}")
+        drawn = found[replicas] = []
+        recipe._optimizer.step = lambda drawn=drawn: drawn.append(torch.initial_seed())
+        for _ in range(2):
+            recipe._optimizer_step()
+    return found

@@ -1,0 +1,52 @@
+from types import SimpleNamespace
+
+import pytest
+
+from gspo.evaluation import evaluate
+from gspo.types import SamplingParams
+from tests.data.fakes import completion, prompt
+
+PARAMS = SamplingParams(temperature=0.7, max_new_tokens=5)
+
+
+class Sampler:
+    """Answers of prompt i: right in the first i of its completions. Remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, prompts, *, group_size, params, seed):
+        self.calls.append((group_size, params.temperature, params.max_new_tokens, seed))
+        return [[completion(text=str(int(j < int(p.answer)))) for j in range(group_size)] for p in prompts]
+
+
+class Pool:
+    """A right answer earns 1.5 of 1.5, and a wrong one 1.4: only the full reward is right."""
+
+    full_reward = 1.5
+
+    def score(self, items):
+        return SimpleNamespace(totals=[1.5 if text == "1" else 1.4 for _, text, _, _ in items])
+
+
+def test_evaluation_counts_full_rewards_only():
+    pairs = evaluate(Sampler(), Pool(), [prompt(i) for i in (0, 1, 2, 3)], params=PARAMS, num_samples=3)
+    assert pairs == {"eval/accuracy": (3, 4), "eval/pass@3": (3, 4), "eval/sampled_accuracy": (6, 12)}
+
+
+def test_evaluation_is_greedy_and_repeats_its_draws():
+    sampler = Sampler()
+    for _ in range(2):
+        evaluate(sampler, Pool(), [prompt(1)], params=PARAMS, num_samples=4)
+    greedy, sampled = sampler.calls[:2]
+    assert greedy[:3] == (1, 0.0, 5) and sampled[:3] == (4, 0.7, 5)
+    assert sampler.calls[2:] == [greedy, sampled]
+
+
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_rank_without_prompts_draws_nothing_and_counts_alike(num_samples):
+    sampler = Sampler()
+    pairs = evaluate(sampler, Pool(), [], params=PARAMS, num_samples=num_samples)
+    assert sampler.calls == [] and set(pairs.values()) == {(0, 0)}
+    other = evaluate(sampler, Pool(), [prompt(1)], params=PARAMS, num_samples=num_samples)
+    assert list(pairs) == list(other)  # ranks add these up by their order

@@ -1,0 +1,70 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from gspo import parallel
+from tests.distributed.launch import launch
+
+WORLD_SIZES = [1, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank of a world size computed, by real processes."""
+    cache = {}
+
+    def of(world_size):
+        if world_size not in cache:
+            folder = tmp_path_factory.mktemp(f"world{world_size}")
+            cache[world_size] = launch("tests.distributed.sums:everything", world_size, folder)
+        return cache[world_size]
+
+    return of
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_counts_add_up_over_ranks(found, world_size):
+    for rank in found(world_size):
+        assert rank["sum"] == [world_size, sum(range(world_size)), world_size * 2**40]
+        assert rank["any"] == [True, False]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_mesh_gives_every_rank_its_own_data(found, world_size):
+    for replicate in (1, 2):
+        if world_size % replicate == 0:
+            shapes = [rank["meshes"][replicate][:2] for rank in found(world_size)]
+            shards = world_size // replicate
+            flat = (shards,) if replicate == 1 else (replicate, shards)
+            assert shapes == [((replicate, shards, 1), flat)] * world_size
+            places = [rank["meshes"][replicate][2] for rank in found(world_size)]
+            assert places == [(i, world_size) for i in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_replicas_must_divide_the_ranks(found, world_size):
+    for rank in found(world_size):
+        assert rank["meshes"][3] == (
+            f"data_parallel_replicate_size is 3, which does not divide the {world_size} ranks of this run: "
+            f"choose a divisor of {world_size}."
+        )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_metrics_are_the_same_on_every_rank_however_they_are_spread(found, world_size):
+    expected = {"loss": -0.25, "ratio/mean": 1.0, "ratio/max": 2.5, "ratio/min": 0.25, "tokens": 17.0, "reward/a": 0.6}
+    for rank in found(world_size):
+        metrics = dict(rank["metrics"])
+        # Seconds add up on a rank; the step takes as long as its slowest one.
+        assert metrics.pop("time/sample") == {1: 5.0, 2: 3.0, 4: 3.0}[world_size]
+        assert metrics == pytest.approx(expected)
+
+
+def test_one_process_makes_a_group_without_a_port(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    parallel.init_process_group(torch.device("cpu"))
+    try:
+        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3], torch.device("cpu")) == [3]
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""What a policy computes beside its gradients, which tests/distributed compares over all arrangements."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import log_softmax
+
+from gspo import parallel
+from gspo.data.packing import pack_documents
+from gspo.errors import InputError
+from gspo.losses import GSPOLoss
+from gspo.policy import Microbatch, Policy, accumulate_gradients, document_mask, load_weights, output_weight
+from tests import tiny_policy
+from tests.distributed.arrangements import build_policy
+
+CPU = torch.device("cpu")
+LAYOUTS = {"one_bin": 512, "long_bins": 64, "short_bins": None}
+each_layout = pytest.mark.parametrize("bin_length", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    parallel.init_process_group(CPU)
+    yield
+    dist.destroy_process_group()
+
+
+def plain_policy(loss=None):
+    decoder = tiny_policy.build_decoder()
+    decoder.load_state_dict(tiny_policy.weights())
+    return Policy(decoder, loss)
+
+
+def expected_logps(batch):
+    """By a plain decoder, one document at a time, [T]."""
+    decoder = tiny_policy.build_decoder()
+    decoder.load_state_dict(tiny_policy.weights())
+    found = torch.zeros(batch.tokens.numel())
+    for d in range(len(batch.ids)):
+        places = batch.document_index == d
+        logits = decoder(batch.tokens[places][None])[0].float() / batch.temperature[d]
+        logps = log_softmax(logits, -1).gather(-1, batch.labels[places, None]).squeeze(-1)
+        found[places] = torch.where(batch.loss_mask[places], logps, 0.0)
+    return found.detach()
+
+
+@each_layout
+def test_logps_are_those_of_each_document_alone(bin_length):
+    batch = pack_documents(tiny_policy.documents(), bin_length)
+    logps = plain_policy().logps(Microbatch.prepare(batch, CPU))
+    assert not logps.requires_grad
+    torch.testing.assert_close(logps, expected_logps(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_mask_is_causal_inside_each_document():
+    batch = pack_documents(tiny_policy.documents(5), 48)
+    mask = document_mask(batch)
+    for r, index in enumerate(batch.document_index.view(batch.num_bins, -1).tolist()):
+        for q in range(48):
+            assert mask[r, q].tolist() == [k <= q and index[k] == index[q] for k in range(48)]
+
+
+@pytest.mark.parametrize(("bin_length", "needed"), [(32, False), (96, True)], ids=["alone", "together"])
+def test_mask_is_made_only_where_documents_share_a_bin(bin_length, needed):
+    documents = [d for d in tiny_policy.documents(20) if d.num_places > 16]
+    assert len(documents) > 2
+    microbatch = Microbatch.prepare(pack_documents(documents, bin_length), CPU)
+    assert (microbatch.attention_mask is not None) == needed
+    expected = expected_logps(microbatch.batch)
+    torch.testing.assert_close(plain_policy().logps(microbatch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank):
+    policy = build_policy(GSPOLoss())
+    (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(pack_documents([]), CPU)], 7.0)
+    assert float(pairs["loss"][0]) == 0 and float(pairs["kl_new_old"][1]) == 0
+    assert all(p.grad.full_tensor().eq(0).all() for p in policy.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_output_weight_is_the_heads(tied):
+    decoder = tiny_policy.build_decoder(tied=tied)
+    assert output_weight(decoder).shape == (tiny_policy.VOCAB_SIZE, 32)
+    assert (output_weight(decoder) is decoder.tok_embeddings.weight) == tied
+
+
+def test_logps_between_forward_and_update_leave_no_stale_weights(one_rank):
+    microbatch = Microbatch.prepare(pack_documents(tiny_policy.documents(), 64), CPU)
+    policy = build_policy(GSPOLoss())
+    list(accumulate_gradients(policy, [microbatch], 3.0))
+    before = policy.logps(microbatch)
+    assert all(p.grad is not None for p in policy.parameters())
+    torch.optim.SGD(policy.parameters(), lr=1.0).step()
+    after = policy.logps(microbatch)
+    fresh = plain_policy()
+    fresh.decoder.load_state_dict(dict(policy.full_state_dict()))
+    torch.testing.assert_close(after, fresh.logps(microbatch), rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_full_state_dict_gives_torchtunes_names_with_checkpointed_layers_too(one_rank):
+    policy = build_policy(GSPOLoss(), activation_checkpointing=True)
+    found, want = dict(policy.full_state_dict()), tiny_policy.weights()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], value) for name, value in want.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("norm.scale"), "model: norm.scale is [32] in the model and missing in the checkpoint. Name"),
+        (lambda w: w.update(extra=torch.ones(2)), "model: extra is missing in the model and [2] in the checkpoint."),
+        (
+            lambda w: w.update({"norm.scale": torch.ones(8)}),
+            "model: norm.scale is [32] in the model and [8] in the checkpoint.",
+        ),
+    ],
+    ids=["missing", "unexpected", "other_shape"],
+)
+def test_weights_of_another_model_are_refused(one_rank, change, message):
+    weights = tiny_policy.weights()
+    change(weights)
+    with pytest.raises(InputError) as refused:
+        load_weights(build_policy(None), weights, CPU)
+    assert str(refused.value).startswith(message)
+
+
+def test_policy_without_a_loss_only_evaluates():
+    microbatch = Microbatch.prepare(pack_documents(tiny_policy.documents(2)), CPU)
+    with pytest.raises(AssertionError, match="without a loss"):
+        plain_policy()(microbatch)
