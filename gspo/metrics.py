@@ -208,6 +208,15 @@ def noise_floor(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: metrics[source] for name, source in names.items() if source in metrics}
 
 
+def set_aside(path: Path) -> None:
+    """Renames the file of an earlier run, ``metrics.jsonl`` to ``metrics.1.jsonl`` or the next free number."""
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    if path.exists():
+        path.rename(kept)
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one JSON object as a line, with null for a number that JSON cannot hold."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

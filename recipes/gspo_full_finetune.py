@@ -101,6 +101,8 @@ class GSPOFullFinetuneRecipe:
             self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         parallel.init_process_group(self._device)
         self._rank = dist.get_rank()
+        suffix = f"_rank{self._rank}" if self._rank else ""
+        self._completions_file = self._output_dir / f"completions{suffix}.jsonl"
         self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
         training.set_seed(cfg.seed)
         self._step = 0  # optimizer steps done
@@ -108,6 +110,7 @@ class GSPOFullFinetuneRecipe:
         self._skipped_in_a_row = 0
         self._num_skipped = 0
         self._accuracy: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
         self._last_evaluation = -1
 
     @staticmethod
@@ -123,6 +126,13 @@ class GSPOFullFinetuneRecipe:
             f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): evaluation uses the sampler's weights",
             f"use {math.ceil(every / cfg.sync_every_steps) * cfg.sync_every_steps}",
         )  # fmt: skip
+        penalized = cfg.loss.get("kl_coef", 0) or cfg.loss.get("entropy_coef", 0)
+        drops = cfg.advantages.drop_dead_groups and not cfg.advantages.refill_dead_groups
+        require(
+            not (penalized and drops), "advantages.drop_dead_groups", True,
+            "must be false where the loss has a KL or entropy term, which a group of equal rewards feels too",
+            "set it to false, or set refill_dead_groups: true to replace such groups",
+        )  # fmt: skip
         needs_reference = cfg.loss.get("kl_coef", 0) > 0 and cfg.reference_checkpointer is None
         require(
             not needs_reference, "loss.kl_coef", cfg.loss.get("kl_coef", 0), "needs a reference policy",
@@ -134,7 +144,10 @@ class GSPOFullFinetuneRecipe:
         cfg = self._cfg
         with refusals("output_dir", "choose a folder that can be written"):
             self._output_dir.mkdir(parents=True, exist_ok=True)
-            self._metrics_file.touch()
+            metrics.set_aside(self._completions_file)
+            if self._rank == 0:
+                metrics.set_aside(self._metrics_file)
+                self._metrics_file.touch()
         self._tokenizer = self._component("tokenizer")
         self._checkpointer = self._component("checkpointer")
         self._pool = RewardPool(OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool)
@@ -178,7 +191,7 @@ class GSPOFullFinetuneRecipe:
             on_quarantine=self._write_quarantined,
             record=partial(
                 Record,
-                path=self._output_dir / f"completions_rank{self._rank}.jsonl",
+                path=self._completions_file,
                 num_per_rollout=cfg.log_completions,
             ),
         )
@@ -380,9 +393,9 @@ class GSPOFullFinetuneRecipe:
             "clip": "clip/any_document",
             "tok/s": "tokens_per_second",
         }
-        seen = self._accuracy | values
-        self._bar.set_postfix({k: f"{seen[v]:.3g}" for k, v in shown.items() if v in seen})
         public = metrics.public(values)
+        self._seen |= self._accuracy | public  # what a step does not have is shown as it last was
+        self._bar.set_postfix({k: f"{self._seen[v]:.3g}" for k, v in shown.items() if v in self._seen})
         metrics.append_jsonl(self._metrics_file, {"step": self._step} | public)
         if self._metric_logger is not None and self._step % self._cfg.log_every_n_steps == 0:
             self._metric_logger.log_dict(public, step=self._step)

@@ -25,7 +25,14 @@ REFUSED = {
         "checkpointer: FileNotFoundError: [Errno 2] No such",
     ),
     "no_checkpoint_file": (["checkpointer.checkpoint_files=[a.bin]"], "No file with name: a.bin found in"),
-    "no_reference": (["loss.kl_coef=0.1"], "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer"),
+    "dead_groups_dropped_under_a_penalty": (
+        ["loss.entropy_coef=0.1"],
+        "advantages.drop_dead_groups: True must be false where the loss has a KL or entropy term",
+    ),
+    "no_reference": (
+        ["loss.kl_coef=0.1", "advantages.drop_dead_groups=false"],
+        "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer",
+    ),
     "no_tokenizer": (["tokenizer.path=nowhere.json"], "tokenizer: FileNotFoundError: [Errno 2] No such file or direc"),
     "no_prompts_file": (["prompts.source=nowhere.jsonl"], "source: nowhere.jsonl does not exist (looked for /"),
     "group_of_one": (["group_size=1"], "group_size: 1 "),

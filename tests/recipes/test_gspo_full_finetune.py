@@ -23,7 +23,7 @@ def assert_trained(result, output, *, num_steps=2):
     assert result.returncode == 0, result.stderr[-3000:]
     assert [r["step"] for r in lines(output / "metrics.jsonl")] == list(range(1, num_steps + 1))
     assert json.loads((output / "summary.json").read_text())["steps"] == num_steps
-    assert lines(output / "completions_rank0.jsonl")
+    assert lines(output / "completions.jsonl")
     transformers.Qwen2ForCausalLM.from_pretrained(output / f"epoch_{num_steps}")
 
 
@@ -41,7 +41,10 @@ def test_tune_run_trains_on_two_ranks(installed, base, folder, replicas):
     command = ("run", "--nproc_per_node", "2", *RUN[1:])
     result = shell(TUNE, *command, *arguments, path=installed, cwd=folder)
     assert_trained(result, folder / "out")
-    asked = [{c["prompt_id"] for c in lines(folder / "out" / f"completions_rank{rank}.jsonl")} for rank in (0, 1)]
+    asked = [
+        {c["prompt_id"] for c in lines(folder / "out" / name)}
+        for name in ("completions.jsonl", "completions_rank1.jsonl")
+    ]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
