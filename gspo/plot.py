@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 PANELS = {
     "reward": ["reward/mean"],
@@ -13,6 +14,9 @@ PANELS = {
     "completion length, tokens": ["length/mean"],
     "entropy, nats per token": ["entropy"],
 }
+
+
+MAX_POINTS = 40  # a series with fewer is drawn as it is, a longer one as dots with a running mean
 
 
 def plot_run(output: Path) -> Path:
@@ -26,12 +30,9 @@ def plot_run(output: Path) -> Path:
     records = [json.loads(line) for line in lines]
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for name in names:
-            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else None, markersize=3
-                )
+        for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
+            steps = [r["step"] for r in records if r.get(name) is not None]
+            _draw(axis, steps, [r[name] for r in records if r.get(name) is not None], label=name, color=color)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
@@ -41,3 +42,13 @@ def plot_run(output: Path) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _draw(axis: Any, steps: list[int], values: list[float], *, label: str, color: str) -> None:
+    if len(values) <= MAX_POINTS:
+        axis.plot(steps, values, color=color, label=label, marker="o", markersize=3)
+        return
+    width = len(values) // MAX_POINTS
+    means = [sum(values[i : i + width]) / width for i in range(len(values) - width + 1)]
+    axis.plot(steps, values, ".", color=color, alpha=0.25, markersize=3)
+    axis.plot(steps[width // 2 :][: len(means)], means, color=color, label=label)

@@ -1,0 +1,64 @@
+"""What only a GPU can show: the FlexAttention block mask, and the sampler's half-precision path, against the CPU."""
+
+import pytest
+import torch
+
+from gspo.data.packing import pack_documents
+from gspo.losses import GSPOLoss
+from gspo.policy import Microbatch, Policy
+from gspo.sampling.local import LocalSampler
+from gspo.types import Prompt, SamplingParams
+from tests import tiny_policy
+
+pytestmark = pytest.mark.gpu
+
+
+class Tokenizer:
+    """Ids without text."""
+
+    stop_tokens = [0]
+
+    def get_vocab(self):
+        return {f"<{i}>": i for i in range(tiny_policy.VOCAB_SIZE)}
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def gradients(device):
+    decoder = tiny_policy.build_decoder()
+    decoder.load_state_dict(tiny_policy.weights())
+    policy = Policy(decoder, GSPOLoss(clip_low=0.2, clip_high=0.2)).to(device)
+    batch = pack_documents(tiny_policy.documents(), 512)
+    loss, metrics = policy(Microbatch.prepare(batch, torch.device(device)))
+    loss.backward()
+    grads = {name: p.grad.cpu() for name, p in policy.named_parameters()}
+    return loss.item(), {name: value.item() for name, (value, _) in metrics.items()}, grads
+
+
+def test_block_mask_gives_the_gradient_of_the_dense_mask():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loss, metrics, grads = gradients("cuda")
+    expected_loss, expected_metrics, expected = gradients("cpu")
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-4)
+    for name, want in expected.items():
+        assert (grads[name] - want).norm() / want.norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_sampler_logps_on_cuda_are_those_of_a_full_forward(dtype):
+    decoder = tiny_policy.build_decoder().to("cuda", dtype)
+    decoder.load_state_dict(tiny_policy.weights())
+    prompts = [Prompt(f"p{n}", "", list(range(1, n + 1))) for n in (1, 5, 9)]
+    params = SamplingParams(temperature=0.7, max_new_tokens=20)
+    groups = LocalSampler(decoder, Tokenizer()).sample(prompts, group_size=4, params=params, seed=0)
+    plain = tiny_policy.build_decoder().to("cuda", dtype)
+    plain.load_state_dict(tiny_policy.weights())
+    for prompt, group in zip(prompts, groups, strict=True):
+        for c in group:
+            logits = plain(torch.tensor([prompt.tokens + c.tokens], device="cuda"))[0].float()
+            logps = (logits / 0.7).log_softmax(-1)[len(prompt.tokens) - 1 : -1]
+            expected = logps.gather(-1, torch.tensor(c.tokens, device="cuda")[:, None]).squeeze(-1).cpu()
+            tolerance = 1e-4 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(torch.tensor(c.logps), expected, rtol=0, atol=tolerance)
