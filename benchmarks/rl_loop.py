@@ -11,14 +11,13 @@ recipe's own loop. The reward is a coin weighted by ``--solve-rate``, so that th
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from hardware import hardware
 from torchdata.nodes import BaseNode
 from torchtune.models.qwen2 import qwen2
 
@@ -186,9 +185,7 @@ def main() -> None:
         print(f"{row['case']:34s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})")
         print(f"{'':34s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
     if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        report = {"date": str(datetime.date.today()), "torch": torch.__version__, **machine, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(hardware() | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from hardware import hardware
 from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
@@ -109,19 +109,6 @@ def measure(
     }
 
 
-def hardware() -> dict[str, str | int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -129,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     decoder, reference = build()
     sampler = LocalSampler(decoder, Letters(), stop_token_ids=[])
-    where = hardware()
+    where = hardware() | {"transformers": transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{'prompts':>8} {'group':>6} {'new':>5} {'local tok/s':>12} {'HF tok/s':>10} {'speedup':>8}")
     rows = []

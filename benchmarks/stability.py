@@ -10,11 +10,11 @@ of the accuracy below its best so far, the steps that were not finite, and the K
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
 from pathlib import Path
+
+from hardware import hardware
 
 from gspo.demo import train
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     train(args.run, seed=args.seed, overrides=[f"num_steps={STEPS}", f"eval.every_n_steps={EVERY}"])
-    report = {"date": str(datetime.date.today()), "machine": platform.machine()} | summarize(args.run)
+    report = hardware() | summarize(args.run)
     print(json.dumps(report, indent=2))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
