@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--base-only", action="store_true", help="make the base policy and its data, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config tiny/gspo")
     args = parser.parse_args()
+    # A model this small gains a quarter from a second thread, and loses tenfold when another process wants the core.
+    # Read when torch is first imported, which is below, and in the processes that start from here.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
     shutil.rmtree(args.output, ignore_errors=True)
     make_base(args.output, seed=args.seed)
@@ -105,8 +108,7 @@ def report(output: Path, *, seconds: float) -> None:
 def tune_run(recipe: str, config: str, overrides: list[str]) -> None:
     """``tune run`` in a process of its own, as a user would type it."""
     command = [str(Path(sys.executable).with_name("tune")), "run", recipe, "--config", config, *overrides]
-    # A model this small gains a quarter from a second thread, and loses tenfold when another process wants the core.
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
