@@ -143,6 +143,11 @@ def check_config(
     """
     optional = optional or {}
     merged = OmegaConf.merge(optional, cfg)
+    raw = OmegaConf.to_container(merged, resolve=False)
+    for key, default in optional.items():
+        # `key=null` on the command line arrives as the component's path, see torchtune's merge.
+        if default is None and isinstance(raw[key], dict) and raw[key].get("_component_", "") is None:
+            merged[key] = None
     try:
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -34,6 +34,9 @@ class _PolicyLoss(nn.Module):
             raise InputError(f"loss.aggregation is {aggregation!r}: it must be one of {', '.join(F.AGGREGATIONS)}.")
         if kl_estimator not in F.KL_ESTIMATORS:
             raise InputError(f"loss.kl_estimator is {kl_estimator!r}: it must be one of {', '.join(F.KL_ESTIMATORS)}.")
+        for key, coefficient in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+            if not coefficient >= 0:
+                raise InputError(f"loss.{key} is {coefficient}: it must be 0 or more.")
         if aggregation == "constant" and not constant_length:
             raise InputError("loss.aggregation is 'constant': set loss.constant_length to the length it divides by.")
         if normalize_by_documents and aggregation == "constant":

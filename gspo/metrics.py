@@ -100,6 +100,7 @@ class MetricSums:
         """Numbers over all ranks, by one packed all-gather. Every rank calls it and gets the same."""
         self._fetch()
         absent = (math.nan, math.nan)
+        self._how = dict(sorted(self._how.items()))  # the ranks' columns must agree, in whatever order names arrived
         mine = torch.tensor([self._pairs.get(name, absent) for name in self._how], dtype=torch.float64).to(device)
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
@@ -120,7 +121,8 @@ class MetricSums:
             self._tensors.clear()
 
     def _add_pair(self, name: str, pair: Pair) -> None:
-        how = self._how[name]  # a name that METRICS does not declare is a bug of ours
+        # A loss of the user's may bring metrics of its own: means, the same names on every rank.
+        how = self._how.setdefault(name, "mean")
         self._pairs[name] = combine(how, self._pairs[name], pair) if name in self._pairs else pair
 
 

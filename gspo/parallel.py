@@ -5,6 +5,7 @@ Not here: context parallelism's sharding of a microbatch; its axis of the mesh e
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from gspo.data.packing import pack_documents
 from gspo.errors import InputError
 from gspo.types import PackedBatch
 
+logger = logging.getLogger(__name__)
+
+WARN_EMPTY_ROUNDS = 10
 MAX_EMPTY_ROUNDS = 200  # of a step: a run that finds nothing to learn from ends instead of sampling for ever
 
 
@@ -133,6 +137,8 @@ def fetch_step(source: Iterator[PackedBatch], *, docs_per_step: int, device: tor
         if not sources:
             break
         num_empty_rounds = 0 if documents else num_empty_rounds + 1
+        if num_empty_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:
+            logger.warning("Waiting for groups whose rewards differ: %d microbatches had none.", num_empty_rounds)
         if num_empty_rounds == MAX_EMPTY_ROUNDS:
             raise InputError(
                 f"docs_per_step: {docs_per_step} is out of reach, {MAX_EMPTY_ROUNDS} microbatches in a row brought no "

@@ -102,7 +102,7 @@ class Policy(nn.Module):
     def forward(self, microbatch: Microbatch) -> tuple[Tensor, MetricSums]:
         """The undivided loss sum of a microbatch and its metric sums."""
         assert self.loss is not None, "this policy was built without a loss"
-        logps, entropy = self._row_logps(microbatch, entropy_grad=bool(self.loss.entropy_coef))
+        logps, entropy = self._row_logps(microbatch, entropy_grad=bool(getattr(self.loss, "entropy_coef", 0)))
         return self.loss(logps, entropy, _row_inputs(microbatch))
 
     def logps(self, microbatch: Microbatch) -> Tensor:  # [T] float32 nats, 0 where there is no label

@@ -119,14 +119,24 @@ class GSPOFullFinetuneRecipe:
             least = int(key in AT_LEAST_1)
             fits = isinstance(cfg[key], int) and cfg[key] >= least
             require(fits, key, cfg[key], f"must be a whole number of {least} or more", "change it")
+        norm = cfg.clip_grad_norm
+        fits = norm is None or (isinstance(norm, int | float) and norm > 0)
+        require(fits, "clip_grad_norm", norm, "must be a number above 0, or null for no clipping", "change it")
+        new_tokens, temperature = cfg.sampling.get("max_new_tokens", 1), cfg.sampling.get("temperature", 1.0)
+        fits = isinstance(new_tokens, int) and new_tokens >= 1
+        require(fits, "sampling.max_new_tokens", new_tokens, "must be a whole number of 1 or more", "change it")
+        fits = isinstance(temperature, int | float)
+        require(fits, "sampling.temperature", temperature, "must be a number above 0", "change it")
         require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
-        every = cfg.eval.get("every_n_steps", 0)
+        every = cfg.eval.every_n_steps
+        fits = isinstance(every, int) and every >= 0
+        require(fits, "eval.every_n_steps", every, "must be a whole number of 0 or more", "change it")
         require(
             every % cfg.sync_every_steps == 0, "eval.every_n_steps", every,
             f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): evaluation uses the sampler's weights",
             f"use {math.ceil(every / cfg.sync_every_steps) * cfg.sync_every_steps}",
         )  # fmt: skip
-        penalized = cfg.loss.get("kl_coef", 0) or cfg.loss.get("entropy_coef", 0)
+        penalized = cfg.loss.get("kl_coef", 0) > 0 or cfg.loss.get("entropy_coef", 0) > 0
         drops = cfg.advantages.drop_dead_groups and not cfg.advantages.refill_dead_groups
         require(
             not (penalized and drops), "advantages.drop_dead_groups", True,
@@ -286,8 +296,9 @@ class GSPOFullFinetuneRecipe:
         for pairs in stats:
             sums.add(pairs)
         values = sums.reduce(self._device)
-        if values["_late_documents"]:
+        if values.get("_late_documents"):
             self._quarantine(microbatches, values, step, denominator)
+        values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on with it
         values["grad_norm"] = self._optimizer_step()
         values["time/update"] = time.perf_counter() - begin
         self._after_step(values)
@@ -354,7 +365,7 @@ class GSPOFullFinetuneRecipe:
             values |= self._evaluate()
         if fresh:
             values |= metrics.noise_floor(values)
-        values |= {"lr": float(training.get_lr(self._optimizer)), "skipped_steps": self._num_skipped}
+        values["skipped_steps"] = self._num_skipped
         self._log(values)
         if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and self._step < cfg.num_steps:
             self._save()

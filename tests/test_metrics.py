@@ -22,9 +22,12 @@ def test_every_metric_declares_a_known_reduction():
     assert all(per for _, per, _ in metrics.METRICS.values())
 
 
-def test_undeclared_metric_is_refused():
-    with pytest.raises(KeyError, match="ratio/meen"):
-        metrics.MetricSums().add({"ratio/meen": (1.0, 1.0)})
+def test_undeclared_metric_is_a_mean():
+    sums = metrics.MetricSums()
+    sums.add({"own/metric": (1.0, 1.0)})
+    sums.add({"own/metric": (2.0, 3.0)})
+    assert sums._how["own/metric"] == "mean"
+    assert sums._pairs["own/metric"] == (3.0, 4.0)
 
 
 def test_finalize_derives_what_sums_alone_do_not_give():

@@ -290,8 +290,9 @@ def _per_document(values: list[Any], padding: float, dtype: torch.dtype) -> torc
 class Pack(BaseNode[PackedBatch]):
     """Rollouts in, microbatches of at most ``tokens_per_microbatch`` places out.
 
-    Each batch carries the metric sums and the dropped documents of the rollouts drawn since the batch before it. A
-    rollout without a live document gives at once one bin of padding that carries them, so that a run whose groups are
+    Each batch carries the metric sums of the rollouts drawn since the batch before it. Dropped documents are spread
+    over the batches as the live ones are, so that several optimizer steps on one rollout divide by their share of them.
+    A rollout without a live document gives at once one bin of padding that carries all, so that a run whose groups are
     all dead moves on, and a model's forward runs on every rank.
 
     Args:
@@ -335,12 +336,15 @@ class Pack(BaseNode[PackedBatch]):
         self.source.reset(None if initial_state is None else initial_state["source"])
         waiting = [] if initial_state is None else initial_state["documents"]
         self._documents = [Document(**d) for d in waiting]  # oldest first
+        # Documents and their label tokens that were dropped and no batch has carried yet.
+        self._dropped: list[int] = [0, 0] if initial_state is None else list(initial_state["dropped"])
 
     def get_state(self) -> dict[str, Any]:
         """The source's state and the documents that wait, in plain containers."""
         return {
             "source": self.source.state_dict(),
             "documents": [{name: getattr(d, name) for name in _DOCUMENT_FIELDS} for d in self._documents],
+            "dropped": list(self._dropped),
         }
 
     def next(self) -> PackedBatch:
@@ -372,6 +376,8 @@ class Pack(BaseNode[PackedBatch]):
         for document in documents:
             self._check(document)
         self._documents += documents
+        self._dropped[0] += rollout.dropped_documents
+        self._dropped[1] += rollout.dropped_tokens
         return len(documents)
 
     def _check(self, document: Document) -> None:
@@ -391,9 +397,12 @@ class Pack(BaseNode[PackedBatch]):
     def _emit(self, drawn: list[Rollout], taken: list[int], bin_length: int, bin_of: list[int]) -> PackedBatch:
         batch = build_batch([self._documents[i] for i in taken], bin_of, bin_length)
         for rollout in drawn:
-            batch.num_documents += rollout.dropped_documents
-            batch.num_label_tokens += rollout.dropped_tokens
             batch.stats = merge_stats(batch.stats, rollout.stats)
+        share = len(taken) / len(self._documents) if taken else 1.0
+        dropped = [round(share * count) for count in self._dropped]
+        self._dropped = [count - part for count, part in zip(self._dropped, dropped, strict=True)]
+        batch.num_documents += dropped[0]
+        batch.num_label_tokens += dropped[1]
         gone = set(taken)
         self._documents = [d for i, d in enumerate(self._documents) if i not in gone]
         return batch

@@ -91,6 +91,7 @@ def _answer(
 
 
 def _call(function: RewardFunction, item: Item, timeout: float) -> tuple[str, Any]:
+    worker = os.getpid()
     try:
         signal.signal(signal.SIGALRM, _raise_time_up)  # each time, since a reward may have put its own handler there
         # It fires again every second: a bare `except:` in the reward would swallow a single one.
@@ -98,6 +99,8 @@ def _call(function: RewardFunction, item: Item, timeout: float) -> tuple[str, An
         try:
             value = function(*item)
         finally:
+            if os.getpid() != worker:
+                os._exit(0)  # a child that the reward forked came back: it must not answer in the worker's place
             signal.setitimer(signal.ITIMER_REAL, 0)
         return _checked(value)
     except _TimeUp:

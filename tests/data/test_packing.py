@@ -345,3 +345,17 @@ def test_pack_refuses_a_prompt_without_tokens():
 def test_pack_refuses_arguments(options, message):
     with pytest.raises(InputError, match=message):
         pack(**options)
+
+
+def test_pack_spreads_dropped_documents_as_the_live_ones():
+    def rollout(index):
+        groups = [Group(i, Prompt(f"p:{i}", "", [1, 2]), [completion(15, 0.5)]) for i in range(24)]
+        return Rollout(groups, dropped_documents=40, dropped_tokens=400)
+
+    batches = list(pack(1, rollout, tokens_per_microbatch=64, bin_length=64))
+    live = [int((b.label_counts > 0).sum()) for b in batches]
+    dropped = [b.num_documents - count for b, count in zip(batches, live, strict=True)]
+    assert len(batches) > 3
+    assert sum(dropped) == 40
+    for count, number in zip(live, dropped, strict=True):
+        assert abs(number - 40 * count / 24) <= 1

@@ -29,6 +29,12 @@ REFUSED = {
         ["loss.entropy_coef=0.1"],
         "advantages.drop_dead_groups: True must be false where the loss has a KL or entropy term",
     ),
+    "negative_clip_grad_norm": (["clip_grad_norm=-1"], "clip_grad_norm: -1 must be a number above 0"),
+    "clip_grad_norm_not_a_number": (["clip_grad_norm=big"], "clip_grad_norm: 'big' must be a number above 0"),
+    "no_new_tokens": (["sampling.max_new_tokens=null"], "sampling.max_new_tokens: None must be a whole number"),
+    "temperature_not_a_number": (["sampling.temperature=hot"], "sampling.temperature: 'hot' must be a number above 0"),
+    "eval_every_not_a_number": (["eval.every_n_steps=two"], "eval.every_n_steps: 'two' must be a whole number"),
+    "negative_kl": (["loss.kl_coef=-0.1"], "loss.kl_coef is -0.1: it must be 0 or more"),
     "no_reference": (
         ["loss.kl_coef=0.1", "advantages.drop_dead_groups=false"],
         "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer",

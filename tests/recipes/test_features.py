@@ -135,7 +135,8 @@ def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
     )
     logger = f"metric_logger={{_component_: torchtune.training.metric_logging.DiskLogger, log_dir: {tmp_path / 'log'}}}"
     records = finish(run(*schedule, profiler, logger, "log_every_n_steps=2", "num_steps=4"))
-    assert [r["lr"] for r in records] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0], abs=1e-9)
+    # The rate that the step used: torchtune's warm-up starts at 0.
+    assert [r["lr"] for r in records] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4], abs=1e-9)
     (logged,) = (tmp_path / "log").glob("*.txt")
     assert [line.split("|")[0] for line in logged.read_text().splitlines()] == ["Step 2 ", "Step 4 "]
     assert list((tmp_path / "traces").rglob("*.json*"))
@@ -187,3 +188,16 @@ def test_evaluation_and_logging_do_not_disturb_training(run, tmp_path):
     names = ("loss", "grad_norm", "reward/mean", "tokens")
     for a, b in zip(plain, lines(tmp_path / "again" / "metrics.jsonl"), strict=True):
         assert {name: b[name] for name in names} == {name: a[name] for name in names}
+
+
+def test_loss_of_the_users_own_runs_and_its_metric_is_logged(run):
+    options = [f"~loss.{key}" for key in ("clip_low", "clip_high", "aggregation")]
+    records = finish(run("loss=tests.recipes.own_loss.OwnLoss", *options))
+    assert all(record["own/logps"] < 0 for record in records)
+    assert any(record["loss"] != 0 for record in records)
+
+
+def test_optional_component_is_switched_off_by_null(run):
+    code, output = run("eval_prompts=null", "lr_scheduler=null")
+    finish((code, output))
+    assert json.loads((output / "summary.json").read_text())["accuracy_after"] is None

@@ -68,7 +68,15 @@ def _slow():
     return 1.0
 
 
+def _fork():
+    if os.fork() == 0:
+        return 0.5
+    os.wait()
+    return 0.25
+
+
 COMMANDS = {
+    "fork": _fork,
     "slow": _slow,
     "tolerate": _tolerate,
     "one": lambda: 1.0,

@@ -272,3 +272,7 @@ def test_worker_that_cannot_start_is_an_error_and_no_hang(tmp_path, monkeypatch,
     with pytest.raises(InputError, match=f"rewards: a worker cannot start: .*{message}"):
         pool.score(items_of("x"))
     pool.close()
+
+
+def test_child_that_a_reward_forks_does_not_answer(pool):
+    assert pool.score(items_of("one", "fork", "half", "fork")).totals == [1.0, 0.25, 0.5, 0.25]
