@@ -188,7 +188,7 @@ _PEAK_BF16_FLOPS = {
 
 
 def throughput(values: Mapping[str, float], num_parameters: int, device: torch.device) -> dict[str, float]:
-    """Trained tokens a second over all ranks; on a known GPU model FLOPs utilization (6 N per token), and memory."""
+    """Tokens through the policy a second, prompts included, over all ranks; on a known GPU MFU (6 N) and memory."""
     rate = values["_places"] / values["time/step"]
     found = {"tokens_per_second": rate}
     if device.type == "cuda":

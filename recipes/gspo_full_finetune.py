@@ -103,6 +103,7 @@ class GSPOFullFinetuneRecipe:
         self._rank = dist.get_rank()
         suffix = f"_rank{self._rank}" if self._rank else ""
         self._completions_file = self._output_dir / f"completions{suffix}.jsonl"
+        self._quarantine_file = self._output_dir / f"quarantine_rank{self._rank}.jsonl"
         self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
         training.set_seed(cfg.seed)
         self._step = 0  # optimizer steps done
@@ -155,6 +156,7 @@ class GSPOFullFinetuneRecipe:
         with refusals("output_dir", "choose a folder that can be written"):
             self._output_dir.mkdir(parents=True, exist_ok=True)
             metrics.set_aside(self._completions_file)
+            metrics.set_aside(self._quarantine_file)
             if self._rank == 0:
                 metrics.set_aside(self._metrics_file)
                 self._metrics_file.touch()
@@ -206,7 +208,6 @@ class GSPOFullFinetuneRecipe:
             ),
         )
         self._num_parameters = sum(p.numel() for p in self._policy.parameters())
-        self._logged_at = time.perf_counter()
         self._profiler, _ = self._setup_profiler()
         self._metric_logger = None
         if self._rank == 0 and cfg.metric_logger is not None:
@@ -257,6 +258,7 @@ class GSPOFullFinetuneRecipe:
         cfg = self._cfg
         started = time.perf_counter()
         self._accuracy_before = self._evaluate()
+        self._logged_at = time.perf_counter()
         self._bar = tqdm(total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True)
         with self._profiler:
             while self._step < cfg.num_steps:
@@ -351,7 +353,7 @@ class GSPOFullFinetuneRecipe:
                 self._write_quarantined({"step": self._step} | record)
 
     def _write_quarantined(self, record: dict[str, Any]) -> None:
-        metrics.append_jsonl(self._output_dir / f"quarantine_rank{self._rank}.jsonl", record)
+        metrics.append_jsonl(self._quarantine_file, record)
 
     def _after_step(self, values: dict[str, float]) -> None:
         """Hands the weights to the sampler, evaluates, logs and saves, each when its turn has come."""
