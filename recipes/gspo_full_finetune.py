@@ -85,7 +85,9 @@ AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
     "head_chunk_size", "data_parallel_replicate_size", "log_every_n_steps",
 )  # fmt: skip
-AT_LEAST_0 = ("prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed")
+AT_LEAST_0 = (
+    "prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed", "eval.every_n_steps",
+)  # fmt: skip
 
 
 class GSPOFullFinetuneRecipe:
@@ -118,8 +120,9 @@ class GSPOFullFinetuneRecipe:
     def _check_values(cfg: DictConfig) -> None:
         for key in (*AT_LEAST_1, *AT_LEAST_0):
             least = int(key in AT_LEAST_1)
-            fits = isinstance(cfg[key], int) and cfg[key] >= least
-            require(fits, key, cfg[key], f"must be a whole number of {least} or more", "change it")
+            value = OmegaConf.select(cfg, key)
+            fits = isinstance(value, int) and value >= least
+            require(fits, key, value, f"must be a whole number of {least} or more", "change it")
         norm = cfg.clip_grad_norm
         fits = norm is None or (isinstance(norm, int | float) and norm > 0)
         require(fits, "clip_grad_norm", norm, "must be a number above 0, or null for no clipping", "change it")
@@ -130,8 +133,6 @@ class GSPOFullFinetuneRecipe:
         require(fits, "sampling.temperature", temperature, "must be a number above 0", "change it")
         require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
         every = cfg.eval.every_n_steps
-        fits = isinstance(every, int) and every >= 0
-        require(fits, "eval.every_n_steps", every, "must be a whole number of 0 or more", "change it")
         require(
             every % cfg.sync_every_steps == 0, "eval.every_n_steps", every,
             f"must be a multiple of sync_every_steps ({cfg.sync_every_steps}): evaluation uses the sampler's weights",

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from gspo import parallel
-from tests.distributed.launch import launch
+from tests.distributed.launch import once_per_world_size
 
 WORLD_SIZES = [1, 2, 4]
 
@@ -11,15 +11,7 @@ WORLD_SIZES = [1, 2, 4]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank of a world size computed, by real processes."""
-    cache = {}
-
-    def of(world_size):
-        if world_size not in cache:
-            folder = tmp_path_factory.mktemp(f"world{world_size}")
-            cache[world_size] = launch("tests.distributed.sums:everything", world_size, folder)
-        return cache[world_size]
-
-    return of
+    return once_per_world_size(tmp_path_factory, "tests.distributed.sums:everything")
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

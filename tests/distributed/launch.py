@@ -1,5 +1,6 @@
 """Runs a function on several gloo processes and gives back what each returned."""
 
+import functools
 import os
 import pickle
 import subprocess
@@ -34,6 +35,16 @@ def launch(target: str, world_size: int, folder: Path, *args) -> list:
     # The rank that failed first is the one whose peers did not hang up on it.
     assert not failed, min(failed, key=lambda text: "Connection closed by peer" in text)
     return [pickle.loads((folder / f"result{rank}.pkl").read_bytes()) for rank in range(world_size)]
+
+
+def once_per_world_size(tmp_path_factory, target: str, args_of=lambda world_size: ()):
+    """A function of the world size that launches ``target`` at the first call and gives the ranks' results."""
+
+    @functools.cache
+    def results(world_size: int) -> list:
+        return launch(target, world_size, tmp_path_factory.mktemp(f"world{world_size}"), *args_of(world_size))
+
+    return results
 
 
 def _child(target: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from torch.nn.functional import log_softmax
 
 from tests import objectives, tiny_policy
 from tests.distributed.arrangements import ARRANGEMENTS, LOSSES
-from tests.distributed.launch import launch
+from tests.distributed.launch import once_per_world_size
 
 WORLD_SIZES = {
     1: list(ARRANGEMENTS),
@@ -20,16 +20,9 @@ CASES = [(world, name) for world, names in WORLD_SIZES.items() for name in names
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """All gradients of a world size, computed once by real processes."""
-    cache = {}
-
-    def of(world_size):
-        if world_size not in cache:
-            folder = tmp_path_factory.mktemp(f"world{world_size}")
-            target = "tests.distributed.arrangements:all_gradients"
-            cache[world_size] = launch(target, world_size, folder, WORLD_SIZES[world_size])[0]
-        return cache[world_size]
-
-    return of
+    target = "tests.distributed.arrangements:all_gradients"
+    of_ranks = once_per_world_size(tmp_path_factory, target, lambda world_size: (WORLD_SIZES[world_size],))
+    return lambda world_size: of_ranks(world_size)[0]
 
 
 def document_by_document(loss_name, *, tied):

@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import once_per_world_size
 from tests.distributed.steps import SOURCES
 
 DOCS_PER_STEP = 10
@@ -14,15 +14,7 @@ WORLD_SIZES = [1, 2, 4]
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """What each rank of a world size drew, by real processes."""
-    cache = {}
-
-    def of(world_size):
-        if world_size not in cache:
-            folder = tmp_path_factory.mktemp(f"world{world_size}")
-            cache[world_size] = launch("tests.distributed.steps:draw_all", world_size, folder, DOCS_PER_STEP)
-        return cache[world_size]
-
-    return of
+    return once_per_world_size(tmp_path_factory, "tests.distributed.steps:draw_all", lambda _: (DOCS_PER_STEP,))
 
 
 def expected_steps(counts):
