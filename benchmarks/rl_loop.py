@@ -94,7 +94,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         self.sampler = LocalSampler(qwen2(**SHAPE), CharTokenizer(), stop_token_ids=[])
         self.sampler.update(self.policy, 0)
-        self.batches = build_graph(
+        batches = build_graph(
             Prompts(),
             sampler=self.sampler,
             pool=pool,
@@ -108,12 +108,13 @@ class Loop:
             ),
             rank=0,
         )
+        self.steps = parallel.FetchSteps(batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
         self.step = 0
 
     def run(self) -> dict[str, float]:
         """One rollout and its two updates; seconds by part."""
         times = {"total": -time.perf_counter(), "rollout": -time.perf_counter()}
-        step = parallel.fetch_step(self.batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
+        step = next(self.steps)
         microbatches = [Microbatch.prepare(batch, CPU) for batch in step.batches]
         times["rollout"] += time.perf_counter()
         times["update"] = -time.perf_counter()

@@ -27,6 +27,9 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 from gspo.errors import InputError, did_you_mean
 
 MAX_SHOWN_PROBLEMS = 8
+_FILE_VARIABLES = "_file_variables"
+_NUMBERS = {"int", "float"}
+_BESIDE_NUMBERS = {"class", "typing", "Union", "Optional", "None", "NoneType", "torch", "Tensor"}  # in an annotation
 
 
 def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -51,7 +54,14 @@ def read_command_line(description: str | None = None) -> DictConfig:
     """
     parser = TuneRecipeArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     try:
-        return _merge_yaml_and_cli_args(*parser.parse_known_args())
+        from_file, overrides = parser.parse_known_args()
+        variables = _variables(OmegaConf.create(vars(from_file)))
+        for override in [o for o in overrides if o.startswith("~") and o[1:] in from_file]:
+            delattr(from_file, override[1:])  # torchtune itself removes no key with a _component_
+            overrides.remove(override)
+        cfg = _merge_yaml_and_cli_args(from_file, overrides)
+        vars(cfg)[_FILE_VARIABLES] = variables  # beside the config's keys, for check_config
+        return cfg
     except FileNotFoundError as error:
         raise InputError(f"--config: no such file or registered config: {error.filename}; see `tune ls`") from error
     except Exception as error:  # whatever goes wrong here, it is in the file or on the command line
@@ -102,11 +112,14 @@ def refusals(key: str, remedy: str) -> Iterator[None]:
     """Show what a library raises over the value of ``key`` as the user's input, with the ``remedy``.
 
     Raises:
-        InputError: naming the key and the cause.
+        InputError: naming the key and the cause. One that opens with an argument of the component, ``source: ...``,
+            gets the key before it, ``prompts.source: ...``.
     """
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if str(error).partition(":")[0].isidentifier():
+            raise InputError(f"{key}.{error}") from error
         raise
     except Exception as error:  # libraries refuse with what they like: torchtune's checkpointers raise a bare Exception
         raise InputError(f"{key}: {type(error).__name__}: {error}; {remedy}") from error
@@ -122,7 +135,8 @@ def check_config(
 ) -> DictConfig:
     """Check the names in ``cfg``, its keys and each ``_component_`` with its arguments, and fill in the defaults.
 
-    Values are not looked at, see :func:`require`.
+    Of the values, only a text or a null where a component takes a number is refused; see :func:`require` for the rest.
+    A key that the config file refers to as ``${key}`` may have any name, also where overrides took that use away.
 
     Args:
         cfg: The config, overrides merged. It is not changed.
@@ -157,7 +171,7 @@ def check_config(
 
     by_default = {key: default for key, default in optional.items() if isinstance(default, Mapping) and default}
     problems = [
-        *_top_level_problems(values, required, optional, _variables(merged)),
+        *_top_level_problems(values, required, optional, _variables(merged) | vars(cfg).get(_FILE_VARIABLES, set())),
         *_section_problems(values, {**by_default, **(sections or {})}, passed),
         *_component_problems(values, passed),
     ]
@@ -283,6 +297,20 @@ def _argument_problems(
             if name not in named:
                 hint = did_you_mean(name, set(named) - set(handled))
                 yield f"{path}.{name}: unknown, {component_name} takes no such argument.{hint}"
+    for name in given:
+        if name in named and not _fits(node[name], named[name]):
+            yield f"{path}.{name}: {node[name]!r}, but {component_name} takes a number; write one like 1e-5, unquoted"
     for name, parameter in named.items() if passed is not None else ():
         if parameter.default is parameter.empty and name not in given and name not in handled:
             yield f"{path}.{name}: missing, but {component_name} needs it; set it in the config"
+
+
+def _fits(value: Any, parameter: inspect.Parameter) -> bool:
+    """False for a text or a null where only a number is taken, by the annotation or else by the default."""
+    annotated = parameter.annotation is not parameter.empty
+    # An annotation may be a class, a union or a string that no one has evaluated: words are what these share.
+    words = set(re.findall(r"\w+", str(parameter.annotation if annotated else type(parameter.default))))
+    if not words & _NUMBERS or not words <= _NUMBERS | _BESIDE_NUMBERS:
+        return True
+    optional = parameter.default is None or bool(words & {"None", "NoneType", "Optional"})
+    return not isinstance(value, str) and (value is not None or optional)

@@ -1,6 +1,8 @@
 """Held-out evaluation with the sampler that trains: greedy accuracy and pass@k.
 
-A completion is correct when it earns the full reward. Nothing here touches the training graph or its random state.
+A completion is correct when it earns the full reward: all that its rewards of positive weight can give, and nothing
+taken off by one. Beside a format reward or a length penalty that is stricter than a right answer, which
+``eval/reward``, the mean, is not. Nothing here touches the training graph or its random state.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
-from gspo.rewards.pool import RewardPool
+from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.sampling import Sampler
 from gspo.types import Completion, Group, Prompt, SamplingParams
 
@@ -23,7 +25,10 @@ def evaluate(
     params: SamplingParams,
     num_samples: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Metric pairs of this rank's prompts: ``eval/accuracy`` (greedy), and ``eval/pass@k`` for ``num_samples`` > 0.
+    """Metric pairs of this rank's prompts.
+
+    ``eval/accuracy`` and ``eval/reward`` are of the greedy completions; with ``num_samples`` > 0 there are
+    ``eval/pass@k`` and ``eval/sampled_accuracy`` too. ``eval/reward_failures`` counts failed calls, whose value is 0.
 
     Args:
         sampler: holds the weights to be evaluated.
@@ -35,19 +40,26 @@ def evaluate(
     greedy = (
         sampler.sample(prompts, group_size=1, params=replace(params, temperature=0.0), seed=_SEED) if prompts else []
     )
-    correct = _correct(pool, prompts, greedy)
-    pairs = {"eval/accuracy": (float(sum(map(any, correct))), float(len(prompts)))}
+    correct, result = _score(pool, prompts, greedy)
+    num_failures = sum(result.failures.values())
+    pairs = {
+        "eval/accuracy": (float(sum(map(any, correct))), float(len(prompts))),
+        "eval/reward": (sum(result.totals), float(len(prompts))),
+    }
     if num_samples:
         drawn = sampler.sample(prompts, group_size=num_samples, params=params, seed=_SEED) if prompts else []
-        correct = _correct(pool, prompts, drawn)
+        correct, result = _score(pool, prompts, drawn)
+        num_failures += sum(result.failures.values())
         pairs[f"eval/pass@{num_samples}"] = (float(sum(map(any, correct))), float(len(prompts)))
         pairs["eval/sampled_accuracy"] = (float(sum(map(sum, correct))), float(len(prompts) * num_samples))
-    return pairs
+    return pairs | {"eval/reward_failures": (float(num_failures), 1.0)}
 
 
-def _correct(pool: RewardPool, prompts: list[Prompt], groups: list[list[Completion]]) -> list[list[bool]]:
-    """Whether each completion earns the full reward."""
+def _score(
+    pool: RewardPool, prompts: list[Prompt], groups: list[list[Completion]]
+) -> tuple[list[list[bool]], RewardResult]:
+    """Whether each completion earns the full reward, and the rewards."""
     drawn = [Group(i, prompt, group) for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))]
-    totals = iter(pool.score(reward_items(drawn)).totals)
-    full = pool.full_reward - FULL_REWARD_TOLERANCE
-    return [[next(totals) >= full for _ in group] for group in groups]
+    result = pool.score(reward_items(drawn))
+    totals, full = iter(result.totals), pool.full_reward - FULL_REWARD_TOLERANCE
+    return [[next(totals) >= full for _ in group] for group in groups], result

@@ -21,7 +21,7 @@ from gspo.types import PackedBatch
 Pair = tuple[float, float]
 
 # name -> (how ranks and microbatches are put together, per what, unit). A name that starts with "_" feeds a derived
-# metric and is not written.
+# metric and is not written. ``eval/pass@k``, a mean per prompt, has its k in the name and cannot stand here.
 METRICS: dict[str, tuple[str, str, str]] = {
     "loss": ("sum", "step", ""),
     "ratio/mean": ("mean", "unit of the ratio", ""),
@@ -59,6 +59,10 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "_late_tokens": ("sum", "step", "tokens"),
     "_places": ("sum", "step", "tokens"),
     "skipped_steps": ("max", "run", "steps"),
+    "eval/accuracy": ("mean", "prompt", "share"),
+    "eval/sampled_accuracy": ("mean", "drawn document", "share"),
+    "eval/reward": ("mean", "prompt", ""),
+    "eval/reward_failures": ("sum", "evaluation", "calls"),
     "time/sample": ("time", "step", "s"),
     "time/score": ("time", "step", "s"),
     "time/data_wait": ("time", "step", "s"),
@@ -163,18 +167,16 @@ def batch_pairs(batch: PackedBatch, version: int) -> dict[str, tuple[Tensor, Ten
     }
 
 
-def not_finite_documents(batch: PackedBatch, logps: Tensor) -> list[dict[str, Any]]:
-    """Ids and values of the documents with a value that is not finite; ``logps`` is [T]."""
+def not_finite_documents(batch: PackedBatch, logps: Tensor) -> dict[int, dict[str, Any]]:
+    """By document index, ids and values of the documents with a value that is not finite; ``logps`` is [T]."""
     bad = ~(logps + batch.old_logps).isfinite() & batch.loss_mask
-    records = []
+    records = {}
     for d in batch.document_index[bad].unique().tolist():
         rows = (batch.document_index == d) & batch.loss_mask
         prompt_id, group_id = batch.ids[d]
         values = {"labels": batch.labels[rows], "logps": logps[rows], "old_logps": batch.old_logps[rows]}
-        records.append(
-            {"prompt_id": prompt_id, "group_id": group_id, "advantage": float(batch.advantages[d])}
-            | {name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()}
-        )
+        ids = {"prompt_id": prompt_id, "group_id": group_id, "advantage": float(batch.advantages[d])}
+        records[d] = ids | {name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()}
     return records
 
 

@@ -1,4 +1,4 @@
-"""The process group, the device mesh, and counts summed over it. World size 1 takes the same path as any other.
+"""The process group, the mesh, counts over it, and optimizer steps. World size 1 takes the same path as any other.
 
 Not here: context parallelism's sharding of a microbatch; its axis of the mesh exists and has size 1.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchdata.nodes import BaseNode
 from torchtune import utils
 
 from gspo.data.packing import pack_documents
@@ -100,11 +101,6 @@ def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
     return total.tolist()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is True on any rank."""
-    return sum_over_ranks([int(flag)], device)[0] > 0
-
-
 @dataclass(frozen=True, slots=True)
 class StepBatches:
     """The microbatches of one optimizer step on this rank, and the totals over all ranks and microbatches."""
@@ -114,38 +110,86 @@ class StepBatches:
     num_label_tokens: int
 
 
-def fetch_step(source: Iterator[PackedBatch], *, docs_per_step: int, device: torch.device) -> StepBatches | None:
-    """Draws microbatches on every rank until their global document count reaches ``docs_per_step``.
+class FetchSteps(BaseNode[StepBatches]):
+    """Microbatches in, optimizer steps out: every rank draws until their global document count is ``docs_per_step``.
 
-    All ranks take the same number of microbatches, so their collectives stay paired; one whose source has ended goes
-    along with empty ones. The count may overshoot by what the last round brings. Collective.
+    All ranks take the same number of microbatches, so their collectives stay paired. A rank whose source has ended goes
+    along with empty ones. So does one that is through with its rollout while another is not, over steps if need be:
+    what it drew next would come from weights that the rest of the rollout is about to change.
 
-    Returns:
-        None when every source has ended before a document was drawn.
+    The count may overshoot by what the last round brings; by more than half of ``docs_per_step`` is logged, once.
+
+    Args:
+        source: this rank's microbatches.
+        docs_per_step: documents over all ranks, dropped ones included.
+        device: of the counts that are added up over the ranks.
 
     Raises:
-        InputError: on every rank, after :data:`MAX_EMPTY_ROUNDS` in a row without a document.
+        InputError: from ``next``, on every rank, after :data:`MAX_EMPTY_ROUNDS` in a row without a document.
     """
-    batches: list[PackedBatch] = []
-    num_documents = num_label_tokens = num_empty_rounds = 0
-    while num_documents < docs_per_step:
-        batch = next(source, None)
-        present = batch is not None
-        if batch is None:
-            batch = pack_documents([])
-        documents, tokens, sources = sum_over_ranks([batch.num_documents, batch.num_label_tokens, present], device)
-        if not sources:
-            break
-        num_empty_rounds = 0 if documents else num_empty_rounds + 1
-        if num_empty_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:
-            logger.warning("Waiting for groups whose rewards differ: %d microbatches had none.", num_empty_rounds)
-        if num_empty_rounds == MAX_EMPTY_ROUNDS:
+
+    def __init__(self, source: BaseNode[PackedBatch], *, docs_per_step: int, device: torch.device) -> None:
+        super().__init__()
+        self.source, self.docs_per_step, self.device = source, docs_per_step, device
+        self._warned = False
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Start over, or go on from a state."""
+        super().reset(initial_state)
+        self.source.reset(None if initial_state is None else initial_state["source"])
+        self._waits = False if initial_state is None else initial_state["waits"]  # for another rank's rollout
+
+    def get_state(self) -> dict[str, Any]:
+        """The source's state, and whether this rank waits for the rollout of another."""
+        return {"source": self.source.state_dict(), "waits": self._waits}
+
+    def next(self) -> StepBatches:
+        """The next step, or what is left of one when all sources have ended. Collective."""
+        batches: list[PackedBatch] = []
+        num_documents = num_label_tokens = num_empty_rounds = 0
+        while num_documents < self.docs_per_step:
+            batch, documents, tokens, sources = self._draw()
+            if not sources:
+                break
+            num_empty_rounds = 0 if documents else num_empty_rounds + 1
+            self._check_empty_rounds(num_empty_rounds)
+            batches.append(batch)
+            num_documents += documents
+            num_label_tokens += tokens
+        if not num_documents:
+            raise StopIteration
+        self._check_overshoot(num_documents)
+        return StepBatches(batches, num_documents, num_label_tokens)
+
+    def _draw(self) -> tuple[PackedBatch, int, int, int]:
+        """One round: this rank's batch; over all ranks its documents, label tokens, and sources that may have more."""
+        drawn = None if self._waits else next(self.source, None)
+        batch = pack_documents([]) if drawn is None else drawn
+        present = self._waits or drawn is not None
+        counts = [batch.num_documents, batch.num_label_tokens, int(present), int(batch.rollout_continues)]
+        documents, tokens, sources, continuing = sum_over_ranks(counts, self.device)
+        # Never all at once: a rank whose rollout continues draws.
+        self._waits = continuing > 0 and not batch.rollout_continues
+        return batch, documents, tokens, sources
+
+    def _check_empty_rounds(self, num_rounds: int) -> None:
+        if num_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:
+            logger.warning("Waiting for groups whose rewards differ: %d microbatches had none.", num_rounds)
+        if num_rounds == MAX_EMPTY_ROUNDS:
             raise InputError(
-                f"docs_per_step: {docs_per_step} is out of reach, {MAX_EMPTY_ROUNDS} microbatches in a row brought no "
-                "document. With advantages.refill_dead_groups, no group has rewards that differ: set it to false, or "
-                "give prompts of which the policy solves some."
+                f"docs_per_step: {self.docs_per_step} is out of reach, {MAX_EMPTY_ROUNDS} microbatches in a row "
+                "brought no document. With advantages.refill_dead_groups, no group has rewards that differ: set it to "
+                "false, or give prompts of which the policy solves some."
             )
-        batches.append(batch)
-        num_documents += documents
-        num_label_tokens += tokens
-    return StepBatches(batches, num_documents, num_label_tokens) if num_documents else None
+
+    def _check_overshoot(self, num_documents: int) -> None:
+        if self._warned or num_documents <= 1.5 * self.docs_per_step:
+            return
+        self._warned = True
+        if dist.get_rank() == 0:
+            logger.warning(
+                "docs_per_step: %d, but a step took %d documents, dropped ones included: it takes whole microbatches, "
+                "one or more of every rank. Lower packing.tokens_per_microbatch, or raise docs_per_step.",
+                self.docs_per_step,
+                num_documents,
+            )

@@ -61,17 +61,18 @@ def _one_document_per_bin(batch: PackedBatch) -> bool:
 
 
 def document_mask(batch: PackedBatch) -> AttentionMask:
-    """Causal attention inside each document: a FlexAttention block mask on CUDA, a dense [R, S, S] mask elsewhere."""
+    """Causal attention inside each document and to its prefix: a FlexAttention block mask on CUDA, else [R, S, S]."""
     index = batch.document_index.view(batch.num_bins, -1)
+    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
     length = index.shape[1]
     if index.device.type == "cuda":
 
-        def same_document(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (q >= kv) & (index[b, q] == index[b, kv])
+        def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (q >= kv) & ((index[b, q] == index[b, kv]) | (prefix[b, q] == index[b, kv]))
 
-        return create_block_mask(same_document, index.shape[0], None, length, length, device=index.device)
+        return create_block_mask(seen, index.shape[0], None, length, length, device=index.device)
     causal = torch.ones(length, length, dtype=torch.bool, device=index.device).tril()
-    return causal & (index[:, :, None] == index[:, None, :])
+    return causal & ((index[:, :, None] == index[:, None, :]) | (prefix[:, :, None] == index[:, None, :]))
 
 
 class Policy(nn.Module):

@@ -20,6 +20,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
 from gspo.data.readers import jsonl_prompts
+from gspo.errors import InputError
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt
 
@@ -111,6 +112,9 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
 
     ``worked`` is the example that SFT learns from: the result's digits from the right, as one computes them, then the
     answer behind ``=``. ``entry`` is what reasoning-gym's scorer reads.
+
+    Raises:
+        InputError: ``count`` is too near to the 12,195 that there are.
     """
     import reasoning_gym
 
@@ -125,8 +129,11 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
             worked = f"{answer[::-1]}={answer}"
             rows.setdefault(expression, {"expression": expression, "answer": answer, "worked": worked, "entry": entry})
         if len(rows) == count:
-            break
-    return list(rows.values())
+            return list(rows.values())
+    raise InputError(
+        f"num_train, num_heldout and num_validation: {count} in all, but only {len(rows)} distinct questions came of "
+        f"{len(dataset)} draws; ask for fewer"
+    )
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:

@@ -81,14 +81,16 @@ class Rollout:
 class PackedBatch:
     """R bins of S tokens, seen flat by the loss as T = R * S tokens with D documents in them.
 
-    The last document is padding and has no labels; it is there even when nothing is padded. A document of n tokens
-    fills n - 1 places: its last token is only ever a label.
+    A document of n tokens fills n - 1 places: its last token is only ever a label. Documents of one group in a bin may
+    share a prefix: the prompt without its last token stands before them once, as a document without labels, and each
+    goes on from there. The sampled documents come first, then prefixes; the last is padding, there even when nothing
+    is padded.
     """
 
     num_bins: int  # R
     tokens: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64, the next token of the same document; 0 where there is none
-    positions: torch.Tensor  # [T] int64, from 0 in each document
+    positions: torch.Tensor  # [T] int64, from 0 in each document, or from the end of its prefix
     document_index: torch.Tensor  # [T] int64 in [0, D), D - 1 is padding
     loss_mask: torch.Tensor  # [T] bool, True where the label was sampled by the policy
     old_logps: torch.Tensor  # [T] float32, nats, of the label under the distribution sampled from; 0 outside loss_mask
@@ -96,11 +98,13 @@ class PackedBatch:
     rewards: torch.Tensor  # [D] float32
     label_counts: torch.Tensor  # [D] int64, labelled tokens of each document
     policy_version: torch.Tensor  # [D] int64
-    temperature: torch.Tensor  # [D] float32, > 0 (1 for padding)
+    temperature: torch.Tensor  # [D] float32, > 0 (1 for prefixes and padding)
     num_documents: int  # documents that count in the step's denominators: those here and the dropped ones
     num_label_tokens: int  # the same in labelled tokens
-    ids: list[tuple[str, int]] = field(default_factory=list)  # (prompt id, group id) of each real document
+    ids: list[tuple[str, int]] = field(default_factory=list)  # (prompt id, group id) of each sampled document
     stats: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric sums of the rollouts behind this batch
+    rollout_continues: bool = False  # more of its rollout waits on this rank; False where rollouts share a buffer
+    prefix_index: torch.Tensor | None = None  # [D] int64, document that each also sees, itself if none; None: no prefix
     ref_logps: torch.Tensor | None = None  # [T] float32, nats, under the reference policy at the same temperature
     segment_index: torch.Tensor | None = None  # [T] int64, finer than a document: a turn, a step
 

@@ -29,6 +29,7 @@ from gspo.config import check_config, parse, refusals, require
 from gspo.data.graph import GraphOptions, build_graph
 from gspo.data.packing import check_bin_length
 from gspo.data.record import Record
+from gspo.data.sample import check_params
 from gspo.errors import InputError
 from gspo.optim import mend_stochastic_rounding
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
@@ -69,12 +70,13 @@ OPTIONAL_KEYS = {
 }
 SECTIONS = {
     "sampling": SamplingParams,
-    "packing": ("tokens_per_microbatch", "bin_length", "buffer_size", "flush_every_rollout"),
-    "reward_pool": ("num_workers", "timeout", "on_failure"),
+    "packing": ("tokens_per_microbatch", "bin_length", "buffer_size", "flush_every_rollout", "share_prompts"),
+    "reward_pool": RewardPool,
 }
 PASSED = {  # arguments that the recipe gives to a component itself
     "prompts": ("tokenizer", "seed", "rank", "world_size"),
     "eval_prompts": ("tokenizer", "shuffle", "rank", "world_size", "num_epochs"),
+    "reward_pool": ("rewards",),
     "sampler": ("model", "tokenizer"),
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps"),
@@ -83,11 +85,37 @@ _GET_MODEL = "correct the path, or get the model first: the head of each shipped
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
 AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
-    "head_chunk_size", "data_parallel_replicate_size", "log_every_n_steps",
+    "head_chunk_size", "data_parallel_replicate_size", "log_every_n_steps", "packing.tokens_per_microbatch",
 )  # fmt: skip
 AT_LEAST_0 = (
     "prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed", "eval.every_n_steps",
+    "eval.num_samples",
 )  # fmt: skip
+SWITCHES = (
+    "enable_activation_checkpointing", "compile", "fsdp_cpu_offload", "fsdp_reshard_after_forward",
+    "reduce_every_microbatch", "advantages.drop_dead_groups", "advantages.refill_dead_groups",
+)  # fmt: skip
+VALUES = (  # keys, what fits, and that in words
+    (AT_LEAST_1, lambda x: type(x) is int and x >= 1, "a whole number of 1 or more"),
+    (AT_LEAST_0, lambda x: type(x) is int and x >= 0, "a whole number of 0 or more"),
+    (
+        ("packing.bin_length", "packing.buffer_size"),
+        lambda x: x is None or (type(x) is int and x >= 1),
+        "a whole number of 1 or more, or left out",
+    ),
+    (
+        ("packing.flush_every_rollout", "packing.share_prompts"),
+        lambda x: x is None or type(x) is bool,
+        "true or false, or left out",
+    ),
+    (SWITCHES, lambda x: type(x) is bool, "true or false"),
+    (("dtype",), lambda x: x in ("fp32", "bf16"), "fp32 or bf16"),
+    (
+        ("clip_grad_norm",),
+        lambda x: x is None or (type(x) in (int, float) and x > 0),
+        "a number above 0, or null for no clipping",
+    ),
+)
 
 
 class GSPOFullFinetuneRecipe:
@@ -112,26 +140,18 @@ class GSPOFullFinetuneRecipe:
         self._version = 0  # of the weights; the sampler's lags behind by at most sync_every_steps
         self._skipped_in_a_row = 0
         self._num_skipped = 0
-        self._accuracy: dict[str, float] = {}
+        self._quarantined: set[tuple[int, int]] = set()  # microbatch and document, of the step's batches
+        self._held_out: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._last_evaluation = -1
 
     @staticmethod
     def _check_values(cfg: DictConfig) -> None:
-        for key in (*AT_LEAST_1, *AT_LEAST_0):
-            least = int(key in AT_LEAST_1)
-            value = OmegaConf.select(cfg, key)
-            fits = isinstance(value, int) and value >= least
-            require(fits, key, value, f"must be a whole number of {least} or more", "change it")
-        norm = cfg.clip_grad_norm
-        fits = norm is None or (isinstance(norm, int | float) and norm > 0)
-        require(fits, "clip_grad_norm", norm, "must be a number above 0, or null for no clipping", "change it")
-        new_tokens, temperature = cfg.sampling.get("max_new_tokens", 1), cfg.sampling.get("temperature", 1.0)
-        fits = isinstance(new_tokens, int) and new_tokens >= 1
-        require(fits, "sampling.max_new_tokens", new_tokens, "must be a whole number of 1 or more", "change it")
-        fits = isinstance(temperature, int | float)
-        require(fits, "sampling.temperature", temperature, "must be a number above 0", "change it")
-        require(cfg.dtype in ("fp32", "bf16"), "dtype", cfg.dtype, "must be fp32 or bf16", "choose one of them")
+        for keys, fits, must in VALUES:
+            for key in keys:
+                value = OmegaConf.select(cfg, key)
+                require(fits(value), key, value, f"must be {must}", "change it")
+        check_params(SamplingParams(**cfg.sampling))
         every = cfg.eval.every_n_steps
         require(
             every % cfg.sync_every_steps == 0, "eval.every_n_steps", every,
@@ -186,7 +206,7 @@ class GSPOFullFinetuneRecipe:
 
         self._sampler = self._component("sampler", self._build_decoder(), self._tokenizer)
         self._sampler.update(self._policy, self._version)
-        self._batches = build_graph(
+        batches = build_graph(
             prompts,
             sampler=self._sampler,
             pool=self._pool,
@@ -196,6 +216,7 @@ class GSPOFullFinetuneRecipe:
                 params=self._params,
                 seed=cfg.seed,
                 prefetch=cfg.prefetch,
+                max_seq_len=self._policy.decoder.max_seq_len,
                 **cfg.packing,
                 **cfg.advantages,
             ),
@@ -208,6 +229,7 @@ class GSPOFullFinetuneRecipe:
                 num_per_rollout=cfg.log_completions,
             ),
         )
+        self._steps = parallel.FetchSteps(batches, docs_per_step=cfg.docs_per_step, device=self._device)
         self._num_parameters = sum(p.numel() for p in self._policy.parameters())
         self._profiler, _ = self._setup_profiler()
         self._metric_logger = None
@@ -258,13 +280,13 @@ class GSPOFullFinetuneRecipe:
         """Runs the loop to ``num_steps`` optimizer steps, or until the prompts end."""
         cfg = self._cfg
         started = time.perf_counter()
-        self._accuracy_before = self._evaluate()
+        self._held_out_before = self._evaluate()
         self._logged_at = time.perf_counter()
         self._bar = tqdm(total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True)
         with self._profiler:
             while self._step < cfg.num_steps:
                 begin = time.perf_counter()
-                step = parallel.fetch_step(self._batches, docs_per_step=cfg.docs_per_step, device=self._device)
+                step = next(self._steps, None)
                 if step is None:
                     log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
                     break
@@ -273,6 +295,7 @@ class GSPOFullFinetuneRecipe:
                     *(b.stats for b in step.batches),
                 ]
                 microbatches = [self._prepare(batch) for batch in step.batches]
+                self._quarantined.clear()
                 for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
                     self._update(microbatches, step, rollout_stats)
                     rollout_stats = []  # counted once, with the first update that uses them
@@ -349,9 +372,12 @@ class GSPOFullFinetuneRecipe:
         factor = denominator / remaining  # every objective is linear in 1 / denominator
         training.scale_grads(self._policy, torch.tensor(factor, device=self._device))
         values["loss"] *= factor
-        for microbatch in microbatches:
-            for record in metrics.not_finite_documents(microbatch.batch, self._policy.logps(microbatch)):
-                self._write_quarantined({"step": self._step} | record)
+        for i, microbatch in enumerate(microbatches):
+            found = metrics.not_finite_documents(microbatch.batch, self._policy.logps(microbatch))
+            for document, record in found.items():
+                if (i, document) not in self._quarantined:  # else an earlier one of ppo_epochs has written it
+                    self._quarantined.add((i, document))
+                    self._write_quarantined({"step": self._step} | record)
 
     def _write_quarantined(self, record: dict[str, Any]) -> None:
         metrics.append_jsonl(self._quarantine_file, record)
@@ -380,18 +406,17 @@ class GSPOFullFinetuneRecipe:
             self._sampler.update(self._policy, self._version)
 
     def _evaluate(self) -> dict[str, float]:
-        """Held-out accuracy of the weights that the sampler holds, over all ranks."""
+        """Held-out metrics of the weights that the sampler holds, over all ranks."""
         if self._cfg.eval_prompts is None:
             return {}
         pairs = evaluation.evaluate(
             self._sampler, self._pool, self._eval_prompts, params=self._params, num_samples=self._cfg.eval.num_samples
         )
-        counts = parallel.sum_over_ranks([int(x) for pair in pairs.values() for x in pair], self._device)
+        sums = metrics.MetricSums()
+        sums.add(pairs)
+        self._held_out = sums.reduce(self._device)
         self._last_evaluation = self._step
-        self._accuracy = {
-            name: correct / max(total, 1) for name, correct, total in zip(pairs, counts[::2], counts[1::2], strict=True)
-        }
-        return self._accuracy
+        return self._held_out
 
     def _log(self, values: dict[str, float]) -> None:
         now = time.perf_counter()
@@ -408,7 +433,7 @@ class GSPOFullFinetuneRecipe:
             "tok/s": "tokens_per_second",
         }
         public = metrics.public(values)
-        self._seen |= self._accuracy | public  # what a step does not have is shown as it last was
+        self._seen |= self._held_out | public  # what a step does not have is shown as it last was
         self._bar.set_postfix({k: f"{self._seen[v]:.3g}" for k, v in shown.items() if v in self._seen})
         metrics.append_jsonl(self._metrics_file, {"step": self._step} | public)
         if self._metric_logger is not None and self._step % self._cfg.log_every_n_steps == 0:
@@ -419,7 +444,18 @@ class GSPOFullFinetuneRecipe:
         weights = training.gather_cpu_state_dict(self._policy.decoder, self._rank == 0, self._device)
         if self._rank == 0:
             self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=self._step)
+            self._write_dtype()
         dist.barrier()
+
+    def _write_dtype(self) -> None:
+        """Names the weights' dtype in the saved ``config.json``, which is a copy of the base model's."""
+        folder = self._cfg.checkpointer.get("output_dir", self._output_dir)
+        file = Path(folder, f"epoch_{self._step}", "config.json")
+        if file.exists():  # torchtune's and Meta's formats have none
+            dtype = str(self._dtype).removeprefix("torch.")
+            found = json.loads(file.read_text())
+            file.unlink()  # it was copied with its permissions, which may forbid writing
+            file.write_text(json.dumps(found | {k: dtype for k in ("dtype", "torch_dtype") if k in found}, indent=2))
 
     def _finish(self, seconds: float) -> None:
         """The last evaluation, the final model, and ``summary.json``."""
@@ -429,9 +465,10 @@ class GSPOFullFinetuneRecipe:
         self._save()
         if self._rank != 0:
             return
+        before, after = (found.get("eval/accuracy") for found in (self._held_out_before, self._held_out))
         summary = {
-            "accuracy_before": self._accuracy_before.get("eval/accuracy"),
-            "accuracy_after": self._accuracy.get("eval/accuracy"),
+            "accuracy_before": None if before is None else round(before, 4),
+            "accuracy_after": None if after is None else round(after, 4),
             "steps": self._step,
             "seconds": round(seconds, 1),
             "seed": self._cfg.seed,

@@ -5,16 +5,30 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from gspo.config import check_config, parse, read_command_line, require, show_errors
+from gspo.config import check_config, parse, read_command_line, refusals, require, show_errors
 from gspo.errors import InputError
 
 
 class TinyOptimizer:
     def __init__(self, params, lr, *, weight_decay=0.0): ...
+
+
+def annotated(
+    lr,
+    whole: int = 1,
+    either: Optional[int] = 1,  # noqa: UP045 - as libraries write it
+    *,
+    late: "float | Tensor" = 1.0,
+    unset: float = None,
+    text: int | str = 1,
+    pair: tuple[float, float] = (0.0, 1.0),
+): ...
 
 
 @dataclass
@@ -63,6 +77,7 @@ def optimizer(path="config_components.TinyOptimizer", **arguments):
         optimizer(),
         optimizer(weight_decay=0.1),
         optimizer("config_components.any_arguments", whatever=1),
+        optimizer("config_components.annotated", whole=1, either=None, late=1e-5, unset=None, text="a", pair=[0, 1]),
         "sampling: {temperature: 0.7}",
         "extra: {depth: 2}",
         "readers: [{_component_: gspo.errors.did_you_mean, name: a, choices: [b], weight: 2}]",
@@ -115,6 +130,15 @@ def test_check_config_accepts_what_fits(text):
             optimizer(weight_decya=0.1),
             "optimizer.weight_decya: unknown, TinyOptimizer takes no such argument. Did you mean 'weight_decay'?",
         ),
+        *(
+            (
+                optimizer("config_components.annotated", **{name: value}),
+                f"optimizer.{name}: {value!r}, but annotated takes a number; write one like 1e-5, unquoted",
+            )
+            for name, value in (("whole", "1"), ("whole", None), ("either", "1e-5x"), ("late", "inf"), ("unset", "x"))
+        ),
+        (optimizer(weight_decay="1e-5"), "optimizer.weight_decay: '1e-5', but TinyOptimizer takes a number;"),
+        ("sampling: {temperature: hot}", "sampling.temperature: 'hot', but Knobs takes a number;"),
         (
             "optimizer: {_component_: config_components.TinyOptimizer}",
             "optimizer.lr: missing, but TinyOptimizer needs it; set it in the config",
@@ -190,6 +214,22 @@ def test_require_says_key_value_rule_and_remedy():
         require(False, "group_size", 1, "must be at least 2", "set it to 8")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("source: a does not exist"), "prompts.source: a does not exist"),
+        (InputError("train.jsonl:2: not JSON"), "train.jsonl:2: not JSON"),
+        (InputError("loss.kl_coef is -1: it must"), "loss.kl_coef is -1: it must"),
+        (KeyError("a"), "prompts: KeyError: 'a'; correct it"),
+    ],
+    ids=["argument", "file", "key", "library"],
+)
+def test_refusals_name_the_key(error, message):
+    with pytest.raises(InputError) as caught, refusals("prompts", "correct it"):
+        raise error
+    assert str(caught.value) == message
+
+
 @pytest.fixture
 def command_line(tmp_path, monkeypatch):
     def write(text, *overrides):
@@ -204,12 +244,35 @@ def test_read_command_line_merges_overrides(command_line):
     assert read_command_line() == {"a": 3, "b": {"_component_": "x", "c": 4}}
 
 
+def test_numbers_without_a_dot_are_numbers_in_file_and_overrides(command_line):
+    command_line("a: 1e-6\nb: {c: 1e-6}", "d=1e-6", "e=3E2")
+    assert read_command_line() == {"a": 1e-6, "b": {"c": 1e-6}, "d": 1e-6, "e": 300.0}
+
+
+def test_removed_keys_are_gone_with_or_without_a_component(command_line):
+    command_line("a: 1\nb: {_component_: x, c: 2}\nd: {_component_: x, e: 3, f: 4}", "~a", "~b", "~d.e")
+    assert read_command_line() == {"d": {"_component_": "x", "f": 4}}
+
+
+TEXT_WITH_A_VARIABLE = "seed: 1\ngroup_size: 4\ndata_dir: /x\noutput_dir: ${data_dir}/y"
+
+
+@pytest.mark.parametrize("override", ["output_dir=/z", "output_dir=null", "~output_dir"])
+def test_variable_whose_last_use_is_overridden_is_known(command_line, override):
+    command_line(TEXT_WITH_A_VARIABLE, override)
+    check_config(read_command_line(), required=REQUIRED, optional=OPTIONAL)
+    command_line(TEXT_WITH_A_VARIABLE, override, "data_dri=/z")
+    with pytest.raises(InputError, match=r"^data_dri: unknown key\.[^\n]*$"):
+        check_config(read_command_line(), required=REQUIRED, optional=OPTIONAL)
+
+
 @pytest.mark.parametrize(
     ("text", "override", "message"),
     [
         ("a: [1", "a=1", "cannot read the config: while parsing a flow sequence"),
         ("- 1", "a=1", "cannot read the config: "),
         ("a: 1", "a", "cannot read the config: Command-line overrides must be in the form of key=value, got a"),
+        ("a: 1", "~b", "cannot read the config: Could not find key b in yaml config to remove"),
         ("a: 1", "--a=1", "cannot read the config: Additional flag arguments not supported: ['--a=1']"),
     ],
 )

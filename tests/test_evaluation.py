@@ -21,17 +21,24 @@ class Sampler:
 
 
 class Pool:
-    """A right answer earns 1.5 of 1.5, and a wrong one 1.4: only the full reward is right."""
+    """A right answer earns 1.5 of 1.5, and a wrong one 1.0: only the full reward is right. Wrong ones fail twice."""
 
     full_reward = 1.5
 
     def score(self, items):
-        return SimpleNamespace(totals=[1.5 if text == "1" else 1.4 for _, text, _, _ in items])
+        totals = [1.5 if text == "1" else 1.0 for _, text, _, _ in items]
+        return SimpleNamespace(totals=totals, failures={"raised": totals.count(1.0), "nonfinite": totals.count(1.0)})
 
 
 def test_evaluation_counts_full_rewards_only():
     pairs = evaluate(Sampler(), Pool(), [prompt(i) for i in (0, 1, 2, 3)], params=PARAMS, num_samples=3)
-    assert pairs == {"eval/accuracy": (3, 4), "eval/pass@3": (3, 4), "eval/sampled_accuracy": (6, 12)}
+    assert pairs == {
+        "eval/accuracy": (3, 4),
+        "eval/reward": (5.5, 4),
+        "eval/pass@3": (3, 4),
+        "eval/sampled_accuracy": (6, 12),
+        "eval/reward_failures": (2 * (1 + 6), 1),
+    }
 
 
 def test_evaluation_is_greedy_and_repeats_its_draws():
@@ -47,6 +54,7 @@ def test_evaluation_is_greedy_and_repeats_its_draws():
 def test_rank_without_prompts_draws_nothing_and_counts_alike(num_samples):
     sampler = Sampler()
     pairs = evaluate(sampler, Pool(), [], params=PARAMS, num_samples=num_samples)
-    assert sampler.calls == [] and set(pairs.values()) == {(0, 0)}
+    assert sampler.calls == [] and not any(value for value, _ in pairs.values())
     other = evaluate(sampler, Pool(), [prompt(1)], params=PARAMS, num_samples=num_samples)
-    assert list(pairs) == list(other)  # ranks add these up by their order
+    assert pairs.keys() == other.keys()  # the ranks' columns must agree
+    assert {name for name, (_, weight) in pairs.items() if weight} == {"eval/reward_failures"}  # no weight in a mean

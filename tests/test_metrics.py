@@ -65,11 +65,11 @@ def test_public_hides_ingredients_and_what_is_not_finite():
 def test_batch_pairs_count_real_documents_and_their_age():
     documents = tiny_policy.documents(5)
     batch = pack_documents(documents, 64)
-    batch.policy_version[:-1] = torch.tensor([3, 3, 2, 3, 0])
+    batch.policy_version[:5] = torch.tensor([3, 3, 2, 3, 0])
     pairs = {name: tuple(map(float, pair)) for name, pair in metrics.batch_pairs(batch, 4).items()}
     assert pairs["documents"] == (5, 1)
     assert pairs["tokens"] == (sum(len(d.logps) for d in documents), 1)
-    assert pairs["_places"] == (sum(d.num_places for d in documents), 1)
+    assert pairs["_places"] == (batch.stats["packing_efficiency"][0], 1)
     assert pairs["staleness/mean"] == (1 + 1 + 2 + 1 + 4, 5)
     assert pairs["staleness/max"] == (4, 1)
 
@@ -89,7 +89,8 @@ def test_not_finite_documents_are_named_with_their_values(spoil):
     outside = int((~batch.loss_mask).nonzero()[0])
     (logps if spoil == "logps" else batch.old_logps)[where] = -torch.inf
     logps[outside] = torch.nan  # not a label: no document's fault
-    (record,) = metrics.not_finite_documents(batch, logps)
+    ((document, record),) = metrics.not_finite_documents(batch, logps).items()
+    assert document == 2
     prompt_id, group_id = batch.ids[2]
     labels = batch.labels[(batch.document_index == 2) & batch.loss_mask].tolist()
     assert (record["prompt_id"], record["group_id"]) == (prompt_id, group_id)

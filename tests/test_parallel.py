@@ -1,11 +1,23 @@
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from gspo import parallel
+from tests.data.fakes import Items
 from tests.distributed.launch import once_per_world_size
+from tests.distributed.steps import batch
 
+CPU = torch.device("cpu")
 WORLD_SIZES = [1, 2, 4]
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +30,6 @@ def found(tmp_path_factory):
 def test_counts_add_up_over_ranks(found, world_size):
     for rank in found(world_size):
         assert rank["sum"] == [world_size, sum(range(world_size)), world_size * 2**40]
-        assert rank["any"] == [True, False]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -55,8 +66,20 @@ def test_metrics_are_the_same_on_every_rank_however_they_are_spread(found, world
 def test_one_process_makes_a_group_without_a_port(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    parallel.init_process_group(torch.device("cpu"))
+    parallel.init_process_group(CPU)
     try:
-        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3], torch.device("cpu")) == [3]
+        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3], CPU) == [3]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("docs_per_step", "num_warnings"), [(5, 1), (6, 0)])
+def test_overshoot_by_more_than_half_is_logged_once(one_process, caplog, docs_per_step, num_warnings):
+    source = Items(lambda _: batch(9, dropped=2), 6)
+    steps = parallel.FetchSteps(source, docs_per_step=docs_per_step, device=CPU)
+    with caplog.at_level(logging.WARNING, logger="gspo.parallel"):
+        assert [step.num_documents for step in steps] == [9] * 6
+    assert [record.getMessage() for record in caplog.records] == [
+        "docs_per_step: 5, but a step took 9 documents, dropped ones included: it takes whole microbatches, one or "
+        "more of every rank. Lower packing.tokens_per_microbatch, or raise docs_per_step."
+    ] * num_warnings

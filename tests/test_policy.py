@@ -37,11 +37,15 @@ def expected_logps(batch):
     decoder = tiny_policy.build_decoder()
     decoder.load_state_dict(tiny_policy.weights())
     found = torch.zeros(batch.tokens.numel())
+    prefix_index = torch.arange(batch.advantages.numel()) if batch.prefix_index is None else batch.prefix_index
+    bins = torch.arange(batch.num_bins).repeat_interleave(batch.bin_length)
     for d in range(len(batch.ids)):
-        places = batch.document_index == d
+        own = batch.document_index == d
+        places = own | (batch.document_index == prefix_index[d])
+        assert bins[places].unique().numel() == 1
         logits = decoder(batch.tokens[places][None])[0].float() / batch.temperature[d]
         logps = log_softmax(logits, -1).gather(-1, batch.labels[places, None]).squeeze(-1)
-        found[places] = torch.where(batch.loss_mask[places], logps, 0.0)
+        found[own] = torch.where(batch.loss_mask[places], logps, 0.0)[own[places]]
     return found.detach()
 
 
@@ -53,12 +57,15 @@ def test_logps_are_those_of_each_document_alone(bin_length):
     torch.testing.assert_close(logps, expected_logps(batch), rtol=1e-5, atol=1e-5)
 
 
-def test_mask_is_causal_inside_each_document():
+def test_mask_is_causal_inside_each_document_and_to_its_prefix():
     batch = pack_documents(tiny_policy.documents(5), 48)
     mask = document_mask(batch)
+    prefix_index = batch.prefix_index.tolist()
+    assert sum(d != p for d, p in enumerate(prefix_index)) > 2
     for r, index in enumerate(batch.document_index.view(batch.num_bins, -1).tolist()):
         for q in range(48):
-            assert mask[r, q].tolist() == [k <= q and index[k] == index[q] for k in range(48)]
+            seen = (index[q], prefix_index[index[q]])
+            assert mask[r, q].tolist() == [k <= q and index[k] in seen for k in range(48)]
 
 
 @pytest.mark.parametrize(("bin_length", "needed"), [(32, False), (96, True)], ids=["alone", "together"])

@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import load_file
 
 from gspo import tiny
+from gspo.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,11 @@ def test_data_sets_share_no_question(folder):
     found = {name: [row["expression"] for row in rows(folder, name)] for name in ("train", "heldout", "validation")}
     assert [len(questions) for questions in found.values()] == [50, 20, 10]
     assert len(set().union(*found.values())) == 80
+
+
+def test_more_questions_than_there_are_is_refused():
+    with pytest.raises(InputError, match="num_train.*: 12300 in all, but only 116.. distinct questions came of 49200"):
+        tiny.chain_sum_rows(12_300, seed=0)
 
 
 def test_worked_examples_end_in_the_answer(folder):

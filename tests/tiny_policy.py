@@ -31,27 +31,32 @@ def weights(*, tied=True, seed=0):
     return {name: value.clone() for name, value in decoder.state_dict().items()}
 
 
-def documents(count=14, *, seed=0, temperature=0.7):
-    """Documents of ragged lengths whose old log-probabilities are near those of a policy of that size."""
+def documents(count=14, *, seed=0, temperature=0.7, group_size=3):
+    """Documents of ragged lengths, in groups, whose old log-probabilities are near those of a policy of that size."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):
         return int(torch.randint(low, high, (), generator=generator))
 
+    def tokens(length):
+        return torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+
     found = []
     for i in range(count):
-        prompt, completion = integer(1, 9), integer(1, 23)
+        if i % group_size == 0:
+            prompt = tokens(integer(1, 9))
+        completion = integer(1, 23)
         found.append(
             Document(
-                tokens=torch.randint(0, VOCAB_SIZE, (prompt + completion,), generator=generator).tolist(),
-                num_prompt_tokens=prompt,
+                tokens=prompt + tokens(completion),
+                num_prompt_tokens=len(prompt),
                 logps=(-4.1 + 0.3 * torch.randn(completion, generator=generator)).tolist(),
                 advantage=float(torch.randn((), generator=generator)),
                 reward=0.0,
                 temperature=temperature if i % 3 else 1.0,
                 policy_version=0,
-                prompt_id=f"p{i}",
-                group_id=i,
+                prompt_id=f"p{i // group_size}",
+                group_id=i // group_size,
             )
         )
     return found

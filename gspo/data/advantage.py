@@ -62,7 +62,9 @@ class Advantage(BaseNode[Rollout]):
     ) -> None:
         super().__init__()
         if refill_dead_groups and not drop_dead_groups:
-            raise InputError("refill_dead_groups: true needs drop_dead_groups: true; kept groups cannot be replaced.")
+            raise InputError(
+                "advantages.refill_dead_groups: true needs drop_dead_groups: true; kept groups cannot be replaced."
+            )
         self.source = source
         self.estimator = get_estimator(estimator)
         self.drop_dead_groups, self.refill_dead_groups = drop_dead_groups, refill_dead_groups

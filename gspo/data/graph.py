@@ -38,6 +38,8 @@ class GraphOptions:
     bin_length: int | None = None
     buffer_size: int = 512
     flush_every_rollout: bool = True
+    share_prompts: bool = True
+    max_seq_len: int | None = None
     estimator: str | Estimator = "group_mean_std"
     drop_dead_groups: bool = True
     refill_dead_groups: bool = False
@@ -97,6 +99,8 @@ def build_graph(
         bin_length=options.bin_length,
         buffer_size=options.buffer_size,
         flush_every_rollout=options.flush_every_rollout,
+        share_prompts=options.share_prompts,
+        max_seq_len=options.max_seq_len,
     )
     return prefetched(node, options.prefetch) if options.prefetch else node
 

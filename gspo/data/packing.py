@@ -1,11 +1,14 @@
 """Whole documents into bins, bins into microbatches.
 
-A document of n tokens takes n - 1 places: its last token is only ever a label. Documents are never cut. Two layouts:
+A document of n tokens takes n - 1 places: its last token is only ever a label. Documents are never cut. Those of one
+group in one bin stand behind one copy of their prompt, which saves its places for all but the first; the gradient is
+the same, since a prompt's hidden states do not depend on what follows. Two layouts:
 
 - ``bin_length`` an int, for a GPU: long bins of that length, attention by document under a block mask. A bin takes the
   buffer's documents in order of age while they fit, then the longest that still fit into the gap.
 - ``bin_length`` None, for a CPU, where a dense mask costs the square of the bin: many bins, each as long as the longest
-  document in the microbatch (a multiple of 8), which shorter ones share by best fit. A microbatch takes documents in
+  document in the microbatch (a multiple of 8), which shorter ones share by best fit. Documents of a group share a
+  prompt as long as the square of their bin costs no more than apart. A microbatch takes documents in
   order of age, so that its mix of lengths is that of the rollout.
 
 In both the oldest document is always in the next microbatch, which bounds how stale one can become.
@@ -15,7 +18,6 @@ What is not here: masks, ``ref_logps``, staleness; they need the model, or the v
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -24,15 +26,13 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
+from gspo.data.bins import MULTIPLE, SHORT_BIN, best_fit, share_prefixes, short_bins, take_long_bins, take_short_bins
 from gspo.errors import InputError
 from gspo.types import PackedBatch, Rollout
 
 Stats = dict[str, tuple[float, float]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
-_MULTIPLE = 8  # bins as long as their longest document are rounded up to this, for fewer distinct shapes
-_SHORT_BIN = 64  # up to here a dense mask costs next to nothing, so bins may be longer than their longest document
-_FULL_ENOUGH = 0.95
 _EMPTY_BIN = 8  # length of the bin of padding that stands for a rollout without a live document
 
 
@@ -93,112 +93,41 @@ def merge_stats(stats: Stats, more: Stats) -> Stats:
     return merged
 
 
-def pack_documents(documents: list[Document], bin_length: int | None = None) -> PackedBatch:
+def pack_documents(
+    documents: list[Document], bin_length: int | None = None, *, share_prompts: bool = True
+) -> PackedBatch:
     """All of ``documents`` in one batch, as many bins as best fit needs.
 
     Args:
-        documents: any number, none included; inside a bin they keep this order.
-        bin_length: S; None fits the bins to the documents, see :func:`short_bins`.
+        documents: any number, none included; one group's next to each other, and in a bin they keep this order.
+        bin_length: S; None fits the bins to the documents, see :func:`~gspo.data.bins.short_bins`.
+        share_prompts: one copy of its prompt for all documents of a group in a bin.
 
     Raises:
         ValueError: a document is longer than a bin.
     """
-    places = [d.num_places for d in documents]
+    groups = _groups(documents, share_prompts)
+    units, sizes = share_prefixes(*_sizes(documents), groups, bin_length or sum(d.num_places for d in documents))
     if bin_length is None:
-        bin_length, bin_of = short_bins(places)
+        bin_length, bins = short_bins(sizes)
     else:
-        bin_of = best_fit(places, bin_length)
-    return build_batch(documents, bin_of, bin_length)
+        bins = best_fit(sizes, bin_length)
+    bin_of = {document: chosen for unit, chosen in zip(units, bins, strict=True) for document in unit}
+    return build_batch(documents, [bin_of[i] for i in range(len(documents))], bin_length, share_prompts=share_prompts)
 
 
-def best_fit(places: list[int], bin_length: int) -> list[int]:
-    """The bin of each document: longest first, each into the fullest bin that takes it, else into a new one.
-
-    Raises:
-        ValueError: a document is longer than a bin.
-    """
-    if max(places, default=0) > bin_length:
-        raise ValueError(f"a document takes {max(places)} places, more than bin_length {bin_length}; raise it")
-    bin_of = [0] * len(places)
-    spaces: list[int] = []  # free places of the open bins, ascending
-    bins: list[int] = []  # which bins these are
-    num_bins = 0
-    for document in sorted(range(len(places)), key=places.__getitem__, reverse=True):
-        size = places[document]
-        i = bisect_left(spaces, size)
-        if i == len(spaces):
-            space, chosen = bin_length, num_bins
-            num_bins += 1
-        else:
-            space, chosen = spaces.pop(i), bins.pop(i)
-        bin_of[document] = chosen
-        i = bisect_left(spaces, space - size)
-        spaces.insert(i, space - size)
-        bins.insert(i, chosen)
-    return bin_of
+def _sizes(documents: list[Document]) -> tuple[list[int], list[int]]:
+    """Places of each alone, and those of them that its prompt takes; the last prompt token goes with the completion."""
+    return [d.num_places for d in documents], [d.num_prompt_tokens - 1 for d in documents]
 
 
-def short_bins(places: list[int], max_length: int | None = None) -> tuple[int, list[int]]:
-    """The bin length for a dense mask, and the bin of each document.
-
-    It is the longest document's, rounded up to a multiple of 8; where that leaves more than 5 % empty, the multiple up
-    to 64 that leaves least. Documents of 10 places go four to a bin of 40, not one to a bin of 16.
-
-    Args:
-        places: of each document.
-        max_length: an upper limit, at least the longest document.
-    """
-    limit = max_length or max([_SHORT_BIN, *places]) + _MULTIPLE
-    shortest = min(-(-max([1, *places]) // _MULTIPLE) * _MULTIPLE, limit)
-    best: tuple[int, list[int]] = shortest, best_fit(places, shortest)
-    for length in range(shortest + _MULTIPLE, min(_SHORT_BIN, limit) + 1, _MULTIPLE):
-        if sum(places) >= _FULL_ENOUGH * _total_places(*best):
-            break
-        best = min(best, (length, best_fit(places, length)), key=lambda layout: _total_places(*layout))
-    return best
-
-
-def take_short_bins(places: list[int], max_places: int) -> tuple[list[int], int, list[int]]:
-    """As many documents from the front as fit into ``max_places`` places of :func:`short_bins`.
-
-    Returns:
-        Indices into ``places``, the bin length, and the bin of each document taken.
-    """
-    num_taken = int(np.searchsorted(np.cumsum(places), max_places, side="right"))
-    while True:
-        length, bin_of = short_bins(places[:num_taken], max_places)
-        total = _total_places(length, bin_of)
-        if total <= max_places:
-            return list(range(num_taken)), length, bin_of
-        num_taken = min(num_taken - 1, num_taken * max_places // total)
-
-
-def take_long_bins(places: list[int], bin_length: int, max_bins: int) -> tuple[list[int], int, list[int]]:
-    """Fill up to ``max_bins`` bins in turn: documents in order of age while they fit, then the longest into the gap.
-
-    Returns:
-        Indices into ``places``, the bin length, and the bin of each document taken.
-    """
-    sizes = np.array(places, dtype=np.int64)
-    waiting = np.ones(sizes.size, dtype=np.bool_)
-    taken: list[int] = []
-    bin_of: list[int] = []
-    for current in range(max_bins):
-        oldest = np.flatnonzero(waiting)
-        filled = np.cumsum(sizes[oldest])
-        chosen = oldest[: np.searchsorted(filled, bin_length, side="right")].tolist()
-        if not chosen:
-            break
-        waiting[chosen] = False
-        space = bin_length - int(filled[len(chosen) - 1])
-        while (fitting := np.where(waiting & (sizes <= space), sizes, 0)).any():
-            longest = int(fitting.argmax())
-            chosen.append(longest)
-            waiting[longest] = False
-            space -= places[longest]
-        taken += chosen
-        bin_of += [current] * len(chosen)
-    return taken, bin_length, bin_of
+def _groups(documents: list[Document], share_prompts: bool) -> list[int]:
+    """A number for each document, the same for those that can share a prompt."""
+    if not share_prompts:
+        return list(range(len(documents)))
+    numbers: dict[Any, int] = {}
+    keys = [(d.prompt_id, d.group_id) if d.num_prompt_tokens > 1 else i for i, d in enumerate(documents)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
@@ -212,32 +141,54 @@ def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
             f"packing.bin_length: {bin_length} is more than the model's max_seq_len {max_seq_len}. "
             "Lower it, or raise model.max_seq_len."
         )
-    if bin_length is None and (max_seq_len < _SHORT_BIN or max_seq_len % _MULTIPLE):
+    if bin_length is None and (max_seq_len < SHORT_BIN or max_seq_len % MULTIPLE):
         raise InputError(
-            f"packing.bin_length: null makes bins of up to {_SHORT_BIN} tokens or of the longest document, rounded up "
-            f"to a multiple of {_MULTIPLE}; the model's max_seq_len is {max_seq_len}. "
-            f"Set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple of {_SHORT_BIN}."
+            f"packing.bin_length: null makes bins of up to {SHORT_BIN} tokens or of the longest document, rounded up "
+            f"to a multiple of {MULTIPLE}; the model's max_seq_len is {max_seq_len}. "
+            f"Set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple of {SHORT_BIN}."
         )
 
 
-def build_batch(documents: list[Document], bin_of: list[int], bin_length: int) -> PackedBatch:
+def build_batch(
+    documents: list[Document], bin_of: list[int], bin_length: int, *, share_prompts: bool = True
+) -> PackedBatch:
     """The tensors of ``documents`` laid out in the bins given; no documents give one bin of padding.
 
     Args:
-        documents: D - 1 of them; those of one bin stand in it in this order.
+        documents: those of one bin and one group stand in it in this order, groups in the order of their first.
         bin_of: the bin of each, from 0 without gaps.
-        bin_length: S, at least the sum of ``num_places`` in each bin.
+        bin_length: S, at least what the documents of each bin take.
+        share_prompts: those of one group in one bin share the places of their prompt.
     """
-    order = np.argsort(np.array(bin_of, dtype=np.int64), kind="stable")
-    documents = [documents[i] for i in order]
-    bins = np.array(bin_of, dtype=np.int64)[order]
-    num_bins = int(bins[-1]) + 1 if documents else 1
+    bins, group = np.array(bin_of, dtype=np.int64), np.array(_groups(documents, share_prompts), dtype=np.int64)
+    order = np.lexsort((group, bins))
+    documents, bins, group = [documents[i] for i in order], bins[order], group[order]
+    num_documents, num_bins = len(documents), int(bins[-1]) + 1 if documents else 1
     num_tokens = np.array([len(d.tokens) for d in documents], dtype=np.int64)
     num_prompt_tokens = np.array([d.num_prompt_tokens for d in documents], dtype=np.int64)
-    index, offsets, places, padding_positions = _lay_out(num_tokens - 1, bins, num_bins, bin_length)
+    label_counts = num_tokens - num_prompt_tokens
+
+    # What stands in the bins: documents, and before the first of each group that shares its prompt a prefix, which is
+    # the prompt but for its last token, whose label is each completion's first. Prefixes are numbered after documents.
+    leads = np.ones(num_documents, dtype=np.bool_)  # the first of its group in its bin
+    leads[1:] = (bins[1:] != bins[:-1]) | (group[1:] != group[:-1])
+    run = np.cumsum(leads) - 1
+    shares = np.bincount(run, minlength=1)[run] > 1
+    leaders = np.flatnonzero(leads & shares)
+    own = np.arange(num_documents + leaders.size)
+    prefix_index = np.append(own, own.size)
+    prefix_index[:num_documents][shares] = num_documents - 1 + np.cumsum(leads & shares)[shares]
+    source = np.append(own[:num_documents], leaders)  # the document whose tokens each has
+    index = np.lexsort((own < num_documents, source))  # in the order in which they stand
+    source, is_prefix = source[index], index >= num_documents
+    skipped = np.where(shares[source] & ~is_prefix, num_prompt_tokens[source] - 1, 0)  # places left to the prefix
+    num_places = np.where(is_prefix, num_prompt_tokens[source], num_tokens[source] - skipped) - 1
+
+    piece, offsets, places, padding_positions = _lay_out(num_places, bins[source], num_bins, bin_length)
+    offsets += skipped[piece]
     flat = np.fromiter(chain.from_iterable(d.tokens for d in documents), np.int64, int(num_tokens.sum()))
-    source = np.arange(index.size) + index  # every earlier document has one token more than places
-    sampled = offsets >= num_prompt_tokens[index] - 1
+    token = (np.cumsum(num_tokens) - num_tokens)[source[piece]] + offsets
+    sampled = ~is_prefix[piece] & (offsets >= num_prompt_tokens[source[piece]] - 1)
     logps = np.fromiter(chain.from_iterable(d.logps for d in documents), np.float64)
 
     def spread(values: Any, default: Any, dtype: Any, at: Any = places) -> torch.Tensor:
@@ -246,45 +197,44 @@ def build_batch(documents: list[Document], bin_of: list[int], bin_length: int) -
         spread_out[at] = values
         return torch.from_numpy(spread_out)
 
-    label_counts = np.append(num_tokens - num_prompt_tokens, 0)
+    def per_document(values: list[Any], other: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([*values, *[other] * (leaders.size + 1)], dtype=dtype)
+
     return PackedBatch(
         num_bins=num_bins,
-        tokens=spread(flat[source], 0, np.int64),
-        labels=spread(flat[source + 1], 0, np.int64),
+        tokens=spread(flat[token], 0, np.int64),
+        labels=spread(flat[token + 1], 0, np.int64),
         positions=spread(offsets, padding_positions, np.int64),
-        document_index=spread(index, len(documents), np.int64),
+        document_index=spread(index[piece], own.size, np.int64),
         loss_mask=spread(sampled, False, np.bool_),
         old_logps=spread(logps, 0.0, np.float32, at=places[sampled]),
-        advantages=_per_document([d.advantage for d in documents], 0.0, torch.float32),
-        rewards=_per_document([d.reward for d in documents], 0.0, torch.float32),
-        label_counts=torch.from_numpy(label_counts),
-        policy_version=_per_document([d.policy_version for d in documents], 0, torch.int64),
-        temperature=_per_document([d.temperature for d in documents], 1.0, torch.float32),
-        num_documents=len(documents),
+        advantages=per_document([d.advantage for d in documents], 0.0, torch.float32),
+        rewards=per_document([d.reward for d in documents], 0.0, torch.float32),
+        label_counts=per_document(label_counts.tolist(), 0, torch.int64),
+        policy_version=per_document([d.policy_version for d in documents], 0, torch.int64),
+        temperature=per_document([d.temperature for d in documents], 1.0, torch.float32),
+        prefix_index=torch.from_numpy(prefix_index) if leaders.size else None,
+        num_documents=num_documents,
         num_label_tokens=int(label_counts.sum()),
         ids=[(d.prompt_id, d.group_id) for d in documents],
-        stats={"packing_efficiency": (float(index.size), float(num_bins * bin_length))},
+        stats={"packing_efficiency": (float(piece.size), float(num_bins * bin_length))},
     )
 
 
 def _lay_out(
-    num_places: IntArray,  # [D - 1]
-    bins: IntArray,  # [D - 1], ascending
+    num_places: IntArray,  # [P] of each piece
+    bins: IntArray,  # [P], ascending
     num_bins: int,
     bin_length: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """For each place used, its document, its offset in that and in the batch; and the positions of padding, [T]."""
-    before = np.cumsum(num_places) - num_places  # places of earlier documents
+    """For each place used, its piece, its offset in that and in the batch; and the positions of padding, [T]."""
+    before = np.cumsum(num_places) - num_places  # places of earlier pieces
     used = np.bincount(bins, weights=num_places, minlength=num_bins).astype(np.int64)
     starts = before + (bins * bin_length - (np.cumsum(used) - used)[bins])
-    index = np.repeat(np.arange(num_places.size), num_places)
-    offsets = np.arange(index.size) - before[index]
-    padding_positions = (np.arange(bin_length) - used[:, None]).reshape(-1)  # from 0 behind each bin's documents
-    return index, offsets, starts[index] + offsets, padding_positions
-
-
-def _per_document(values: list[Any], padding: float, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor([*values, padding], dtype=dtype)
+    piece = np.repeat(np.arange(num_places.size), num_places)
+    offsets = np.arange(piece.size) - before[piece]
+    padding_positions = (np.arange(bin_length) - used[:, None]).reshape(-1)  # from 0 behind each bin's pieces
+    return piece, offsets, starts[piece] + offsets, padding_positions
 
 
 class Pack(BaseNode[PackedBatch]):
@@ -303,6 +253,8 @@ class Pack(BaseNode[PackedBatch]):
             microbatch can be filled). More means fuller bins and staler documents.
         flush_every_rollout: empty the buffer before the next rollout is drawn, so that rollouts and optimizer steps
             line up; the last microbatch of a rollout has fewer bins.
+        share_prompts: a bin holds one copy of a group's prompt, which all its documents there attend to.
+        max_seq_len: the longest bin that the model takes, for a ``bin_length`` of None.
 
     Raises:
         InputError: a bad argument; from ``next``, a document that no bin can hold.
@@ -316,11 +268,13 @@ class Pack(BaseNode[PackedBatch]):
         bin_length: int | None = None,
         buffer_size: int = 512,
         flush_every_rollout: bool = True,
+        share_prompts: bool = True,
+        max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("tokens_per_microbatch", tokens_per_microbatch), ("buffer_size", buffer_size)):
-            if value < 1:
-                raise InputError(f"{name}: {value} is too small. Set it to 1 or more.")
+            if type(value) is not int or value < 1:
+                raise InputError(f"packing.{name}: {value} is not a whole number of 1 or more. Change it.")
         if bin_length is not None and (bin_length < 1 or tokens_per_microbatch % bin_length):
             raise InputError(
                 f"bin_length: {bin_length} does not divide tokens_per_microbatch: {tokens_per_microbatch}. "
@@ -329,6 +283,7 @@ class Pack(BaseNode[PackedBatch]):
         self.source = source
         self.tokens_per_microbatch, self.bin_length = tokens_per_microbatch, bin_length
         self.buffer_size, self.flush_every_rollout = buffer_size, flush_every_rollout
+        self.share_prompts, self.max_seq_len = share_prompts, max_seq_len or tokens_per_microbatch
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on from a state."""
@@ -359,17 +314,27 @@ class Pack(BaseNode[PackedBatch]):
                 break
             if not self._ingest(drawn[-1]):
                 return self._emit(drawn, [], _EMPTY_BIN, [])
-        places = [d.num_places for d in self._documents]
+        places, prefixes = _sizes(self._documents)
+        groups = _groups(self._documents, self.share_prompts)
         if self.bin_length is None:
-            return self._emit(drawn, *take_short_bins(places, self.tokens_per_microbatch))
+            max_length = min(self.tokens_per_microbatch, self.max_seq_len)
+            units, sizes = share_prefixes(places, prefixes, groups, max_length)
+            bin_length, bins = take_short_bins(sizes, self.tokens_per_microbatch, max_length)
+            pairs = [(i, chosen) for unit, chosen in zip(units, bins, strict=False) for i in unit]
+            return self._emit(drawn, [i for i, _ in pairs], bin_length, [chosen for _, chosen in pairs])
         max_bins = self.tokens_per_microbatch // self.bin_length
-        return self._emit(drawn, *take_long_bins(places, self.bin_length, max_bins))
+        taken, bin_of = take_long_bins(places, prefixes, groups, self.bin_length, max_bins)
+        return self._emit(drawn, taken, self.bin_length, bin_of)
 
     def _wants_more(self) -> bool:
         if self.flush_every_rollout:
             return not self._documents
-        num_places = sum(d.num_places for d in self._documents)
-        return len(self._documents) < self.buffer_size or num_places < self.tokens_per_microbatch
+        places, prefixes = _sizes(self._documents)
+        seen: set[int] = set()
+        for i, group in enumerate(_groups(self._documents, self.share_prompts)):
+            places[i] -= prefixes[i] if group in seen else 0
+            seen.add(group)
+        return len(self._documents) < self.buffer_size or sum(places) < self.tokens_per_microbatch
 
     def _ingest(self, rollout: Rollout) -> int:
         documents = rollout_documents(rollout)
@@ -395,7 +360,7 @@ class Pack(BaseNode[PackedBatch]):
             )
 
     def _emit(self, drawn: list[Rollout], taken: list[int], bin_length: int, bin_of: list[int]) -> PackedBatch:
-        batch = build_batch([self._documents[i] for i in taken], bin_of, bin_length)
+        batch = build_batch([self._documents[i] for i in taken], bin_of, bin_length, share_prompts=self.share_prompts)
         for rollout in drawn:
             batch.stats = merge_stats(batch.stats, rollout.stats)
         share = len(taken) / len(self._documents) if taken else 1.0
@@ -405,8 +370,5 @@ class Pack(BaseNode[PackedBatch]):
         batch.num_label_tokens += dropped[1]
         gone = set(taken)
         self._documents = [d for i, d in enumerate(self._documents) if i not in gone]
+        batch.rollout_continues = self.flush_every_rollout and bool(self._documents)
         return batch
-
-
-def _total_places(bin_length: int, bin_of: list[int]) -> int:
-    return bin_length * (max(bin_of, default=0) + 1)

@@ -55,10 +55,9 @@ class Sample(BaseNode[Rollout]):
         super().__init__()
         _check_at_least("prompts_per_rollout", prompts_per_rollout, 1)
         _check_at_least("group_size", group_size, 1)
-        _check_at_least("max_new_tokens", params.max_new_tokens, 1)
         _check_at_least("seed", seed, 0)
         _check_at_least("rank", rank, 0)
-        check_sampling(params, "the sampling parameters")
+        check_params(params)
         self.source, self.sampler, self.params = source, sampler, params
         self.prompts_per_rollout, self.group_size = prompts_per_rollout, group_size
         self.seed, self.rank = seed, rank
@@ -155,7 +154,7 @@ def check_completion(completion: Completion, prompt_id: str, *, tokenizer: str |
     Raises:
         InputError: naming the field, the value found and the value needed.
     """
-    check_sampling(completion, f"a completion of prompt {prompt_id}")
+    check_sampling(completion, f"a completion of prompt {prompt_id}: ")
     if completion.logps_of not in ("processed", "raw"):
         _refuse(prompt_id, "logps_of", completion.logps_of, "'processed' or 'raw'")
     if completion.logps_of == "raw" and completion.temperature != 1.0:
@@ -171,20 +170,35 @@ def check_completion(completion: Completion, prompt_id: str, *, tokenizer: str |
         _refuse(prompt_id, "finish_reason", completion.finish_reason, "'stop' or 'length'")
 
 
-def check_sampling(sampled: SamplingParams | Completion, what: str) -> None:
+def check_params(params: SamplingParams) -> None:
+    """Refuse what cannot be drawn with or not be trained on.
+
+    Raises:
+        InputError: naming the key in ``sampling``, the value found and the value needed.
+    """
+    if type(params.max_new_tokens) is not int or params.max_new_tokens < 1:
+        raise InputError(f"sampling.max_new_tokens: {params.max_new_tokens!r} must be a whole number of 1 or more")
+    if isinstance(params.temperature, bool) or not isinstance(params.temperature, int | float):
+        raise InputError(f"sampling.temperature: {params.temperature!r} must be a number above 0")
+    check_sampling(params, "sampling.")
+
+
+def check_sampling(sampled: SamplingParams | Completion, where: str) -> None:
     """Refuse greedy decoding and cut distributions: their log-probabilities are not the trainer's softmax.
+
+    ``where`` stands before the field in the message.
 
     Raises:
         InputError: naming the field, the value found and the value needed.
     """
     if not 0.0 < sampled.temperature < float("inf"):
         raise InputError(
-            f"{what}: temperature is {sampled.temperature}, needed: above 0 (1.0 samples the model as it is)."
+            f"{where}temperature is {sampled.temperature}, needed: above 0 (1.0 samples the model as it is)."
         )
     if sampled.top_p != 1.0:
-        raise InputError(f"{what}: top_p is {sampled.top_p}, needed: 1.0, as the trainer computes the whole softmax.")
+        raise InputError(f"{where}top_p is {sampled.top_p}, needed: 1.0, as the trainer computes the whole softmax.")
     if sampled.top_k != 0:
-        raise InputError(f"{what}: top_k is {sampled.top_k}, needed: 0, as the trainer computes the whole softmax.")
+        raise InputError(f"{where}top_k is {sampled.top_k}, needed: 0, as the trainer computes the whole softmax.")
 
 
 def _refuse(prompt_id: str, name: str, found: Any, needed: str) -> None:

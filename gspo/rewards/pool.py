@@ -91,12 +91,12 @@ class RewardPool:
         timeout: float = 10.0,
         on_failure: str = "zero",
     ) -> None:
-        if num_workers < 1:
-            raise InputError(f"num_workers: {num_workers} must be at least 1")
+        if type(num_workers) is not int or num_workers < 1:
+            raise InputError(f"reward_pool.num_workers: {num_workers!r} must be a whole number of 1 or more")
         if not (math.isfinite(timeout) and timeout > 0):
-            raise InputError(f"timeout: {timeout} must be a number of seconds above 0")
+            raise InputError(f"reward_pool.timeout: {timeout} must be a number of seconds above 0")
         if on_failure not in ("zero", "error"):
-            raise InputError(f"on_failure: {on_failure!r} must be 'zero' or 'error'")
+            raise InputError(f"reward_pool.on_failure: {on_failure!r} must be 'zero' or 'error'")
         if not rewards:
             raise InputError("rewards: there is none; name at least one, e.g. {correct: {function: my_file.reward}}")
         self.rewards = [_parse_reward(name, spec) for name, spec in rewards.items()]

@@ -122,7 +122,7 @@ def test_earlier_counts_and_stats_are_kept():
 def test_advantage_refuses_groups_of_one_and_a_refill_without_a_drop():
     with pytest.raises(InputError, match="group_size: 1 "):
         run([1.0], estimator="group_mean_std")
-    with pytest.raises(InputError, match="refill_dead_groups: true needs drop_dead_groups"):
+    with pytest.raises(InputError, match="^advantages.refill_dead_groups: true needs drop_dead_groups"):
         run([1.0, 1.0], drop_dead_groups=False, refill_dead_groups=True)
     assert advantages(run([1.0], estimator=list, drop_dead_groups=False)) == [[1.0]]
 

@@ -110,9 +110,9 @@ def test_record_stands_between_advantages_and_packing(tmp_path):
     [
         ({"group_size": 1}, "group_size: 1 "),
         ({"group_size": 1, "estimator": "leave_one_out"}, "group_size: 1 "),
-        ({"estimator": "mean"}, "estimator: 'mean'"),
+        ({"estimator": "mean"}, "^advantages.estimator: 'mean'"),
         ({"prefetch": -1}, "prefetch: -1"),
-        ({"params": replace(PARAMS, top_p=0.9)}, "top_p is 0.9"),
+        ({"params": replace(PARAMS, top_p=0.9)}, "^sampling.top_p is 0.9, needed: 1.0"),
         ({"bin_length": 3}, "bin_length: 3 does not divide"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

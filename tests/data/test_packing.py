@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.data.packing import Document, Pack, best_fit, merge_stats, pack_documents, rollout_documents, short_bins
+from gspo.data.bins import best_fit, share_prefixes, short_bins
+from gspo.data.packing import Document, Pack, merge_stats, pack_documents, rollout_documents
 from gspo.errors import InputError
 from gspo.types import Group, PackedBatch, Prompt, Rollout
 from tests.data.fakes import Items, completion, exact, rollout
@@ -33,17 +34,33 @@ def documents(num: int, seed: int = 0, longest: int = 20) -> list[Document]:
     return [document(draw.randint(1, longest // 2), draw.randint(1, longest // 2), i) for i in range(num)]
 
 
+def grouped(num: int, group_size: int, longest: int = 20) -> list[Document]:
+    """Groups in turn, the documents of each behind one prompt; rewards tell them apart."""
+    found = []
+    for i, d in enumerate(documents(num, longest=longest)):
+        prompt = document((i // group_size) % (longest // 2) + 1, 1, i // group_size).tokens[:-1]
+        sampled = d.tokens[d.num_prompt_tokens :]
+        where = {"prompt_id": f"p:{i // group_size}", "group_id": i // group_size}
+        found.append(replace(d, tokens=prompt + sampled, num_prompt_tokens=len(prompt), reward=i, **where))
+    return found
+
+
 def unpack(batch: PackedBatch) -> list[Document]:
     """The documents, rebuilt place by place from the tensors, every other promise of PackedBatch checked on the way."""
     found = []
     num_documents = len(batch.ids)
-    assert batch.advantages.numel() == num_documents + 1
-    bins = batch.document_index.view(batch.num_bins, -1)
+    prefix_index = range(batch.advantages.numel()) if batch.prefix_index is None else batch.prefix_index.tolist()
+    assert list(prefix_index)[num_documents:] == list(range(num_documents, batch.advantages.numel()))
     for d in range(num_documents):
-        at = (batch.document_index == d).nonzero().flatten()
-        assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(at))), "not in one piece"
-        assert (bins == d).any(dim=1).sum() == 1, "over a bin's end"
+        pieces = sorted({prefix_index[d], d}, reverse=True)  # the prefix has the higher index
+        places = [(batch.document_index == piece).nonzero().flatten() for piece in pieces]
+        for at in places:
+            assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(at))), "not in one piece"
+        assert len({int(at[i]) // batch.bin_length for at in places for i in (0, -1)}) == 1, "over a bin's end"
+        assert places[0][0] <= places[-1][0], "before its prefix"
+        at = torch.cat(places)
         assert batch.positions[at].tolist() == list(range(len(at)))
+        assert not batch.loss_mask[places[0]].any() or len(places) == 1
         tokens = [*batch.tokens[at].tolist(), int(batch.labels[at[-1]])]
         assert batch.labels[at].tolist() == tokens[1:]
         sampled = batch.loss_mask[at]
@@ -73,8 +90,10 @@ def check_padding(batch: PackedBatch) -> None:
     for row, positions in zip(padding.view(batch.num_bins, -1), batch.positions.view(batch.num_bins, -1), strict=True):
         assert row.tolist() == sorted(row.tolist()), "padding before a document"
         assert positions[row].tolist() == list(range(int(row.sum())))
-    ends = [x[last].item() for x in (batch.advantages, batch.rewards, batch.label_counts, batch.policy_version)]
-    assert ends == [0, 0, 0, 0] and batch.temperature[last] == 1
+    other = slice(len(batch.ids), None)  # prefixes and padding
+    for values in (batch.advantages, batch.rewards, batch.label_counts, batch.policy_version):
+        assert values.numel() == last + 1 and not values[other].any()
+    assert (batch.temperature[other] == 1).all()
 
 
 def as_float32(d: Document) -> Document:
@@ -120,6 +139,55 @@ def test_pack_documents_round_trips(num, bin_length):
     assert bin_length is None or batch.bin_length == bin_length
     assert batch.num_documents == num
     assert batch.num_label_tokens == batch.label_counts.sum() == sum(len(d.logps) for d in given)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("bin_length", [None, 19, 64, 10_000], ids=str)
+@pytest.mark.parametrize("group_size", [2, 8])
+def test_pack_documents_round_trips_groups(group_size, bin_length, share_prompts):
+    given = grouped(61, group_size)
+    batch = pack_documents(given, bin_length, share_prompts=share_prompts)
+    assert sorted(unpack(batch), key=lambda d: d.reward) == [as_float32(d) for d in given]
+    apart = sum(d.num_places for d in given)
+    used = batch.stats["packing_efficiency"][0]
+    assert used < apart if share_prompts else used == apart
+    assert (batch.prefix_index is not None) == share_prompts
+    if bin_length == 10_000 and share_prompts:  # each prompt once
+        prefixes = {d.group_id: d.num_prompt_tokens - 1 for d in given}
+        assert used == sum(len(d.logps) for d in given) + sum(prefixes.values())
+    assert (batch.num_documents, batch.num_label_tokens) == (61, sum(len(d.logps) for d in given))
+
+
+def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
+    prompt = [5, 6, 7]
+    group = [Document(prompt + s, 3, [-0.5] * len(s), 1.0, r, 1.0, 3, "a", 11) for r, s in enumerate(([8, 9], [4]))]
+    alone = Document([1, 2, 3], 2, [-0.75], -1.5, 0.0, 1.0, 4, "b", 12)
+    batch = pack_documents([*group, alone], bin_length=8)
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 7, 1, 2, 0]
+    assert batch.labels.tolist() == [6, 7, 8, 9, 4, 2, 3, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 0]
+    assert batch.document_index.tolist() == [3, 3, 0, 0, 1, 2, 2, 4]
+    assert batch.loss_mask.tolist() == [False, False, True, True, True, False, True, False]
+    assert batch.prefix_index.tolist() == [3, 3, 2, 3, 4]
+    assert batch.label_counts.tolist() == [2, 1, 1, 0, 0]
+    assert batch.ids == [("a", 11), ("a", 11), ("b", 12)]
+
+
+@pytest.mark.parametrize(
+    ("places", "prefixes", "max_places", "units"),
+    [
+        ([10] * 4, [5] * 4, 1000, [[0, 1, 2, 3]]),
+        ([100] * 8, [90] * 8, 1000, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ([100] * 4, [90] * 4, 115, [[0, 1], [2, 3]]),
+        ([100] * 4, [5] * 4, 1000, [[0], [1], [2], [3]]),  # a bin of 195 costs more than two of 100
+        ([100] * 4, [60] * 4, 1000, [[0, 1], [2, 3]]),
+    ],
+    ids=["tiny", "long_prompt", "limited", "short_prompt", "in_pairs"],
+)
+def test_share_prefixes_never_pays_more_for_the_mask_than_apart(places, prefixes, max_places, units):
+    found, sizes = share_prefixes(places, prefixes, [0] * len(places), max_places)
+    assert found == units
+    assert sizes == [sum(places[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units]
 
 
 def test_pack_documents_has_the_types_of_packed_batch():
@@ -200,6 +268,15 @@ def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> Rollout:
     return Rollout(groups, {"n": (num, 1), "i/max": (index, 1)}, dropped_documents=1, dropped_tokens=index)
 
 
+def grouped_rollout(index: int) -> Rollout:
+    draw = random.Random(index)
+    groups = []
+    for i in range((3, 0, 7)[index % 3]):
+        sampled = [completion(draw.randint(1, 30), draw.random()) for _ in range(6)]
+        groups.append(Group(100 * index + i, Prompt(f"p:{i}", "", [1] * draw.randint(1, 20)), sampled))
+    return Rollout(groups)
+
+
 def pack(num_rollouts=9, make=random_rollout, **options):
     return Pack(Items(make, num_rollouts), **({"tokens_per_microbatch": 128} | options))
 
@@ -230,9 +307,34 @@ def test_pack_gives_every_document_once_and_every_count_once(options):
 
 
 @LAYOUT
-def test_pack_keeps_to_the_budget(options):
+def test_pack_of_groups_gives_every_document_once_in_fewer_places(options):
+    given = [as_float32(d) for i in range(9) for d in rollout_documents(grouped_rollout(i))]
+    used = {}
+    for share in (True, False):
+        batches = list(pack(make=grouped_rollout, share_prompts=share, **options))
+        found = [d for b in batches for d in unpack(b)]
+        assert sorted(found, key=lambda d: (d.group_id, d.reward)) == sorted(
+            given, key=lambda d: (d.group_id, d.reward)
+        )
+        used[share] = sum(b.stats["packing_efficiency"][0] for b in batches)
+    assert used[False] == sum(d.num_places for d in given)
+    assert used[True] < 0.85 * used[False]
+
+
+def test_pack_keeps_short_bins_within_the_model():
+    def make(index):
+        return Rollout([Group(index, Prompt("p", "", [1] * 70), [completion(9, 0.5) for _ in range(8)])])
+
+    for limit, longest in ((None, 144), (104, 96), (80, 80)):
+        lengths = {b.bin_length for b in pack(3, make, tokens_per_microbatch=1024, max_seq_len=limit)}
+        assert max(lengths) == longest
+
+
+@pytest.mark.parametrize("make", [random_rollout, grouped_rollout], ids=["alone", "groups"])
+@LAYOUT
+def test_pack_keeps_to_the_budget(options, make):
     limit = options.get("tokens_per_microbatch", 128)
-    for batch in pack(**options):
+    for batch in pack(make=make, **options):
         assert batch.tokens.numel() <= limit
         assert batch.bin_length == options.get("bin_length", batch.bin_length) or not batch.ids
         assert batch.bin_length % 8 == 0
@@ -264,6 +366,15 @@ def test_pack_flushes_at_the_end_of_each_rollout():
     for batch in Pack(source, tokens_per_microbatch=128):
         drawn.append((source.done, {group_id // 100 for _, group_id in batch.ids}))
     assert all(rollouts <= {done - 1} for done, rollouts in drawn)
+
+
+@LAYOUT
+def test_pack_says_whether_more_of_the_rollout_waits(options):
+    node = pack(**options)
+    continues = [(batch.rollout_continues, bool(node.state_dict()["documents"])) for batch in node]
+    flush = options.get("flush_every_rollout", True)
+    assert {waits for _, waits in continues} == {True, False}
+    assert all(says == (flush and waits) for says, waits in continues)
 
 
 def test_pack_emits_a_rollout_without_live_documents_at_once():

@@ -104,11 +104,15 @@ def test_sample_refuses_what_the_sampler_got_wrong():
         ({"prompts_per_rollout": 0}, "prompts_per_rollout: 0"),
         ({"group_size": 0}, "group_size: 0"),
         ({"seed": -1}, "seed: -1"),
-        ({"params": SamplingParams(temperature=0.0)}, "temperature is 0.0"),
-        ({"params": SamplingParams(top_k=5)}, "top_k is 5"),
-        ({"params": SamplingParams(max_new_tokens=0)}, "max_new_tokens: 0"),
+        ({"params": SamplingParams(temperature=0.0)}, "^sampling.temperature is 0.0, needed: above 0"),
+        ({"params": SamplingParams(temperature=True)}, "^sampling.temperature: True must be a number above 0"),
+        ({"params": SamplingParams(temperature=[1])}, r"^sampling.temperature: \[1\] must be a number above 0"),
+        ({"params": SamplingParams(top_k=5)}, "^sampling.top_k is 5, needed: 0"),
+        ({"params": SamplingParams(max_new_tokens=0)}, "^sampling.max_new_tokens: 0 must be a whole number of 1"),
+        ({"params": SamplingParams(max_new_tokens=True)}, "^sampling.max_new_tokens: True must be a whole number"),
+        ({"params": SamplingParams(max_new_tokens=2.5)}, "^sampling.max_new_tokens: 2.5 must be a whole number"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
 )
 def test_sample_refuses_arguments_before_drawing(changes, message):
     with pytest.raises(InputError, match=message):

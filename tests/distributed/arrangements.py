@@ -8,7 +8,7 @@ import torch.distributed as dist
 from gspo.data.packing import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import MetricSums
-from gspo.parallel import build_mesh, fsdp_mesh
+from gspo.parallel import build_mesh, fsdp_mesh, sum_over_ranks
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
 from tests import tiny_policy
 
@@ -18,6 +18,7 @@ ARRANGEMENTS = {
     "one_bin": {"bin_length": 512},
     "many_bins": {"bin_length": 32},
     "short_bins": {"bin_length": None},
+    "prompts_apart": {"bin_length": 64, "share_prompts": False},
     "shuffled": {"bin_length": 64, "shuffle": True},
     "five_microbatches": {"bin_length": 48, "num_microbatches": 5},
     "reduced_once": {"bin_length": 48, "num_microbatches": 5, "reduce_every_microbatch": False},
@@ -46,16 +47,29 @@ def build_policy(
 
 
 def gradients(
-    loss, *, bin_length, shuffle=False, num_microbatches=1, reduce_every_microbatch=True, replicate=1, **options
+    loss,
+    *,
+    bin_length,
+    share_prompts=True,
+    shuffle=False,
+    num_microbatches=1,
+    reduce_every_microbatch=True,
+    replicate=1,
+    **options,
 ):
     policy = build_policy(loss, replicate=replicate, **options)
     documents = tiny_policy.documents()
     if shuffle:
         random.Random(1).shuffle(documents)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = documents[rank::world_size]
-    parts = [mine[i::num_microbatches] for i in range(num_microbatches)]  # some are empty on some ranks
-    microbatches = [Microbatch.prepare(pack_documents(part, bin_length), CPU) for part in parts]
+    mine = [d for d in documents if d.group_id % world_size == rank]
+    parts = [  # some are empty on some ranks
+        [d for d in mine if d.group_id // world_size % num_microbatches == i] for i in range(num_microbatches)
+    ]
+    batches = [pack_documents(part, bin_length, share_prompts=share_prompts) for part in parts]
+    shared = sum(batch.prefix_index is not None for batch in batches)
+    assert bool(sum_over_ranks([shared], CPU)[0]) == share_prompts
+    microbatches = [Microbatch.prepare(batch, CPU) for batch in batches]
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
     sums = MetricSums()
     for pairs in accumulate_gradients(

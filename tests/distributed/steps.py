@@ -3,8 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from gspo.data.packing import Document, pack_documents
-from gspo.parallel import fetch_step
+from gspo.data.packing import Document, Pack, pack_documents
+from gspo.parallel import FetchSteps
+from gspo.types import Group, Prompt, Rollout
+from tests.data.fakes import Items, completion, exact
+from tests.data.law import assert_resumes_anywhere
 
 CPU = torch.device("cpu")
 
@@ -15,6 +18,10 @@ SOURCES = {
     "ends_first": [[3, 3, 3, 3, 3], [2], [1, 1, 1], []],
     "nothing": [[0, 0], [0], [], [0]],
 }
+
+# Live documents of each rollout, a list a rank; the others of ROLLOUT_SIZE were dropped. Three fit into a microbatch.
+LIVE = [[1, 9, 0, 4], [9, 2, 3], [0, 5, 9, 7, 3], [6, 1, 0, 9]]
+ROLLOUT_SIZE = 9
 
 
 def batch(num_documents, dropped):
@@ -28,6 +35,43 @@ def batch(num_documents, dropped):
     return packed
 
 
+def everything(docs_per_step, docs_per_step_of_rollouts):
+    """Both kinds of sources in one process group."""
+    rollouts = {docs: draw_rollouts(docs) for docs in docs_per_step_of_rollouts}
+    return {"rollouts": rollouts, "sources": draw_all(docs_per_step)}
+
+
+def draw_rollouts(docs_per_step):
+    """The rounds in which this rank drew a rollout, and by step how many steps ago its documents were sampled."""
+    num_rounds, drawn, staleness = 0, [], []
+    for step in FetchSteps(rollouts(lambda: len(staleness)), docs_per_step=docs_per_step, device=CPU):
+        drawn += [num_rounds + i for i, b in enumerate(step.batches) if "drawn" in b.stats]
+        versions = {v for b in step.batches for v in b.policy_version[: len(b.ids)].tolist()}
+        staleness.append({len(staleness) - version for version in versions})
+        num_rounds += len(step.batches)
+    return {"drawn": drawn, "staleness": staleness}
+
+
+def rollouts(version):
+    """Microbatches of this rank's rollouts, sampled from the weights ``version()``."""
+    live = LIVE[dist.get_rank()]
+
+    def make(index):
+        dropped = ROLLOUT_SIZE - live[index]
+        completions = [completion(8, policy_version=version()) for _ in range(live[index])]
+        groups = [Group(i, Prompt(f"p:{index}", "", [1]), [c]) for i, c in enumerate(completions)]
+        return Rollout(groups, {"drawn": (index, 1)}, dropped_documents=dropped, dropped_tokens=8 * dropped)
+
+    return Pack(Items(make, len(live)), tokens_per_microbatch=24, bin_length=24)
+
+
+def resume_anywhere(docs_per_step):
+    """The law of the data graph, on all ranks at once."""
+    assert_resumes_anywhere(
+        lambda: FetchSteps(rollouts(lambda: 0), docs_per_step=docs_per_step, device=CPU), 20, key=exact
+    )
+
+
 def draw_all(docs_per_step):
     """Every step of every source: what this rank got of it and the totals it was told."""
     rank = dist.get_rank()
@@ -35,9 +79,9 @@ def draw_all(docs_per_step):
 
 
 def _steps(counts, docs_per_step):
-    source = iter([batch(count, dropped=min(count, i % 2)) for i, count in enumerate(counts)])
+    source = Items(lambda i: batch(counts[i], dropped=min(counts[i], i % 2)), len(counts))
     steps = []
-    while (step := fetch_step(source, docs_per_step=docs_per_step, device=CPU)) is not None:
+    for step in FetchSteps(source, docs_per_step=docs_per_step, device=CPU):
         mine = [(b.num_documents, b.num_label_tokens) for b in step.batches]
         steps.append({"mine": mine, "num_documents": step.num_documents, "num_label_tokens": step.num_label_tokens})
     return steps

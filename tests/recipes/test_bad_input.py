@@ -31,8 +31,25 @@ REFUSED = {
     ),
     "negative_clip_grad_norm": (["clip_grad_norm=-1"], "clip_grad_norm: -1 must be a number above 0"),
     "clip_grad_norm_not_a_number": (["clip_grad_norm=big"], "clip_grad_norm: 'big' must be a number above 0"),
-    "no_new_tokens": (["sampling.max_new_tokens=null"], "sampling.max_new_tokens: None must be a whole number"),
-    "temperature_not_a_number": (["sampling.temperature=hot"], "sampling.temperature: 'hot' must be a number above 0"),
+    "no_new_tokens": (["sampling.max_new_tokens=null"], "sampling.max_new_tokens: None, but SamplingParams takes a nu"),
+    "temperature_not_a_number": (["sampling.temperature=hot"], "sampling.temperature: 'hot', but SamplingParams takes"),
+    "true_for_a_number": (["group_size=true"], "group_size: True must be a whole number of 1 or more"),
+    "true_for_a_bin": (["packing.bin_length=true"], "packing.bin_length: True must be a whole number of 1 or more, or"),
+    "tokens_not_a_number": (["packing.tokens_per_microbatch=many"], "packing.tokens_per_microbatch: 'many' must be"),
+    "no_tokens_per_microbatch": (
+        ["~packing.tokens_per_microbatch"],
+        "packing.tokens_per_microbatch: None must be a whole number of 1 or more",
+    ),
+    "true_for_new_tokens": (["sampling.max_new_tokens=true"], "sampling.max_new_tokens: True must be a whole number"),
+    "true_for_a_norm": (["clip_grad_norm=true"], "clip_grad_norm: True must be a number above 0, or null for no clip"),
+    "misspelt_switch": (["compile=flase"], "compile: 'flase' must be true or false"),
+    "misspelt_dtype": (["dtype=fp16"], "dtype: 'fp16' must be fp32 or bf16"),
+    "rate_not_a_number": (["optimizer.lr=1e-5x"], "optimizer.lr: '1e-5x', but AdamW takes a number; write one like"),
+    "kl_not_a_number": (["loss.kl_coef=little"], "loss.kl_coef: 'little', but GSPOLoss takes a number; write one"),
+    "timeout_not_a_number": (["reward_pool.timeout=long"], "reward_pool.timeout: 'long', but RewardPool takes a numb"),
+    "no_reward_workers": (["reward_pool.num_workers=0"], "reward_pool.num_workers: 0 must be a whole number of 1 or"),
+    "misspelt_estimator": (["advantages.estimator=mean"], "advantages.estimator: 'mean' is not known. Use one of"),
+    "no_model": (["~model"], "model: missing, but the recipe needs a value; set it in the config"),
     "eval_every_not_a_number": (["eval.every_n_steps=two"], "eval.every_n_steps: 'two' must be a whole number"),
     "negative_kl": (["loss.kl_coef=-0.1"], "loss.kl_coef is -0.1: it must be 0 or more"),
     "no_reference": (
@@ -40,7 +57,7 @@ REFUSED = {
         "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer",
     ),
     "no_tokenizer": (["tokenizer.path=nowhere.json"], "tokenizer: FileNotFoundError: [Errno 2] No such file or direc"),
-    "no_prompts_file": (["prompts.source=nowhere.jsonl"], "source: nowhere.jsonl does not exist (looked for /"),
+    "no_prompts_file": (["prompts.source=nowhere.jsonl"], "prompts.source: nowhere.jsonl does not exist (looked for"),
     "group_of_one": (["group_size=1"], "group_size: 1 "),
     "no_documents": (["docs_per_step=0"], "docs_per_step: 0 must be a whole number of 1 or more"),
     "not_a_number": (["num_steps=many"], "num_steps: 'many' must be a whole number of 1 or more"),
@@ -49,7 +66,7 @@ REFUSED = {
         ["sync_every_steps=2", "eval.every_n_steps=3"],
         "eval.every_n_steps: 3 must be a multiple of",
     ),
-    "greedy_sampling": (["sampling.temperature=0"], "temperature is 0, needed: above 0"),
+    "greedy_sampling": (["sampling.temperature=0"], "sampling.temperature is 0, needed: above 0"),
     "long_bins": (["packing.bin_length=8192"], "packing.bin_length: 8192 is more than the model's max_seq_len 128"),
     "short_bins": (["packing.tokens_per_microbatch=16"], "is more than the 17 that one bin takes. Raise tokens_per"),
     "long_completions": (["sampling.max_new_tokens=120"], "in the model's max_seq_len 128"),
@@ -125,11 +142,12 @@ def test_port_in_use_names_the_address(base, tmp_path):
 
 @pytest.mark.parametrize("reward", ["raises", "hangs", "nan"])
 def test_failing_reward_is_counted_and_the_run_goes_on(run, reward):
-    options = ["reward_pool.timeout=0.2", "prompts_per_rollout=4", "docs_per_step=16"]
-    code, output = run(*options, reward=f"tests.recipes.rewards.{reward}")
+    options = ["reward_pool.timeout=0.1", "prompts_per_rollout=4", "docs_per_step=16"]
+    code, output = run(*options, "eval={every_n_steps: 1, num_samples: 2}", reward=f"tests.recipes.rewards.{reward}")
     assert code is None
     records = lines(output / "metrics.jsonl")
     assert len(records) == 2 and all(r["reward_failures"] > 0 for r in records)
+    assert all(r["eval/reward_failures"] > 0 for r in records)
 
 
 def test_prompts_that_end_stop_the_run_early(run, base):

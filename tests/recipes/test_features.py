@@ -22,6 +22,8 @@ ALWAYS = {
     *("tokens_per_second", "skipped_steps"),
 }
 
+EVALUATED = {"eval/accuracy", "eval/reward", "eval/reward_failures", "eval/pass@3", "eval/sampled_accuracy"}
+
 
 def finish(result):
     """The metrics of a run that went well."""
@@ -57,7 +59,8 @@ def tokens(base):
 def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
     code, output = run("save_every_n_steps=1", "eval={every_n_steps: 1, num_samples: 3}", "num_steps=3")
     records = finish((code, output))
-    assert len(records) == 3 and all(ALWAYS | {"eval/accuracy", "eval/pass@3"} <= r.keys() for r in records)
+    assert len(records) == 3 and all(ALWAYS | EVALUATED <= r.keys() for r in records)
+    assert all(0 < r["eval/reward"] < 1 and r["eval/reward_failures"] == 0 for r in records)
     assert [r["lr"] for r in records] == [1e-3] * 3
     assert records[0]["kl_new_old"] < 1e-6 and records[0]["clip/at_zero_drift"] == 0
     completions = lines(output / "completions.jsonl")
@@ -74,6 +77,15 @@ def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
     torch.testing.assert_close(read_back(tokens).logits, logits[3], rtol=0, atol=1e-5)
     text = transformers.AutoTokenizer.from_pretrained(output / "epoch_3").decode(tokens[0])
     assert text.endswith("assistant\n46")
+
+
+def test_summary_rounds_the_accuracies(run, base, tmp_path):
+    rows = (base / "data" / "heldout.jsonl").read_text().splitlines()
+    (tmp_path / "seven.jsonl").write_text("\n".join(rows[:7]))
+    held_out = (f"eval_prompts.source={tmp_path / 'seven.jsonl'}", "eval.every_n_steps=2")
+    code, output = run(*held_out, "optimizer.lr=0")
+    accuracy, summary = finish((code, output))[-1]["eval/accuracy"], json.loads((output / "summary.json").read_text())
+    assert accuracy != round(accuracy, 4) == summary["accuracy_before"] == summary["accuracy_after"]
 
 
 def test_saved_model_gives_the_logits_of_the_recipe(run, recipe, monkeypatch, tokens):
@@ -102,6 +114,19 @@ def test_ppo_epochs_update_twice_on_the_same_rollout(run):
     assert [r["staleness/max"] for r in records] == [0, 1, 0, 1]
     assert [("reward/mean" in r) for r in records] == [True, False, True, False]
     assert records[0]["kl_new_old"] < 1e-6 < records[1]["kl_new_old"]
+
+
+def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypatch):
+    prepare = recipe.Microbatch.prepare
+
+    def spoil_the_first(batch, device):
+        batch.old_logps[batch.loss_mask.nonzero()[0]] = math.inf
+        return prepare(batch, device)
+
+    monkeypatch.setattr(recipe.Microbatch, "prepare", spoil_the_first)
+    code, output = run("ppo_epochs=2", "num_steps=4")
+    assert [r["quarantined_documents"] for r in finish((code, output))] == [1] * 4
+    assert [r["step"] for r in lines(output / "quarantine_rank0.jsonl")] == [0, 2]
 
 
 def test_reference_policy_starts_where_the_policy_does(run):
@@ -161,6 +186,7 @@ def test_adamw8bit_moves_bfloat16_weights_with_stochastic_rounding(run, base):
     after = load_file(output / "epoch_2" / "model-00001-of-00001.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert after[name].dtype == torch.bfloat16
+    assert transformers.AutoModelForCausalLM.from_pretrained(output / "epoch_2", dtype="auto").dtype == torch.bfloat16
     moved = (after[name].float() - before[name].bfloat16().float()).abs().mean().item()
     assert 0.5e-4 < moved < 2e-4  # two steps of 1e-4, which rounding to nearest would mostly lose at weights of 0.06
 

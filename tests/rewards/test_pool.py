@@ -241,12 +241,14 @@ def test_bad_reward_names_its_key(rewards, message):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"num_workers": 0}, "num_workers: 0"),
-        ({"timeout": 0}, "timeout: 0"),
-        ({"timeout": float("inf")}, "timeout: inf"),
-        ({"on_failure": "nan"}, "on_failure: 'nan' must be 'zero' or 'error'"),
+        ({"num_workers": 0}, "^reward_pool.num_workers: 0 must be a whole number of 1 or more"),
+        ({"num_workers": True}, "^reward_pool.num_workers: True must be a whole number"),
+        ({"num_workers": 1.5}, "^reward_pool.num_workers: 1.5 must be a whole number"),
+        ({"timeout": 0}, "^reward_pool.timeout: 0"),
+        ({"timeout": float("inf")}, "^reward_pool.timeout: inf"),
+        ({"on_failure": "nan"}, "^reward_pool.on_failure: 'nan' must be 'zero' or 'error'"),
     ],
-    ids=["num_workers", "no_timeout", "infinite_timeout", "on_failure"],
+    ids=["no_workers", "true_workers", "half_a_worker", "no_timeout", "infinite_timeout", "on_failure"],
 )
 def test_bad_knob_names_its_key(knobs, message):
     with pytest.raises(InputError, match=message):
