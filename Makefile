@@ -1,4 +1,4 @@
-# make demo [SEED=k], make test, make lint. Each first installs the pinned packages into .venv, once.
+# make install, into .venv, with the pinned packages; make demo [SEED=k], make test, make lint, each after it.
 .DELETE_ON_ERROR:
 .PHONY: demo test lint install
 

@@ -1,19 +1,23 @@
 """How many completions a second the whole loop trains, and where the time goes.
 
-    python benchmarks/rl_loop.py --json benchmarks/results/DATE-rl_loop.json
+    python benchmarks/rl_loop.py --json benchmarks/results/DATE-rl_loop.json [--trl]
 
 The shape is fixed: a 0.46 M-parameter Qwen2 in fp32, 32 prompts of 6 tokens x 8 completions of 5 tokens a rollout, two
 updates of the whole rollout (``ppo_epochs`` 2), then a weight sync. It runs the recipe's own objects through the
-recipe's own loop. The reward is a coin weighted by ``--solve-rate``, so that the share of dead groups is known: with
-``--keep-dead-groups`` every one of the 256 completions goes through both updates.
+recipe's own loop. The reward is a weighted coin, so that the share of dead groups is known: where they are not dropped,
+every one of the 256 completions goes through both updates. ``--trl`` runs TRL's trainer on the same shape as well
+(``rl_loop_trl.py``; it needs ``pip install 'gspo[bench]'``).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,6 +34,7 @@ from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
+WARMUP = 5  # rollouts
 SHAPE = dict(
     vocab_size=64,
     num_layers=3,
@@ -81,7 +86,7 @@ class Prompts(BaseNode[Prompt]):
 class Loop:
     """The recipe's objects, wired as the recipe wires them."""
 
-    def __init__(self, pool: RewardPool, *, drop_dead_groups: bool) -> None:
+    def __init__(self, pool: RewardPool, *, drop_dead_groups: bool, compiled: bool) -> None:
         torch.manual_seed(0)
         weights = {k: 0.5 * v if v.dim() == 2 else v for k, v in qwen2(**SHAPE).state_dict().items()}
         weights["tok_embeddings.weight"] = 0.02 * weights["tok_embeddings.weight"]
@@ -89,7 +94,7 @@ class Loop:
             decoder = qwen2(**SHAPE)
         self.pool = pool
         self.policy = Policy(decoder, GSPOLoss())
-        shard_policy(self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)))
+        shard_policy(self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)), compile_layers=compiled)
         load_weights(self.policy, weights, CPU)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         self.sampler = LocalSampler(qwen2(**SHAPE), CharTokenizer(), stop_token_ids=[])
@@ -144,18 +149,31 @@ class Loop:
         self.step += 1
 
 
-def measure(name: str, *, solve_rate: float, drop_dead_groups: bool, rollouts: int) -> dict:
+def coin(solve_rate: float) -> str:
+    """The pattern of a rewarded answer: its first character decides."""
+    return f"[{ALPHABET[0]}-{ALPHABET[round(solve_rate * len(ALPHABET)) - 1]}].*"
+
+
+def measure(name: str, *, solve_rate: float, drop_dead_groups: bool, compiled: bool, rollouts: int) -> dict:
     """Medians over ``rollouts`` after a warm-up."""
-    letters = "".join(ALPHABET[: round(solve_rate * len(ALPHABET))])
-    pattern = f"[{letters[0]}-{letters[-1]}].*"  # the first character decides
-    spec = {"coin": {"function": "gspo.rewards.regex_match", "pattern": pattern}}
+    spec = {"coin": {"function": "gspo.rewards.regex_match", "pattern": coin(solve_rate)}}
     pool = RewardPool(spec, num_workers=1)
     pool.warm()
-    loop = Loop(pool, drop_dead_groups=drop_dead_groups)
-    for _ in range(5):
-        loop.run()
-    runs = [loop.run() for _ in range(rollouts)]
+    loop = Loop(pool, drop_dead_groups=drop_dead_groups, compiled=compiled)
+    runs = [loop.run() for _ in range(WARMUP + rollouts)]
     pool.close()
+    return summarize(name, runs[WARMUP:])
+
+
+def measure_trl(name: str, *, compiled: bool, rollouts: int) -> dict:
+    """The same by TRL's trainer; in a process of its own, where there is no process group for it to use."""
+    import rl_loop_trl
+
+    return summarize(name, rl_loop_trl.run(WARMUP + rollouts, compiled=compiled)[WARMUP:])
+
+
+def summarize(name: str, runs: list[dict[str, float]]) -> dict:
+    """Medians and the spread of the rate."""
     median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     rate = NUM_PROMPTS * GROUP_SIZE / median["total"]
     totals = sorted(NUM_PROMPTS * GROUP_SIZE / run["total"] for run in runs)
@@ -174,19 +192,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--rollouts", type=int, default=40)
+    parser.add_argument("--trl", action="store_true", help="run TRL's trainer too")
     args = parser.parse_args()
+    where = hardware()
+    if args.trl:
+        where |= {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
     parallel.init_process_group(CPU)
-    cases = [
-        ("every group trained", dict(solve_rate=0.5, drop_dead_groups=False)),
-        ("half of the groups dead, dropped", dict(solve_rate=0.92, drop_dead_groups=True)),
-    ]
-    rows = [measure(name, rollouts=args.rollouts, **case) for name, case in cases]
+    rows = []
+    for suffix, compiled in (("", False), (", layers compiled", True)):
+        options = {"compiled": compiled, "rollouts": args.rollouts}
+        rows.append(measure(f"every group trained{suffix}", solve_rate=0.5, drop_dead_groups=False, **options))
+        rows.append(measure(f"half of them dead, dropped{suffix}", solve_rate=0.92, drop_dead_groups=True, **options))
+        if args.trl:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows.append(pool.submit(measure_trl, f"TRL{suffix}", **options).result())
     for row in rows:
         split = ", ".join(f"{k} {v:.1f}" for k, v in row["ms"].items())
-        print(f"{row['case']:34s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})")
-        print(f"{'':34s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
+        print(f"{row['case']:44s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})")
+        print(f"{'':44s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
     if args.json:
-        args.json.write_text(json.dumps(hardware() | {"rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

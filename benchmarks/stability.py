@@ -39,20 +39,20 @@ def summarize(run: Path) -> dict:
     """What the run's files say."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    curve = [summary["accuracy_before"]] + [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
+    curve = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]  # from step 0, before the first update
     best = fall = 0.0
     for accuracy in curve:
         best = max(best, accuracy)
         fall = max(fall, best - accuracy)
     trained = [r for r in records if r.get("documents")]
     return {
-        "steps": len(records),
+        "steps": records[-1]["step"],
         "seed": summary["seed"],
         "held_out_accuracy": [round(accuracy, 4) for accuracy in curve],
         "largest_fall_below_the_best": round(fall, 4),
         "steps_not_finite": sum(not math.isfinite(r.get("grad_norm") or math.nan) for r in trained),
-        "skipped_steps": records[-1]["skipped_steps"],
-        "kl_new_old_at_step_1": records[0]["kl_new_old"],
+        "skipped_steps": trained[-1]["skipped_steps"],
+        "kl_new_old_at_step_1": next(r["kl_new_old"] for r in records if "kl_new_old" in r),
     }
 
 

@@ -2,10 +2,9 @@
 
 import importlib
 import sys
-from pathlib import Path
 
-TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run", "validate")
-COMMANDS: dict[str, str] = {}  # of this pack: name -> "module:function", called with the arguments after the name
+TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run")
+COMMANDS = {"validate": "gspo.validate:main"}  # "module:function", called with the arguments after the name
 
 USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
 
@@ -19,21 +18,21 @@ def main() -> None:
     if command in TUNE_COMMANDS:
         tune()
     elif command in ("-h", "--help"):
-        print(f"{USAGE}\n\n{', '.join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like")
+        print(
+            f"{USAGE}\n\n{', '.join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like\n"
+            "validate CONFIG [key=value ...]: names and values as the recipe checks them, which tune's own does not"
+        )
     else:
         sys.exit(f"{USAGE}\n\nunknown command {command!r}")
 
 
 def tune() -> None:
-    """Run torchtune's command line with the recipe registered; ``validate`` takes the name of a config too."""
+    """Run torchtune's command line with the recipe registered."""
     from torchtune._cli.tune import main as tune_main
 
-    from gspo.plugin import add_recipes, shipped_configs
+    from gspo.plugin import add_recipes
 
     add_recipes()
-    if sys.argv[1] == "validate":
-        names = shipped_configs()
-        sys.argv[2:] = [str(names.get(Path(argument).as_posix(), argument)) for argument in sys.argv[2:]]
     tune_main()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import inspect
 import json
@@ -272,7 +273,10 @@ def _what_is_missing(dotpath: str) -> str:
             continue
         return f"{parent} has no {name!r}.{did_you_mean(name, _public_names(found))}"
     packages = [name for name in sys.modules if "." not in name and not name.startswith("_")]
-    return f"there is no module {parts[0]!r}.{did_you_mean(parts[0], packages)}"
+    hint = did_you_mean(parts[0], difflib.get_close_matches(parts[0], packages))  # all that there are say nothing
+    return (
+        f"there is no module {parts[0]!r} installed or in {os.getcwd()}; run from its folder or set PYTHONPATH.{hint}"
+    )
 
 
 def _public_names(found: Any) -> list[str]:

@@ -79,6 +79,21 @@ def combine(how: str, a: Pair, b: Pair) -> Pair:
     return a[0] + b[0], a[1] + b[1]
 
 
+def merge_pairs(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The metric pairs of several parts of a microbatch as one, on their device."""
+    merged: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in parts:
+        for name, (value, weight) in part.items():
+            if name not in merged:
+                merged[name] = value, weight
+            elif METRICS.get(name, ("mean",))[0] in ("max", "min"):
+                extreme = torch.maximum if METRICS[name][0] == "max" else torch.minimum
+                merged[name] = extreme(merged[name][0], value), merged[name][1]
+            else:
+                merged[name] = merged[name][0] + value, merged[name][1] + weight
+    return merged
+
+
 class MetricSums:
     """The metric pairs of one optimizer step on this rank; :meth:`reduce` makes them numbers over all ranks.
 

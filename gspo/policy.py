@@ -30,7 +30,8 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from gspo.errors import InputError
 from gspo.functional import LossInputs, MetricSums
-from gspo.kernels import linear_logps
+from gspo.kernels import linear_logps, linear_loss
+from gspo.metrics import merge_pairs
 from gspo.types import PackedBatch
 
 AttentionMask = Tensor | BlockMask | None
@@ -41,7 +42,8 @@ class Microbatch:
     """A packed batch on the device, with what is derived from its layout once."""
 
     batch: PackedBatch
-    label_rows: Tensor  # [N] int64, places with a label
+    label_rows: Tensor  # [N] int64, places with a label, one document's after another's
+    label_counts: list[int]  # [D] of them in each document
     attention_mask: AttentionMask
 
     @classmethod
@@ -50,7 +52,7 @@ class Microbatch:
         rows = batch.loss_mask.nonzero().squeeze(-1)
         alone = _one_document_per_bin(batch)
         on_device = batch.to(device)
-        return cls(on_device, rows.to(device), None if alone else document_mask(on_device))
+        return cls(on_device, rows.to(device), batch.label_counts.tolist(), None if alone else document_mask(on_device))
 
 
 def _one_document_per_bin(batch: PackedBatch) -> bool:
@@ -81,8 +83,8 @@ class Policy(nn.Module):
     Args:
         decoder: any torchtune decoder with a linear or tied output.
         loss: a component of :mod:`gspo.losses`; None for a policy that is only evaluated.
-        chunk_size: labelled tokens whose logits are held at a time.
-        compile_head: run the head's chunks through ``torch.compile``.
+        chunk_size: labelled tokens whose logits are held at a time; None chooses by device.
+        kernel: of the head, see :func:`gspo.kernels.choose_kernel`.
     """
 
     def __init__(
@@ -90,21 +92,31 @@ class Policy(nn.Module):
         decoder: TransformerDecoder,
         loss: nn.Module | None = None,
         *,
-        chunk_size: int = 4096,
-        compile_head: bool = False,
+        chunk_size: int | None = None,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
         decoder.unembed = lambda hidden: decoder.norm(hidden)
         self.decoder = decoder
         self.loss = loss
-        self._chunk_size = chunk_size
-        self._compile_head = compile_head
+        self._options: dict[str, Any] = {"chunk_size": chunk_size, "kernel": kernel}
 
     def forward(self, microbatch: Microbatch) -> tuple[Tensor, MetricSums]:
         """The undivided loss sum of a microbatch and its metric sums."""
         assert self.loss is not None, "this policy was built without a loss"
-        logps, entropy = self._row_logps(microbatch, entropy_grad=bool(getattr(self.loss, "entropy_coef", 0)))
-        return self.loss(logps, entropy, _row_inputs(microbatch))
+        loss, inputs = self.loss, _row_inputs(microbatch)
+
+        def seam(logps: Tensor, entropy: Tensor, first: int, last: int) -> tuple[Tensor, MetricSums]:
+            return loss(logps, entropy, _part(inputs, microbatch.label_counts, first, last))
+
+        loss_sum, found = linear_loss(
+            *self._rows(microbatch),
+            microbatch.label_counts,
+            seam,
+            entropy_grad=bool(getattr(loss, "entropy_coef", 0)),
+            **self._options,
+        )
+        return loss_sum, merge_pairs(found)
 
     def logps(self, microbatch: Microbatch) -> Tensor:  # [T] float32 nats, 0 where there is no label
         """Log-probabilities of the labels at the sampling temperature, without gradients. Collective."""
@@ -116,7 +128,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _logps(self, microbatch: Microbatch) -> Tensor:
-        rows, _ = self._row_logps(microbatch, entropy_grad=False)
+        rows, _ = linear_logps(*self._rows(microbatch), **self._options)
         return rows.new_zeros(microbatch.batch.tokens.numel()).index_put((microbatch.label_rows,), rows)
 
     def full_state_dict(self) -> Iterator[tuple[str, Tensor]]:
@@ -124,21 +136,19 @@ class Policy(nn.Module):
         for name, value in self.decoder.state_dict().items():
             yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
-    def _row_logps(self, microbatch: Microbatch, *, entropy_grad: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
+    def _rows(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, H], [V, H], [N], [N]
+        """Hidden states, LM-head weight, labels and temperatures of the rows with a label."""
         batch, rows = microbatch.batch, microbatch.label_rows
         hidden = self.decoder(
             batch.tokens.view(batch.num_bins, -1),
             mask=microbatch.attention_mask,
             input_pos=batch.positions.view(batch.num_bins, -1),
         )
-        return linear_logps(
-            hidden.flatten(0, 1)[rows],  # rows without a label are gathered away before the first product
+        return (
+            hidden.flatten(0, 1)[rows],  # the others are gathered away before the first product
             output_weight(self.decoder),
             batch.labels[rows],
             batch.temperature[batch.document_index[rows]],
-            chunk_size=self._chunk_size,
-            entropy_grad=entropy_grad,
-            compiled=self._compile_head,
         )
 
 
@@ -151,6 +161,22 @@ def _row_inputs(microbatch: Microbatch) -> LossInputs:
         advantages=batch.advantages,
         label_counts=batch.label_counts,
         ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
+    )
+
+
+def _part(inputs: LossInputs, label_counts: list[int], first: int, last: int) -> LossInputs:
+    """Documents ``first`` to ``last - 1`` alone; their rows stand one after another."""
+    if (first, last) == (0, len(label_counts)):
+        return inputs
+    start = sum(label_counts[:first])
+    rows = slice(start, start + sum(label_counts[first:last]))
+    return LossInputs(
+        document_index=inputs.document_index[rows] - first,
+        loss_mask=inputs.loss_mask[rows],
+        old_logps=inputs.old_logps[rows],
+        advantages=inputs.advantages[first:last],
+        label_counts=inputs.label_counts[first:last],
+        ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
     )
 
 

@@ -31,6 +31,7 @@ from gspo.data.packing import check_bin_length
 from gspo.data.record import Record
 from gspo.data.sample import check_params
 from gspo.errors import InputError
+from gspo.kernels import KERNELS
 from gspo.optim import mend_stochastic_rounding
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
 from gspo.rewards.pool import RewardPool
@@ -56,7 +57,8 @@ OPTIONAL_KEYS = {
     "eval": {"every_n_steps": 0, "num_samples": 0},
     "save_every_n_steps": 0,
     "max_skipped_steps": 10,
-    "head_chunk_size": 4096,
+    "kernel": "auto",
+    "head_chunk_size": None,
     "enable_activation_checkpointing": False,
     "compile": False,
     "fsdp_cpu_offload": False,
@@ -81,11 +83,11 @@ PASSED = {  # arguments that the recipe gives to a component itself
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps"),
 }
-_GET_MODEL = "correct the path, or get the model first: the head of each shipped config has the command"
+_GET_MODEL = "correct the path, or get the model first: the head of a copy made with `tune cp` has the commands"
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
 AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
-    "head_chunk_size", "data_parallel_replicate_size", "log_every_n_steps", "packing.tokens_per_microbatch",
+    "data_parallel_replicate_size", "log_every_n_steps", "packing.tokens_per_microbatch",
 )  # fmt: skip
 AT_LEAST_0 = (
     "prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed", "eval.every_n_steps",
@@ -99,7 +101,7 @@ VALUES = (  # keys, what fits, and that in words
     (AT_LEAST_1, lambda x: type(x) is int and x >= 1, "a whole number of 1 or more"),
     (AT_LEAST_0, lambda x: type(x) is int and x >= 0, "a whole number of 0 or more"),
     (
-        ("packing.bin_length", "packing.buffer_size"),
+        ("packing.bin_length", "packing.buffer_size", "head_chunk_size"),
         lambda x: x is None or (type(x) is int and x >= 1),
         "a whole number of 1 or more, or left out",
     ),
@@ -109,6 +111,7 @@ VALUES = (  # keys, what fits, and that in words
         "true or false, or left out",
     ),
     (SWITCHES, lambda x: type(x) is bool, "true or false"),
+    (("kernel",), lambda x: x in KERNELS, f"one of {', '.join(KERNELS)}"),
     (("dtype",), lambda x: x in ("fp32", "bf16"), "fp32 or bf16"),
     (
         ("clip_grad_norm",),
@@ -176,11 +179,6 @@ class GSPOFullFinetuneRecipe:
         cfg = self._cfg
         with refusals("output_dir", "choose a folder that can be written"):
             self._output_dir.mkdir(parents=True, exist_ok=True)
-            metrics.set_aside(self._completions_file)
-            metrics.set_aside(self._quarantine_file)
-            if self._rank == 0:
-                metrics.set_aside(self._metrics_file)
-                self._metrics_file.touch()
         self._tokenizer = self._component("tokenizer")
         self._checkpointer = self._component("checkpointer")
         self._pool = RewardPool(OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool)
@@ -236,6 +234,15 @@ class GSPOFullFinetuneRecipe:
         if self._rank == 0 and cfg.metric_logger is not None:
             self._metric_logger = self._component("metric_logger")
             self._metric_logger.log_config(cfg)
+        self._open_files()  # last: a run that is refused leaves those of an earlier one as they are
+
+    def _open_files(self) -> None:
+        with refusals("output_dir", "choose a folder that can be written"):
+            metrics.set_aside(self._completions_file)
+            metrics.set_aside(self._quarantine_file)
+            if self._rank == 0:
+                metrics.set_aside(self._metrics_file)
+                self._metrics_file.touch()
 
     def _component(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """The component that the config names at ``key``; what it refuses is shown as the user's input."""
@@ -252,7 +259,7 @@ class GSPOFullFinetuneRecipe:
         check_bin_length(cfg.packing.get("bin_length"), decoder.max_seq_len)
         with refusals(key, REMEDIES[key]):
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, compile_head=cfg.compile)
+        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel)
         policy.requires_grad_(loss is not None)
         shard_policy(
             policy,
@@ -281,6 +288,7 @@ class GSPOFullFinetuneRecipe:
         cfg = self._cfg
         started = time.perf_counter()
         self._held_out_before = self._evaluate()
+        self._write(self._held_out_before)  # as step 0
         self._logged_at = time.perf_counter()
         self._bar = tqdm(total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True)
         with self._profiler:
@@ -386,17 +394,18 @@ class GSPOFullFinetuneRecipe:
         """Hands the weights to the sampler, evaluates, logs and saves, each when its turn has come."""
         cfg = self._cfg
         fresh = values["staleness/max"] == 0
+        last = self._step == cfg.num_steps
         begin = time.perf_counter()
-        if self._step % cfg.sync_every_steps == 0:
+        if last or self._step % cfg.sync_every_steps == 0:
             self._sync_sampler()
         values["time/sync"] = time.perf_counter() - begin
-        if cfg.eval.every_n_steps and self._step % cfg.eval.every_n_steps == 0:
+        if last or (cfg.eval.every_n_steps and self._step % cfg.eval.every_n_steps == 0):
             values |= self._evaluate()
         if fresh:
             values |= metrics.noise_floor(values)
         values["skipped_steps"] = self._num_skipped
         self._log(values)
-        if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and self._step < cfg.num_steps:
+        if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and not last:
             self._save()
         self._profiler.step()
 
@@ -424,19 +433,24 @@ class GSPOFullFinetuneRecipe:
         self._logged_at = now
         values |= metrics.throughput(values, self._num_parameters, self._device)
         self._bar.update()
-        if self._rank != 0:
-            return
+        self._write(values)
         shown = {
             "reward": "reward/mean",
             "held-out": "eval/accuracy",
             "clip": "clip/any_document",
             "tok/s": "tokens_per_second",
         }
-        public = metrics.public(values)
-        self._seen |= self._held_out | public  # what a step does not have is shown as it last was
+        self._seen |= self._held_out | metrics.public(values)  # what a step does not have is shown as it last was
         self._bar.set_postfix({k: f"{self._seen[v]:.3g}" for k, v in shown.items() if v in self._seen})
+
+    def _write(self, values: dict[str, float]) -> None:
+        """A row of ``metrics.jsonl``, and for the metric logger if its turn has come or there was an evaluation."""
+        if self._rank != 0 or not values:
+            return
+        public = metrics.public(values)
         metrics.append_jsonl(self._metrics_file, {"step": self._step} | public)
-        if self._metric_logger is not None and self._step % self._cfg.log_every_n_steps == 0:
+        due = self._step % self._cfg.log_every_n_steps == 0 or "eval/reward" in public
+        if self._metric_logger is not None and due:
             self._metric_logger.log_dict(public, step=self._step)
 
     def _save(self) -> None:
@@ -459,9 +473,9 @@ class GSPOFullFinetuneRecipe:
 
     def _finish(self, seconds: float) -> None:
         """The last evaluation, the final model, and ``summary.json``."""
-        self._sync_sampler()
-        if self._last_evaluation != self._step:
-            self._evaluate()
+        if self._last_evaluation != self._step:  # the prompts ended before num_steps
+            self._sync_sampler()
+            self._write(self._evaluate())
         self._save()
         if self._rank != 0:
             return
@@ -488,8 +502,8 @@ class GSPOFullFinetuneRecipe:
 def recipe_main(cfg: DictConfig) -> None:
     """Configuration comes from the YAML file, then from key=value on the command line."""
     cfg = check_config(cfg, required=REQUIRED_KEYS, optional=OPTIONAL_KEYS, sections=SECTIONS, passed=PASSED)
+    recipe = GSPOFullFinetuneRecipe(cfg)  # makes the process group, without which every rank would log the config
     config.log_config(recipe_name="GSPOFullFinetuneRecipe", cfg=cfg)
-    recipe = GSPOFullFinetuneRecipe(cfg)
     recipe.setup()
     recipe.train()
     recipe.cleanup()

@@ -117,7 +117,13 @@ def test_check_config_accepts_what_fits(text):
         ),
         (
             optimizer("torhc.optim.AdamW"),
-            "optimizer._component_: 'torhc.optim.AdamW', but there is no module 'torhc'. Did you mean 'torch'?",
+            "optimizer._component_: 'torhc.optim.AdamW', but there is no module 'torhc' installed or in "
+            f"{os.getcwd()}; run from its folder or set PYTHONPATH. Did you mean 'torch'?",
+        ),
+        (
+            optimizer("my_own_file.Loss"),
+            "optimizer._component_: 'my_own_file.Loss', but there is no module 'my_own_file' installed or in "
+            f"{os.getcwd()}; run from its folder or set PYTHONPATH.",
         ),
         (
             optimizer("torch.optim"),

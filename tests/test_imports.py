@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels", "data"),
     ("losses", "parallel", "metrics", "config", "evaluation"),
     ("policy", "optim", "tiny", "plot"),
-    ("demo", "__main__"),
+    ("demo", "validate", "__main__"),
     ("recipe",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -149,5 +149,5 @@ def test_third_party_imports_are_declared(module):
         if top(name) in sys.stdlib_module_names or top(name) == "gspo":
             continue
         distributions = {normalized(text) for text in DISTRIBUTIONS.get(top(name), [top(name)])}
-        declared = needed if name in always else needed | extras | {"triton", "vllm"}
+        declared = needed if name in always else needed | extras | {"vllm"}
         assert distributions & declared, f"{module} imports {name}, which pyproject.toml does not declare"

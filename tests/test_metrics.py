@@ -127,3 +127,14 @@ def test_set_aside_keeps_every_earlier_run(tmp_path):
         metrics.set_aside(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.2.jsonl"]
     assert (tmp_path / "metrics.2.jsonl").read_text() == "second"
+
+
+def test_merge_pairs_adds_means_and_takes_extremes():
+    def pairs(value, weight):
+        names = ("kl_new_old", "ratio/max", "ratio/min", "own")
+        return {name: (torch.tensor(value), torch.tensor(weight)) for name in names}
+
+    merged = metrics.merge_pairs([pairs(1.0, 2.0), pairs(3.0, 4.0)])
+    found = {name: (float(value), float(weight)) for name, (value, weight) in merged.items()}
+    assert found == {"kl_new_old": (4, 6), "ratio/max": (3, 2), "ratio/min": (1, 2), "own": (4, 6)}
+    assert metrics.merge_pairs([]) == {}

@@ -173,10 +173,27 @@ def test_configs_go_to_the_recipe_that_they_are_for(recipes, monkeypatch, tmp_pa
     assert config_names(recipes, "full_finetune_single_device")[-1] == "tiny/sft"
 
 
-def test_module_validates_a_config_by_name(recipes, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gspo", "validate", "tiny/gspo"])
-    gspo.__main__.main()
-    assert capsys.readouterr().out == "Config is well-formed!\n"
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["tiny/gspo"], ""),
+        (["tiny/sft"], ""),  # for a recipe of torchtune's own
+        (["my.yaml", "loss.clip_low=0.1", "~eval_prompts"], ""),
+        (["my.yaml", "docs_per_stepp=3"], "error: docs_per_stepp: unknown key. Did you mean 'docs_per_step'?\n"),
+        (["my.yaml", "num_steps=0"], "error: num_steps: 0 must be a whole number of 1 or more; change it\n"),
+        (["nowhere.yaml"], "error: --config: no such file or registered config: "),
+    ],
+    ids=["registered", "other_recipe", "overrides", "misspelt_key", "bad_value", "no_file"],
+)
+def test_module_validates_a_config(monkeypatch, capsys, tmp_path, arguments, refused):
+    shutil.copy(plugin.shipped_configs()["tiny/gspo"], tmp_path / "my.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gspo", "validate", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        gspo.__main__.main()
+    shown = capsys.readouterr()
+    assert (stopped.value.code, shown.out) == ((1, "") if refused else (None, "Config is well-formed!\n"))
+    assert shown.err.startswith(refused)
 
 
 def test_module_runs_a_command_of_the_pack(monkeypatch):
@@ -192,7 +209,7 @@ def test_module_lists_its_commands(monkeypatch, capsys, arguments, code):
     monkeypatch.setattr(sys, "argv", ["gspo", *arguments])
     if code is None:
         gspo.__main__.main()
-        assert "{download,ls,cp,cat,run,validate" in capsys.readouterr().out
+        assert "{download,ls,cp,cat,run,validate} ..." in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match="unknown command 'lss'"):
             gspo.__main__.main()

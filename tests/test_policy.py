@@ -8,7 +8,8 @@ from torch.nn.functional import log_softmax
 from gspo import parallel
 from gspo.data.packing import pack_documents
 from gspo.errors import InputError
-from gspo.losses import GSPOLoss
+from gspo.losses import GRPOLoss, GSPOLoss
+from gspo.metrics import MetricSums
 from gspo.policy import Microbatch, Policy, accumulate_gradients, document_mask, load_weights, output_weight
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -83,6 +84,29 @@ def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank):
     (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(pack_documents([]), CPU)], 7.0)
     assert float(pairs["loss"][0]) == 0 and float(pairs["kl_new_old"][1]) == 0
     assert all(p.grad.full_tensor().eq(0).all() for p in policy.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("loss", [GSPOLoss, GRPOLoss])
+@pytest.mark.parametrize("chunk_size", [None, 40, 9])
+def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, chunk_size):
+    batch = pack_documents(tiny_policy.documents(), 64)
+    batch.ref_logps = batch.old_logps - 0.1
+    microbatch = Microbatch.prepare(batch, CPU)
+    found = {}
+    for kernel in ("reference", "compile"):
+        policy = build_policy(
+            loss(clip_low=0.01, clip_high=0.01, kl_coef=0.1, entropy_coef=0.05), kernel=kernel, chunk_size=chunk_size
+        )
+        (pairs,) = accumulate_gradients(policy, [microbatch], 7.0)
+        sums = MetricSums()
+        sums.add(pairs)
+        found[kernel] = sums.reduce(CPU), [p.grad.full_tensor() for p in policy.parameters()]
+    (metrics, grads), (expected, expected_grads) = found["compile"], found["reference"]
+    assert metrics.keys() == expected.keys() and {"kl_ref", "entropy", "ratio/max", "clip/low"} <= metrics.keys()
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert (grad - want).norm() <= 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -6,8 +6,7 @@ more than one chunk the logits are computed again in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,13 +21,12 @@ def linear_logps(
     *,
     chunk_size: int = 4096,
     entropy_grad: bool = False,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
     """Log-probability of each label, and entropy, of ``softmax(hidden @ weight.T / temperature)``, in nats.
 
-    ``entropy_grad`` lets gradients flow through the entropy; ``compiled`` runs each chunk through ``torch.compile``.
+    ``entropy_grad`` lets gradients flow through the entropy.
     """
-    one_chunk = partial(_compiled_chunk_logps() if compiled else _chunk_logps, entropy_grad=entropy_grad)
+    one_chunk = partial(_chunk_logps, entropy_grad=entropy_grad)
     if hidden.shape[0] <= chunk_size:
         return one_chunk(hidden, weight, labels, temperature)
     parts = [
@@ -45,16 +43,22 @@ def _chunk_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor, *, entropy_grad: bool
 ) -> tuple[Tensor, Tensor]:
     # Statistics from fp32 logits: bf16-rounded ones err by 1e-4 to 1e-3, as wide as GSPO's band.
-    logits = _at_least_float32(hidden) @ _at_least_float32(weight).T / temperature[:, None]
-    all_logps = logits.log_softmax(-1)
+    logits = _at_least_float32(hidden) @ _at_least_float32(weight).T
+    return logits_logps(logits, labels, temperature, entropy_grad=entropy_grad)
+
+
+def logits_logps(
+    logits: Tensor,  # [T, V]
+    labels: Tensor,  # [T] int64
+    temperature: Tensor,  # [T] > 0
+    *,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # [T], [T] float32
+    """The same from logits."""
+    all_logps = (_at_least_float32(logits) / temperature[:, None]).log_softmax(-1)
     logps = all_logps.gather(-1, labels[:, None]).squeeze(-1)
     all_logps = all_logps if entropy_grad else all_logps.detach()
     return logps, -(all_logps.exp() * all_logps).sum(-1)
-
-
-@cache
-def _compiled_chunk_logps() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk_logps, dynamic=True)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -293,7 +294,9 @@ def _parse_reward(name: str, spec: Mapping[str, Any]) -> Reward:
         function = resolve(path)
         signature = inspect.signature(function)
     except ValueError as error:  # InputError is one; the other is of a builtin without a signature
-        raise InputError(f"rewards.{name}.function: {error}") from error
+        missing = isinstance(error.__cause__, ModuleNotFoundError)
+        hint = f"; looked in {os.getcwd()}: run from the file's folder or set PYTHONPATH" if missing else ""
+        raise InputError(f"rewards.{name}.function: {error}{hint}") from error
     _check_options(name, path, signature, options)
     return Reward(name, path, float(weight), options, float(getattr(function, "max_value", 1.0)))
 

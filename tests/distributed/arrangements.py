@@ -24,6 +24,9 @@ ARRANGEMENTS = {
     "reduced_once": {"bin_length": 48, "num_microbatches": 5, "reduce_every_microbatch": False},
     "checkpointed": {"bin_length": 48, "activation_checkpointing": True},
     "small_head_chunks": {"bin_length": 48, "chunk_size": 7},
+    "compiled_head": {"bin_length": 48, "chunk_size": 24, "kernel": "compile"},
+    "compiled_head_whole": {"bin_length": 48, "kernel": "compile"},
+    "compiled_head_long_documents": {"bin_length": 48, "chunk_size": 7, "kernel": "compile"},
     "compiled": {"bin_length": 48, "compile_layers": True},
     "untied": {"bin_length": 48, "tied": False},
 }
@@ -35,11 +38,18 @@ def all_gradients(names):
 
 
 def build_policy(
-    loss, *, tied=True, chunk_size=4096, compile_layers=False, activation_checkpointing=False, replicate=1
+    loss,
+    *,
+    tied=True,
+    chunk_size=4096,
+    kernel="reference",
+    compile_layers=False,
+    activation_checkpointing=False,
+    replicate=1,
 ):
     with torch.device("meta"):
         decoder = tiny_policy.build_decoder(tied=tied)
-    policy = Policy(decoder, loss, chunk_size=chunk_size, compile_head=compile_layers)
+    policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel)
     mesh = fsdp_mesh(build_mesh(CPU, data_parallel_replicate_size=replicate))
     shard_policy(policy, mesh, compile_layers=compile_layers, activation_checkpointing=activation_checkpointing)
     load_weights(policy, tiny_policy.weights(tied=tied), CPU)

@@ -66,3 +66,8 @@ def shell(*command, path, cwd, **environment):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(output):
+    """The rows of the optimizer steps; that of step 0, if there are held-out prompts, is an evaluation alone."""
+    return [row for row in lines(output / "metrics.jsonl") if row["step"]]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gspo import parallel
-from tests.recipes.runs import ROOT, lines, overrides, shell
+from tests.recipes.runs import ROOT, lines, overrides, shell, steps
 
 REFUSED = {
     "misspelt_key": (["docs_per_stepp=3"], "docs_per_stepp: unknown key. Did you mean 'docs_per_step'?"),
@@ -145,7 +145,7 @@ def test_failing_reward_is_counted_and_the_run_goes_on(run, reward):
     options = ["reward_pool.timeout=0.1", "prompts_per_rollout=4", "docs_per_step=16"]
     code, output = run(*options, "eval={every_n_steps: 1, num_samples: 2}", reward=f"tests.recipes.rewards.{reward}")
     assert code is None
-    records = lines(output / "metrics.jsonl")
+    records = steps(output)
     assert len(records) == 2 and all(r["reward_failures"] > 0 for r in records)
     assert all(r["eval/reward_failures"] > 0 for r in records)
 
@@ -153,16 +153,29 @@ def test_failing_reward_is_counted_and_the_run_goes_on(run, reward):
 def test_prompts_that_end_stop_the_run_early(run, base):
     code, output = run("prompts.num_epochs=1", "num_steps=50")
     assert code is None
-    num_prompts = len((base / "data" / "train.jsonl").read_text().splitlines())
-    assert json.loads((output / "summary.json").read_text())["steps"] == num_prompts // 8
+    num_steps = len((base / "data" / "train.jsonl").read_text().splitlines()) // 8
+    assert json.loads((output / "summary.json").read_text())["steps"] == num_steps
+    *_, trained, evaluated = lines(output / "metrics.jsonl")
+    assert trained["step"] == evaluated["step"] == num_steps  # which was the last, no one knew when it was written
+    assert "loss" in trained and evaluated.keys() == {"step", "eval/accuracy", "eval/reward", "eval/reward_failures"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "suffix"), [(["model=torchtune.models.qwen2.qwen2_0_5b"], ""), ([], ".1")], ids=["refused", "rerun"]
+)
+def test_files_of_an_earlier_run_are_kept(run, tmp_path, changes, suffix):
+    names = ("metrics", "completions", "quarantine_rank0")
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / f"{name}.jsonl").write_text(f"{name}\n")
+    _, output = run(*changes)
+    assert [(output / f"{name}{suffix}.jsonl").read_text() for name in names] == [f"{name}\n" for name in names]
 
 
 def test_groups_that_are_all_dead_train_nothing_and_are_counted(run):
     code, output = run("num_steps=2", reward="tests.recipes.rewards.constant")
     assert code is None
-    assert [(r["dead_groups"], r["documents"], r["grad_norm"]) for r in lines(output / "metrics.jsonl")] == [
-        (1, 0, 0)
-    ] * 2
+    assert [(r["dead_groups"], r["documents"], r["grad_norm"]) for r in steps(output)] == [(1, 0, 0)] * 2
 
 
 def test_refilling_dead_groups_for_ever_ends_with_a_message(run, capsys, monkeypatch):

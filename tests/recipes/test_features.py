@@ -12,7 +12,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from gspo.policy import accumulate_gradients
 from gspo.tiny import tiny_qwen2
-from tests.recipes.runs import lines
+from tests.recipes.runs import lines, steps
 
 ALWAYS = {
     *("step", "loss", "grad_norm", "lr", "ratio/mean", "ratio/ess", "kl_new_old", "entropy", "clip/any_document"),
@@ -26,10 +26,10 @@ EVALUATED = {"eval/accuracy", "eval/reward", "eval/reward_failures", "eval/pass@
 
 
 def finish(result):
-    """The metrics of a run that went well."""
+    """The metrics of the steps of a run that went well."""
     code, output = result
     assert code is None
-    records = lines(output / "metrics.jsonl")
+    records = steps(output)
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     assert all(math.isfinite(value) for record in records for value in record.values())
     return records
@@ -77,6 +77,16 @@ def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
     torch.testing.assert_close(read_back(tokens).logits, logits[3], rtol=0, atol=1e-5)
     text = transformers.AutoTokenizer.from_pretrained(output / "epoch_3").decode(tokens[0])
     assert text.endswith("assistant\n46")
+
+
+def test_evaluations_before_and_after_a_short_run_are_written(run):
+    code, output = run("eval={every_n_steps: 0, num_samples: 3}", "num_steps=3", "sync_every_steps=4")
+    finish((code, output))
+    first, *between, last = lines(output / "metrics.jsonl")
+    assert first.keys() == {"step"} | EVALUATED and first["step"] == 0
+    assert not any(EVALUATED & row.keys() for row in between) and len(between) == 2
+    assert EVALUATED <= last.keys() and last["eval/reward"] != first["eval/reward"]
+    assert last["eval/accuracy"] == json.loads((output / "summary.json").read_text())["accuracy_after"]
 
 
 def test_summary_rounds_the_accuracies(run, base, tmp_path):
@@ -145,7 +155,7 @@ def test_activation_checkpointing_changes_nothing(run, tmp_path):
     plain = finish(run())
     code, _ = run("enable_activation_checkpointing=True", f"output_dir={tmp_path / 'again'}")
     assert code is None
-    checkpointed = lines(tmp_path / "again" / "metrics.jsonl")
+    checkpointed = steps(tmp_path / "again")
     for a, b in zip(plain, checkpointed, strict=True):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
         assert b["reward/mean"] == a["reward/mean"]
@@ -159,11 +169,13 @@ def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
         "wait_steps: 1, warmup_steps: 1, active_steps: 1, num_cycles: 1}"
     )
     logger = f"metric_logger={{_component_: torchtune.training.metric_logging.DiskLogger, log_dir: {tmp_path / 'log'}}}"
-    records = finish(run(*schedule, profiler, logger, "log_every_n_steps=2", "num_steps=4"))
+    records = finish(run(*schedule, profiler, logger, "log_every_n_steps=3", "num_steps=4"))
     # The rate that the step used: torchtune's warm-up starts at 0.
     assert [r["lr"] for r in records] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4], abs=1e-9)
     (logged,) = (tmp_path / "log").glob("*.txt")
-    assert [line.split("|")[0] for line in logged.read_text().splitlines()] == ["Step 2 ", "Step 4 "]
+    rows = [line.split("|") for line in logged.read_text().splitlines()]
+    assert [step for step, _ in rows] == ["Step 0 ", "Step 3 ", "Step 4 "]
+    assert ["eval/accuracy:" in values for _, values in rows] == [True, False, True]
     assert list((tmp_path / "traces").rglob("*.json*"))
 
 
@@ -212,7 +224,7 @@ def test_evaluation_and_logging_do_not_disturb_training(run, tmp_path):
     code, _ = run("num_steps=3", "eval={every_n_steps: 1, num_samples: 2}", f"output_dir={tmp_path / 'again'}")
     assert code is None
     names = ("loss", "grad_norm", "reward/mean", "tokens")
-    for a, b in zip(plain, lines(tmp_path / "again" / "metrics.jsonl"), strict=True):
+    for a, b in zip(plain, steps(tmp_path / "again"), strict=True):
         assert {name: b[name] for name in names} == {name: a[name] for name in names}
 
 
@@ -226,4 +238,5 @@ def test_loss_of_the_users_own_runs_and_its_metric_is_logged(run):
 def test_optional_component_is_switched_off_by_null(run):
     code, output = run("eval_prompts=null", "lr_scheduler=null")
     finish((code, output))
+    assert lines(output / "metrics.jsonl") == steps(output)
     assert json.loads((output / "summary.json").read_text())["accuracy_after"] is None

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.recipes.runs import ROOT, lines
+from tests.recipes.runs import ROOT, steps
 
 NAMES = ("loss", "reward/mean", "grad_norm", "kl_new_old", "entropy", "clip/any_document", "tokens")
 RUNS = {
@@ -27,7 +27,7 @@ TOLERANCE = {"rel": 2e-3, "abs": 1e-5}
 def test_losses_are_those_of_the_golden_file(run, name):
     code, output = run(*OPTIONS, *RUNS[name], config=name)
     assert code is None
-    found = [{key: record[key] for key in NAMES if key in record} for record in lines(output / "metrics.jsonl")]
+    found = [{key: record[key] for key in NAMES if key in record} for record in steps(output)]
     path = ROOT / "tests" / "golden" / f"{name}.json"
     if os.environ.get("GSPO_WRITE_GOLDEN"):
         path.write_text(json.dumps(found, indent=1) + "\n")

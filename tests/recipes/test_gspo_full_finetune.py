@@ -6,7 +6,7 @@ import shutil
 import pytest
 import transformers
 
-from tests.recipes.runs import ROOT, lines, overrides, shell
+from tests.recipes.runs import ROOT, lines, overrides, shell, steps
 
 TUNE = "torchtune._cli.tune"
 RUN = ("run", "gspo_full_finetune", "--config", "tiny/gspo")
@@ -21,7 +21,7 @@ def folder(tmp_path):
 
 def assert_trained(result, output, *, num_steps=2):
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [r["step"] for r in lines(output / "metrics.jsonl")] == list(range(1, num_steps + 1))
+    assert [r["step"] for r in lines(output / "metrics.jsonl")] == list(range(num_steps + 1))
     assert json.loads((output / "summary.json").read_text())["steps"] == num_steps
     assert lines(output / "completions.jsonl")
     transformers.Qwen2ForCausalLM.from_pretrained(output / f"epoch_{num_steps}")
@@ -46,6 +46,7 @@ def test_tune_run_trains_on_two_ranks(installed, base, folder, replicas):
         for name in ("completions.jsonl", "completions_rank1.jsonl")
     ]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
+    assert result.stderr.count("with resolved config") == 1
 
 
 def test_copies_run_from_the_users_folder(installed, base, folder):
@@ -62,7 +63,7 @@ def test_copies_run_from_the_users_folder(installed, base, folder):
     recipe.write_text(edited)
     arguments = overrides(base, "edited", reward="my_rewards.variety")
     assert_trained(shell(TUNE, *command, *arguments, path=installed, cwd=folder), folder / "edited")
-    assert [r["grad_norm"] for r in lines(folder / "edited" / "metrics.jsonl")] == [1234.0] * 2
+    assert [r["grad_norm"] for r in steps(folder / "edited")] == [1234.0] * 2
 
 
 def test_module_trains_where_the_plugin_is_switched_off(installed, base, folder):

@@ -221,7 +221,10 @@ def test_full_reward_is_what_can_be_gained():
         ({"r": {"weight": 1.0}}, r"rewards\.r: .* needs a function"),
         ({"r": "gspo.rewards.exact_match"}, r"rewards\.r: .* needs a function"),
         ({"r": {"function": "reward"}}, r"rewards\.r\.function: 'reward' is not a dotted path"),
-        ({"r": {"function": "no_such_file.reward"}}, r"rewards\.r\.function: .*No module named 'no_such_file'"),
+        (
+            {"r": {"function": "no_such_file.reward"}},
+            rf"rewards\.r\.function: .*No module named 'no_such_file'; looked in {os.getcwd()}: run from the file's fo",
+        ),
         ({"r": {"function": "gspo.rewards.exact_mach"}}, r"rewards\.r\.function: .*Did you mean 'exact_match'"),
         ({"r": {"function": f"{HERE}.COMMANDS"}}, r"rewards\.r\.function: .* is a dict, not a function"),
         ({"r": {"function": f"{HERE}.takes_two"}}, r"rewards\.r\.function: .* must take \(prompt, completion, answer"),

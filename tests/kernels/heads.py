@@ -1,0 +1,87 @@
+"""Inputs of a loss head, its float64 restatement, and gradients, for the tests of every backend."""
+
+import torch
+
+LOW = HIGH = 0.2
+
+
+def inputs(size, *, dtype=torch.float32, scale=1.0):
+    """Hidden states [T, H], weight [V, H], labels [T], temperatures [T] for ``size`` = (T, H, V)."""
+    num_tokens, hidden_size, vocab_size = size
+    generator = torch.Generator().manual_seed(sum(size))
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator)
+    weight = scale * torch.randn(vocab_size, hidden_size, generator=generator)
+    labels = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    temperature = 0.5 + torch.rand(num_tokens, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), labels, temperature
+
+
+def restated(hidden, weight, labels, temperature):
+    """Log-probabilities and entropies in float64, from all logits."""
+    return restated_logits(hidden.double() @ weight.double().T, labels, temperature)
+
+
+def restated_logits(logits, labels, temperature):
+    logits = logits.double() / temperature.double()[:, None]
+    largest = logits.amax(-1, keepdim=True)
+    all_logps = logits - largest - (logits - largest).exp().sum(-1, keepdim=True).log()
+    p = all_logps.exp()
+    entropy = -(p * all_logps.clamp(min=-1e300)).sum(-1)
+    return all_logps.gather(-1, labels[:, None]).squeeze(-1), entropy
+
+
+def mixed(logps, entropy, weights):
+    """A sum of both outputs with fixed weights, some of them 0."""
+    return (weights[0] * logps).sum() + (weights[1] * entropy).sum()
+
+
+def mix_weights(num_rows, *, zeros=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(2, num_rows, generator=generator, dtype=torch.float64)
+    return torch.where(torch.rand(num_rows, generator=generator) < zeros, 0.0, weights)
+
+
+def gradients(function, weights, *values):
+    """Values of ``function(*values)``, and the gradients of their mix by the first two (or the first, if one only)."""
+    leaves = [x.detach().clone().requires_grad_() for x in values if x.is_floating_point()][: len(values) - 2]
+    rest = values[len(leaves) :]
+    logps, entropy = function(*[leaf * 1 for leaf in leaves], *rest)
+    found = torch.autograd.grad(mixed(logps, entropy, weights.to(logps.dtype)), leaves)
+    return logps.detach(), entropy.detach(), *found
+
+
+def relative(found, expected):
+    """Relative Frobenius error."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def documents(num_rows, *, seed=0, longest=9):
+    """Row counts of documents that make up ``num_rows``, some of 0 and of 1; old log-probabilities come separately."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = []
+    while (left := num_rows - sum(counts)) > 0:
+        counts.append(min(left, int(torch.randint(0, longest + 1, (), generator=generator))))
+    return counts
+
+
+def sequence_seam(old_logps, advantages, label_counts, entropy_coef=0.0):
+    """A clipped sequence objective written down by itself: ``(logps, entropy, first, last) -> loss sum, metrics``."""
+
+    def seam(logps, entropy, first, last):
+        loss = logps.new_zeros(())
+        start = sum(label_counts[:first])
+        begin = start
+        clipped = 0
+        for d in range(first, last):
+            stop = start + label_counts[d]
+            if stop > start:
+                new = logps[start - begin : stop - begin]
+                ratio = (new - old_logps[start:stop].to(new.dtype)).mean().exp()
+                a = advantages[d].to(new.dtype)
+                loss = loss - torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a)
+                loss = loss - entropy_coef * entropy[start - begin : stop - begin].mean()
+                clipped += int((ratio * a > ratio.clamp(1 - LOW, 1 + HIGH) * a).item())
+            start = stop
+        return loss, {"clipped": (torch.tensor(float(clipped)), torch.ones(()))}
+
+    return seam
