@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from gspo.kernels import linear_logps, linear_loss, logits_logps
 
+LENGTHS = {"cpu": (128, 512), "cuda": (400, 4096)}  # median and longest document: within a chunk of the device's
 SHAPES = {"cpu": [(4096, 512, 32_768)], "cuda": [(8192, 1536, 151_936), (8192, 3584, 152_064), (32_768, 1536, 151_936)]}
 CASES = [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)]  # m, f
 TOP_PROBABILITY = 0.8
@@ -70,7 +71,13 @@ class Case:
 
 
 def make_case(
-    shape: tuple[int, int, int], m: float, f: float, *, packed: bool, dtype: torch.dtype, device: str
+    shape: tuple[int, int, int],
+    m: float,
+    f: float,
+    *,
+    lengths: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: str,
 ) -> Case:
     """A case; the same seed gives the same hidden states and head whatever the lengths."""
     num_tokens, hidden_size, vocab_size = shape
@@ -81,19 +88,19 @@ def make_case(
     hidden = _sharpness(vocab_size, hidden_size) * weight[likely] + noise
     other = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
     labels = torch.where(torch.rand(num_tokens, generator=generator) < TOP_PROBABILITY, likely, other)
-    lengths = _lengths(num_tokens, packed, generator)
-    labelled = torch.cat([torch.arange(n) >= round(m * n) for n in lengths])
-    advantages = torch.randn(len(lengths), generator=generator)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    documents = _documents(num_tokens, lengths, generator)
+    labelled = torch.cat([torch.arange(n) >= round(m * n) for n in documents])
+    advantages = torch.randn(len(documents), generator=generator)
+    order = torch.randperm(len(documents), generator=generator).tolist()
     dead = 0
     for d in order:  # by rows, as the work is
-        if dead + lengths[d] / 2 < f * num_tokens:
+        if dead + documents[d] / 2 < f * num_tokens:
             advantages[d] = 0
-            dead += lengths[d]
+            dead += documents[d]
     hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
     labels, labelled = labels.to(device), labelled.to(device)
     case = Case(
-        hidden, weight, labels, labelled, lengths, advantages.to(device), torch.zeros(num_tokens, device=device)
+        hidden, weight, labels, labelled, documents, advantages.to(device), torch.zeros(num_tokens, device=device)
     )
     case.old_logps = exact_logps(case).float()
     return case
@@ -113,15 +120,15 @@ def _sharpness(vocab_size: int, hidden_size: int) -> float:
     return low
 
 
-def _lengths(num_tokens: int, packed: bool, generator: torch.Generator) -> list[int]:
-    """Log-normal around 256 rows, or 256 each."""
-    if not packed:
+def _documents(num_tokens: int, lengths: tuple[int, int] | None, generator: torch.Generator) -> list[int]:
+    """Rows of each: log-normal with a median and a longest, or 256 each."""
+    if lengths is None:
         return [256] * (num_tokens // 256)
-    lengths: list[int] = []
-    while (left := num_tokens - sum(lengths)) > 0:
-        drawn = int(torch.exp(5.5 + 0.8 * torch.randn((), generator=generator)).clamp(8, 2048))
-        lengths.append(min(drawn, left))
-    return lengths
+    found: list[int] = []
+    while (left := num_tokens - sum(found)) > 0:
+        drawn = lengths[0] * torch.exp(0.8 * torch.randn((), generator=generator))
+        found.append(min(int(drawn.clamp(8, lengths[1])), left))
+    return found
 
 
 def _chunks(case: Case) -> list[slice]:
@@ -174,7 +181,14 @@ def ours_loss(kernel: str) -> Provider:
             kept.append(logps)
             return case.loss(logps, rows[start : start + logps.numel()]), {}
 
-        arguments = (hidden[rows], weight, case.labels[rows], case.temperature[rows], case.host_counts, seam)
+        arguments = (
+            hidden.index_select(0, rows),
+            weight,
+            case.labels[rows],
+            case.temperature[rows],
+            case.host_counts,
+            seam,
+        )
         loss, _ = linear_loss(*arguments, kernel=kernel)
         return loss, _of_rows(case, torch.cat(kept))
 
@@ -186,7 +200,9 @@ def ours_logps(kernel: str) -> Provider:
 
     def run(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = case.rows
-        logps, _ = linear_logps(hidden[rows], weight, case.labels[rows], case.temperature[rows], kernel=kernel)
+        logps, _ = linear_logps(
+            hidden.index_select(0, rows), weight, case.labels[rows], case.temperature[rows], kernel=kernel
+        )
         return case.loss(logps, rows), _of_rows(case, logps)
 
     return run
@@ -368,7 +384,10 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
     missing: set[str] = set()
     for m, f in CASES:
         options = {"dtype": dtype, "device": args.device}
-        cases = {packed: make_case(shape, m, f, packed=packed, **options) for packed in (True, False)}
+        lengths = tuple(args.lengths or LENGTHS[args.device])
+        cases = {
+            packed: make_case(shape, m, f, lengths=lengths if packed else None, **options) for packed in (True, False)
+        }
         exact = {packed: (exact_logps(case), *exact_gradients(case)) for packed, case in cases.items()}
         for name, (provider, packed, devices) in PROVIDERS.items():
             wanted = args.device in devices and (not args.only or any(part in name for part in args.only))
@@ -382,6 +401,7 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
                 continue
             row = {"provider": name, "device": args.device, "dtype": str(dtype).removeprefix("torch.")}
             row |= dict(zip("THV", shape, strict=True)) | {"m": m, "f": f} | found
+            row["lengths"] = list(lengths) if packed else [256, 256]
             row["peak_mib"] = round(peak_mib(provider, cases[packed]), 1)
             rows.append(row)
             calls.append((provider, cases[packed]))
@@ -416,6 +436,37 @@ def table(rows: list[dict]) -> None:
         print(f", time(m 0.5) / time(m 0) {times[name, 0.5, 0.0] / whole:.2f}")
 
 
+def counts(shape: tuple[int, int, int], m: float, f: float, chunk: int = 4096) -> list[dict]:
+    """Operations and bytes of each path by arithmetic, in bf16 with float32 logits, without what caches save.
+
+    Per row and word: a product writes 4 bytes of logits, the statistics read them, the gradient reads 4 and writes 2,
+    each of its products reads 2. Per chunk: the head is read by two products (2 bytes a number), and its float32
+    gradient is read and written. The rate is the slower of 790 TFLOP/s and 4.3 TB/s, which an H200 has reached, for the
+    products, and the latter for the rest.
+    """
+    num_tokens, hidden_size, vocab_size = shape
+    rows = num_tokens * (1 - m)
+    active, unit, head = rows * (1 - f), 2 * rows * hidden_size * vocab_size, hidden_size * vocab_size
+    logits = rows * vocab_size
+    again = {"linear_loss": 0.0, "linear_logps": active, "logits_logps": 0.0}
+    found = []
+    for path, recomputed in again.items():
+        chunks, in_memory = -(-rows // chunk), path == "logits_logps"
+        operations = unit * (1 + (recomputed + 2 * (rows if in_memory else active)) / rows)
+        logit_bytes = 4 * (logits + recomputed * vocab_size) + 4 * active * vocab_size
+        product_bytes = logit_bytes + chunks * head * (2 + 2 + 8)
+        row_bytes = 4 * logits + (4 + 2) * active * vocab_size
+        seconds = max(operations / 790e12, product_bytes / 4.3e12) + row_bytes / 4.3e12
+        held = 4 * (logits if in_memory else min(chunk, rows) * vocab_size) + 4 * head
+        found.append(
+            {"path": path, "T": num_tokens, "H": hidden_size, "V": vocab_size, "m": m, "f": f}
+            | {"units": operations / unit, "tflop": operations / 1e12, "product_gb": product_bytes / 1e9}
+            | {"row_gb": row_bytes / 1e9, "held_gib": held / 2**30, "ms": 1000 * seconds}
+            | {"share_of_3_units": 3 * 2 * num_tokens * head / 790e12 / seconds}
+        )
+    return found
+
+
 def main() -> None:
     """Measures every shape and case, prints tables, and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -424,8 +475,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="providers whose name holds one of these")
     parser.add_argument("--shape", nargs=3, type=int, metavar=("T", "H", "V"), help="instead of the device's own")
+    parser.add_argument("--lengths", nargs=2, type=int, metavar=("MEDIAN", "LONGEST"), help="of the documents, in rows")
+    parser.add_argument("--counts", action="store_true", help="only arithmetic: operations, bytes, expected times")
     args = parser.parse_args()
     rows: list[dict] = []
+    if args.counts:
+        for shape in SHAPES["cuda"]:
+            for row in (row for m, f in CASES for row in counts(shape, m, f)):
+                rows.append(row)
+                print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        if args.json:
+            args.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        return
     for shape in [tuple(args.shape)] if args.shape else SHAPES[args.device]:
         found = measure(shape, args)
         print("T {}, H {}, V {}".format(*shape))

@@ -145,7 +145,8 @@ class Policy(nn.Module):
             input_pos=batch.positions.view(batch.num_bins, -1),
         )
         return (
-            hidden.flatten(0, 1)[rows],  # the others are gathered away before the first product
+            # The others are gathered away before the first product. The backward of an index would sort the rows.
+            hidden.flatten(0, 1).index_select(0, rows),
             output_weight(self.decoder),
             batch.labels[rows],
             batch.temperature[batch.document_index[rows]],

@@ -109,6 +109,19 @@ def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, 
         assert (grad - want).norm() <= 1e-5 * want.norm()
 
 
+def test_a_bf16_policy_is_as_near_to_float32_as_with_the_reference(one_rank):
+    microbatch = Microbatch.prepare(pack_documents(tiny_policy.documents(), 64), CPU)
+
+    def gradient(dtype, kernel):
+        policy = build_policy(GSPOLoss(clip_low=0.2, clip_high=0.2), kernel=kernel, chunk_size=40, dtype=dtype)
+        list(accumulate_gradients(policy, [microbatch], 7.0))
+        return torch.cat([p.grad.full_tensor().double().flatten() for p in policy.parameters()])
+
+    exact = gradient(torch.float32, "reference")
+    ours, reference = (gradient(torch.bfloat16, kernel) - exact for kernel in ("compile", "reference"))
+    assert 0 < ours.norm() < 1.1 * reference.norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_output_weight_is_the_heads(tied):
     decoder = tiny_policy.build_decoder(tied=tied)

@@ -22,7 +22,7 @@ __all__ = ["KERNELS", "choose_kernel", "linear_logps", "linear_loss", "logits_lo
 
 KERNELS = ("auto", "triton", "compile", "reference")
 _SMALL_VOCABULARY = 4096  # below, a chunk of plain torch takes no time that is worth a compilation
-_CPU_BUFFER = 96 * 2**20  # bytes of a chunk's logits: products of fewer rows are slower, more save no more time
+_CPU_BUFFER = 80 * 2**20  # bytes of a chunk's logits: products of fewer rows are slower, more save no more time
 _GPU_ROWS = 4096  # enough to fill a product with any vocabulary
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,10 @@ def linear_loss(
 
     Raises:
         InputError: a kernel that is not known or cannot run here.
+        ValueError: ``label_counts`` are not those of the rows.
     """
+    if sum(label_counts) != labels.numel():
+        raise ValueError(f"label_counts add up to {sum(label_counts)}, but there are {labels.numel()} labels")
     chunk_size, kernels = _settle(weight, chunk_size, kernel)
     if kernels is None:
         logps, entropy = reference.linear_logps(

@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from gspo.functional import MetricSums
 from gspo.kernels.rows import RowKernels
 
+_MOVED_AT_A_TIME = 64  # rows copied beside the buffer
+
 Seam = Callable[[Tensor, Tensor, int, int], tuple[Tensor, MetricSums]]
 
 
@@ -119,8 +121,9 @@ class _Head:
         needs: list[bool],
     ) -> None:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # float32, whatever the weight
+        # In float32 whatever the operands are: sums over chunks, and rounded once, after the loss's own factor.
+        self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
+        self.d_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
         if hidden.device.type == "cpu":  # where no product of bf16 has a float32 output
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         self.hidden, self.weight, self.labels, self.temperature = hidden, weight, labels, temperature
@@ -159,7 +162,9 @@ class _Head:
             self.weight.dtype,
         )
         if self.d_hidden is not None:
-            self.d_hidden.index_copy_(0, at, (gradient @ self.weight).to(self.d_hidden.dtype))
+            found = self.d_hidden.new_empty(num_rows, self.weight.shape[1])
+            self.kernels.product(gradient, self.weight.T, found)
+            self.d_hidden.index_copy_(0, at, found)
         if self.d_weight is not None:
             self.kernels.accumulate(gradient, self.hidden[at], self.d_weight)
 
@@ -172,7 +177,9 @@ def _to_front(logits: Tensor, active: Tensor) -> Tensor:
         return rows
     holes = (~active[:num_rows]).nonzero().squeeze(-1)
     late = rows[num_rows - holes.numel() :]  # as many active rows lie behind the first M as there are holes in these
-    logits.index_copy_(0, holes, logits.index_select(0, late))
+    part = max(_MOVED_AT_A_TIME, num_rows // 8)
+    for to, source in zip(holes.split(part), late.split(part), strict=True):
+        logits.index_copy_(0, to, logits.index_select(0, source))
     order = torch.arange(num_rows, device=rows.device)
     order[holes] = late
     return order
@@ -251,7 +258,7 @@ class _LinearLogps(torch.autograd.Function):
             head.add_gradient(a, b, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None)
         d_hidden = None
         if head.d_hidden is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, active, head.d_hidden)
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, active, head.d_hidden.to(hidden.dtype))
         d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
 

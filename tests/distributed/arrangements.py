@@ -27,6 +27,14 @@ ARRANGEMENTS = {
     "compiled_head": {"bin_length": 48, "chunk_size": 24, "kernel": "compile"},
     "compiled_head_whole": {"bin_length": 48, "kernel": "compile"},
     "compiled_head_long_documents": {"bin_length": 48, "chunk_size": 7, "kernel": "compile"},
+    "compiled_head_untied": {"bin_length": 48, "chunk_size": 24, "kernel": "compile", "tied": False},
+    "compiled_head_in_compiled_checkpoints": {
+        "bin_length": 48,
+        "chunk_size": 24,
+        "kernel": "compile",
+        "compile_layers": True,
+        "activation_checkpointing": True,
+    },
     "compiled": {"bin_length": 48, "compile_layers": True},
     "untied": {"bin_length": 48, "tied": False},
 }
@@ -46,9 +54,10 @@ def build_policy(
     compile_layers=False,
     activation_checkpointing=False,
     replicate=1,
+    dtype=torch.float32,
 ):
     with torch.device("meta"):
-        decoder = tiny_policy.build_decoder(tied=tied)
+        decoder = tiny_policy.build_decoder(tied=tied).to(dtype)
     policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel)
     mesh = fsdp_mesh(build_mesh(CPU, data_parallel_replicate_size=replicate))
     shard_policy(policy, mesh, compile_layers=compile_layers, activation_checkpointing=activation_checkpointing)

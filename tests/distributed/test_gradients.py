@@ -11,7 +11,7 @@ from tests.distributed.launch import once_per_world_size
 
 WORLD_SIZES = {
     1: list(ARRANGEMENTS),
-    2: [n for n in ARRANGEMENTS if n != "compiled"],
+    2: [n for n in ARRANGEMENTS if not ARRANGEMENTS[n].get("compile_layers")],
     4: ["one_bin", "five_microbatches"],
 }
 CASES = [(world, name) for world, names in WORLD_SIZES.items() for name in names]
