@@ -79,8 +79,9 @@ def test_mask_is_made_only_where_documents_share_a_bin(bin_length, needed):
     torch.testing.assert_close(plain_policy().logps(microbatch), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank):
-    policy = build_policy(GSPOLoss())
+@pytest.mark.parametrize("kernel", ["reference", "compile"])
+def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank, kernel):
+    policy = build_policy(GSPOLoss(), kernel=kernel)
     (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(pack_documents([]), CPU)], 7.0)
     assert float(pairs["loss"][0]) == 0 and float(pairs["kl_new_old"][1]) == 0
     assert all(p.grad.full_tensor().eq(0).all() for p in policy.parameters() if p.grad is not None)

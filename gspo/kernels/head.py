@@ -82,6 +82,9 @@ def linear_loss(
                 head.fill(a, b)  # the buffer holds the last span only
             rest = (log_z[at], entropy[at].detach(), d_logps[at], None if d_entropy is None else d_entropy[at])
             head.add_gradient(a, b, *rest)
+    if not metrics:  # no rows, but the names of the metrics must be those of the other ranks
+        none = loss.new_zeros(0)
+        metrics.append(seam(none, none, 0, len(label_counts))[1])
     if not any(needs):
         return loss, metrics
     return _Attach.apply(hidden, weight, loss, head.d_hidden, head.d_weight), metrics
