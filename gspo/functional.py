@@ -25,9 +25,19 @@ AGGREGATIONS = ("document", "token", "token_over_documents", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
+def _here(sums: Tensor) -> Tensor:
+    """Documents that are whole on this rank have their sums here."""
+    return sums
+
+
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What an objective needs beside the new log-probabilities. Whole documents; ``label_counts`` 0 marks padding."""
+    """What an objective needs beside the new log-probabilities; ``label_counts`` 0 marks padding.
+
+    Under context parallelism the tokens are those of this rank, and the documents all those that it may hold a part of,
+    the same on the ranks of a context group. An objective's value and metrics add up over these ranks, so what is per
+    document is added up where it is ``counted``; its gradient is that of the whole objective by the tokens here.
+    """
 
     document_index: Tensor  # [T] int64 in [0, D)
     loss_mask: Tensor  # [T] bool, True = trained
@@ -35,6 +45,8 @@ class LossInputs:
     advantages: Tensor  # [D]
     label_counts: Tensor  # [D] int64
     ref_logps: Tensor | None = None  # [T] nats
+    counted: Tensor | None = None  # [D] bool, each document on one rank of its context group; None: all of them
+    complete: Callable[[Tensor], Tensor] = _here  # [..., D] sums over the tokens here, to sums over all; same gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,8 @@ class RatioTerms:
     advantages: Tensor  # [K]
     weights: Tensor  # [K], the unit's share in the undivided sum; 0 where not valid
     valid: Tensor  # [K] bool
-    document: Tensor  # [K] int64, the unit's document
+    counted: Tensor  # [K] bool, valid and added up on this rank
+    document: Tensor | None  # [K] int64, the unit's document; None where units are the documents
     num_tokens: Tensor  # [K] int64, labelled tokens whose gradient the unit carries
 
 
@@ -60,30 +73,34 @@ class SurrogateTerms:
     high: Tensor  # [K] bool, the gradient vanishes at the high edge
 
 
-RatioLevel = Callable[[Tensor, Tensor, Tensor, LossInputs], RatioTerms]
+RatioLevel = Callable[[Tensor, Tensor, Tensor, Tensor, LossInputs], RatioTerms]
 Surrogate = Callable[[Tensor, Tensor], SurrogateTerms]
 
 
-def document_sum(
-    values: Tensor,  # [T]
-    document_index: Tensor,  # [T] int64 in [0, D)
-    loss_mask: Tensor,  # [T] bool
-    num_documents: int,
-) -> Tensor:  # [D]
-    """Sum of ``values`` over each document's labelled tokens."""
-    picked = torch.where(loss_mask, values, 0.0)  # not a product: -inf * 0 is nan
-    return picked.new_zeros(num_documents).index_add(0, document_index, picked)
+def document_sums(
+    values: Tensor,  # [..., T]
+    inputs: LossInputs,
+) -> Tensor:  # [..., D]
+    """Sums of ``values`` over each document's labelled tokens, wherever these are. Collective over a context group."""
+    picked = torch.where(inputs.loss_mask, values, 0.0)  # not a product: -inf * 0 is nan
+    totals = picked.new_zeros(*values.shape[:-1], inputs.label_counts.numel())
+    return inputs.complete(totals.index_add(-1, inputs.document_index, picked))
 
 
-def document_mean(
-    values: Tensor,  # [T]
-    document_index: Tensor,  # [T] int64 in [0, D)
-    loss_mask: Tensor,  # [T] bool
-    label_counts: Tensor,  # [D]
-) -> Tensor:  # [D]
-    """Mean of ``values`` over each document's labelled tokens; 0 for a document without any."""
-    totals = document_sum(values, document_index, loss_mask, label_counts.numel())
-    return totals / label_counts.clamp(min=1)
+def document_means(
+    values: Tensor,  # [..., T]
+    inputs: LossInputs,
+) -> Tensor:  # [..., D]
+    """Means of ``values`` over each document's labelled tokens; 0 for one without any. See :func:`document_sums`."""
+    return document_sums(values, inputs) / inputs.label_counts.clamp(min=1)
+
+
+def count_once(
+    terms: Tensor,  # [K]
+    counted: Tensor,  # [K] bool
+) -> Tensor:  # []
+    """The sum of ``terms`` that are counted here, with the gradient of all of them."""
+    return torch.where(counted, terms, terms - terms.detach()).sum()
 
 
 def document_weights(label_counts: Tensor, *, aggregation: str, dtype: torch.dtype) -> Tensor:  # [D] -> [D]
@@ -107,7 +124,8 @@ def loss_denominator(
 
 
 def document_ratio(
-    log_ratio: Tensor,  # [T] new - old log-probability, finite where used
+    log_ratio: Tensor,  # [T] new - old log-probability, 0 where not valid
+    mean_log_ratio: Tensor,  # [D] over each document's labelled tokens, 0 where not valid
     weights: Tensor,  # [D] of document_weights
     valid: Tensor,  # [D] bool
     inputs: LossInputs,
@@ -115,20 +133,21 @@ def document_ratio(
     bound: float = 10.0,
 ) -> RatioTerms:
     """Length-normalised sequence ratio, ``s = exp(mean of log r_t)`` (GSPO, arXiv 2507.18071, eq. 7)."""
-    mean = document_mean(log_ratio, inputs.document_index, inputs.loss_mask, inputs.label_counts)
     return RatioTerms(
-        log_ratio=mean.clamp(-bound, bound),
-        bounded=mean.abs() > bound,
+        log_ratio=mean_log_ratio.clamp(-bound, bound),
+        bounded=mean_log_ratio.abs() > bound,
         advantages=inputs.advantages,
         weights=torch.where(valid, weights, 0.0),
         valid=valid,
-        document=torch.arange(valid.numel(), device=valid.device),
+        counted=_counted(valid, inputs),
+        document=None,
         num_tokens=inputs.label_counts,
     )
 
 
 def token_ratio(
     log_ratio: Tensor,  # [T]
+    mean_log_ratio: Tensor,  # [D], not used
     weights: Tensor,  # [D]
     valid: Tensor,  # [D] bool
     inputs: LossInputs,
@@ -144,6 +163,7 @@ def token_ratio(
         advantages=inputs.advantages[inputs.document_index],
         weights=torch.where(token_valid, per_token[inputs.document_index], 0.0),
         valid=token_valid,
+        counted=token_valid,
         document=inputs.document_index,
         num_tokens=token_valid.long(),
     )
@@ -190,21 +210,19 @@ def policy_objective(
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, MetricSums]:
-    """The undivided loss sum of whole documents and its metric sums.
+    """The undivided loss sum and its metric sums. Collective where documents span ranks, see :class:`LossInputs`.
 
     A document whose log-ratio is not finite is quarantined: it counts in ``quarantined_documents``
     (and ``_late_documents`` and ``_late_tokens``, which mend the denominators) and nowhere else.
     """
-    valid, token_valid = _valid(logps, inputs)
-    log_ratio = torch.where(token_valid, logps - inputs.old_logps, 0.0)
+    log_ratio, means, valid, token_valid = _log_ratios(logps, inputs)
     usable = replace(inputs, loss_mask=token_valid, advantages=torch.where(valid, inputs.advantages, 0.0))
     weights = document_weights(inputs.label_counts, aggregation=aggregation, dtype=logps.dtype)
-    terms = ratio(log_ratio, weights, valid, usable)
+    terms = ratio(log_ratio, means, weights, valid, usable)
     result = surrogate(terms.log_ratio, terms.advantages)
-    loss = (terms.weights * result.loss).sum()
+    loss = count_once(terms.weights * result.loss, terms.counted)
     metrics = (
-        _ratio_metrics(log_ratio.detach(), terms, usable)
-        | _clip_metrics(terms, result, usable)
+        _ratio_metrics(log_ratio.detach(), means.detach(), terms, result, usable)
         | _token_metrics(logps.detach(), entropy.detach(), usable)
         | _quarantine_metrics(valid, inputs)
     )
@@ -220,60 +238,70 @@ def policy_objective(
     return loss, metrics
 
 
-def _valid(logps: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:  # [D] bool, [T] bool
-    """Documents, and their labelled tokens, whose every value is finite."""
-    # A sum is finite only if every term is; opposite infinities give nan.
-    totals = logps.detach() - inputs.old_logps
+def _log_ratios(logps: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-ratios [T] and their document means [D], 0 where not valid; valid documents [D] and labelled tokens [T].
+
+    A document is valid if its every value is finite. One sum over a context group serves both.
+    """
+    found = logps - inputs.old_logps
+    finite = found.detach().isfinite()
     if inputs.ref_logps is not None:
-        totals = totals + inputs.ref_logps
-    totals = document_sum(totals, inputs.document_index, inputs.loss_mask, inputs.label_counts.numel())
-    valid = (inputs.label_counts > 0) & totals.isfinite() & inputs.advantages.isfinite()
-    return valid, inputs.loss_mask & valid[inputs.document_index]
+        finite &= inputs.ref_logps.isfinite()
+    log_ratio = torch.where(inputs.loss_mask & finite, found, 0.0)
+    totals, num_bad = document_sums(torch.stack((log_ratio, (~finite).to(log_ratio.dtype))), inputs)
+    valid = (inputs.label_counts > 0) & (num_bad == 0) & totals.isfinite() & inputs.advantages.isfinite()
+    token_valid = inputs.loss_mask & valid[inputs.document_index]
+    means = torch.where(valid, totals, 0.0) / inputs.label_counts.clamp(min=1)
+    return torch.where(token_valid, log_ratio, 0.0), means, valid, token_valid
 
 
-def _documents_with(flag: Tensor, terms: RatioTerms, num_documents: int) -> Tensor:  # [K] bool -> []
-    """How many documents hold a flagged unit."""
-    hits = terms.document.new_zeros(num_documents).index_add(0, terms.document, (flag & terms.valid).long())
-    return (hits > 0).sum()
+def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
+    """What each document has, False or 0 where another rank counts it."""
+    return values if inputs.counted is None else torch.where(inputs.counted, values, torch.zeros_like(values))
 
 
-def _ratio_metrics(log_ratio: Tensor, terms: RatioTerms, inputs: LossInputs) -> MetricSums:
-    """Ratios in the objective's own units, and how far the policy is from the one that sampled."""
+def _documents_with(flags: Tensor, terms: RatioTerms, inputs: LossInputs) -> Tensor:  # [N, K] bool -> [N]
+    """How many documents counted here have a valid unit with each of N flags."""
+    if terms.document is None:
+        return (flags & terms.counted).sum(-1)
+    hits = terms.weights.new_zeros(flags.shape[0], inputs.label_counts.numel())
+    hits = inputs.complete(hits.index_add(-1, terms.document, (flags & terms.valid).to(hits.dtype)))
+    return _counted(hits > 0, inputs).sum(-1)
+
+
+def _ratio_metrics(
+    log_ratio: Tensor, means: Tensor, terms: RatioTerms, result: SurrogateTerms, inputs: LossInputs
+) -> MetricSums:
+    """Ratios in the objective's own units, what the clip does to them, and how far the policy is from the sampler's.
+
+    ``any`` counts ratios outside the band, ``binding`` only those whose gradient the clip stops.
+    """
     ratio = terms.log_ratio.detach().exp()
-    units, tokens = terms.valid.sum(), inputs.loss_mask.sum()
-    documents = _documents_with(terms.valid, terms, inputs.label_counts.numel())
-    means = document_mean(log_ratio, inputs.document_index, inputs.loss_mask, inputs.label_counts)
+    binding = result.low | result.high
+    flags = torch.stack((terms.valid, terms.bounded, result.outside, binding))
+    documents, bounded, outside, bound = _documents_with(flags, terms, inputs)
+    units, tokens = terms.counted.sum(), inputs.loss_mask.sum()
     k3 = torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio
     one = ratio.new_ones(())
     return {
-        "ratio/mean": (torch.where(terms.valid, ratio, 0.0).sum(), units),
-        "_ratio_sq": (torch.where(terms.valid, ratio.square(), 0.0).sum(), units),
+        "ratio/mean": (torch.where(terms.counted, ratio, 0.0).sum(), units),
+        "_ratio_sq": (torch.where(terms.counted, ratio.square(), 0.0).sum(), units),
         "ratio/max": (_largest(torch.where(terms.valid, ratio, -torch.inf)), one),
         "ratio/min": (-_largest(torch.where(terms.valid, -ratio, -torch.inf)), one),
-        "bounded_documents": (_documents_with(terms.bounded, terms, inputs.label_counts.numel()), one),
+        "bounded_documents": (bounded, one),
         "kl_new_old": (k3.sum(), documents),
         "_log_ratio_sq": (log_ratio.square().sum(), tokens),
-        "log_ratio/abs_document": (means.abs().sum(), documents),
+        "log_ratio/abs_document": (_counted(means.abs(), inputs).sum(), documents),
+        "clip/any_document": (outside, documents),
+        "clip/binding_document": (bound, documents),
+        "clip/binding_token": (torch.where(binding & terms.counted, terms.num_tokens, 0).sum(), tokens),
+        "clip/low": ((result.low & terms.counted).sum(), units),
+        "clip/high": ((result.high & terms.counted).sum(), units),
     }
 
 
 def _largest(values: Tensor) -> Tensor:  # [K] -> [], -inf for K = 0, a microbatch without labels
     return torch.cat((values, values.new_full((1,), -torch.inf))).max()
-
-
-def _clip_metrics(terms: RatioTerms, result: SurrogateTerms, inputs: LossInputs) -> MetricSums:
-    """``any`` counts ratios outside the band, ``binding`` only those whose gradient the clip stops."""
-    num_documents = inputs.label_counts.numel()
-    documents = _documents_with(terms.valid, terms, num_documents)
-    units = terms.valid.sum()
-    binding = (result.low | result.high) & terms.valid
-    return {
-        "clip/any_document": (_documents_with(result.outside, terms, num_documents), documents),
-        "clip/binding_document": (_documents_with(binding, terms, num_documents), documents),
-        "clip/binding_token": (torch.where(binding, terms.num_tokens, 0).sum(), inputs.loss_mask.sum()),
-        "clip/low": ((result.low & terms.valid).sum(), units),
-        "clip/high": ((result.high & terms.valid).sum(), units),
-    }
 
 
 def _token_metrics(logps: Tensor, entropy: Tensor, inputs: LossInputs) -> MetricSums:
@@ -285,7 +313,7 @@ def _token_metrics(logps: Tensor, entropy: Tensor, inputs: LossInputs) -> Metric
 
 def _quarantine_metrics(valid: Tensor, inputs: LossInputs) -> MetricSums:
     """Documents taken out because a value of theirs is not finite, and their labelled tokens."""
-    out = (inputs.label_counts > 0) & ~valid
+    out = _counted((inputs.label_counts > 0) & ~valid, inputs)
     one = valid.new_ones((), dtype=torch.float32)
     tokens = torch.where(out, inputs.label_counts, 0).sum()
     count = out.sum()

@@ -1,6 +1,6 @@
 """The process group, the mesh, counts over it, and optimizer steps. World size 1 takes the same path as any other.
 
-Not here: context parallelism's sharding of a microbatch; its axis of the mesh exists and has size 1.
+Not here: how a microbatch is split over the context axis (:mod:`gspo.context`).
 """
 
 from __future__ import annotations
@@ -61,21 +61,26 @@ def init_process_group(device: torch.device) -> None:
         ) from error
 
 
-def build_mesh(device: torch.device, *, data_parallel_replicate_size: int = 1) -> DeviceMesh:
+def build_mesh(
+    device: torch.device, *, data_parallel_replicate_size: int = 1, context_parallel_size: int = 1
+) -> DeviceMesh:
     """A mesh with the axes ``replicate``, ``shard`` and ``context`` over all ranks.
 
-    Parameters are sharded over ``shard`` x ``context`` and replicated over ``replicate`` (HSDP).
+    Parameters are sharded over ``shard`` x ``context`` and replicated over ``replicate`` (HSDP). A microbatch is split
+    over ``context``.
 
     Raises:
-        InputError: ``data_parallel_replicate_size`` does not divide the number of ranks.
+        InputError: the sizes do not divide the number of ranks.
     """
     world_size = dist.get_world_size()
-    if data_parallel_replicate_size < 1 or world_size % data_parallel_replicate_size:
+    sizes = data_parallel_replicate_size * context_parallel_size
+    if data_parallel_replicate_size < 1 or context_parallel_size < 1 or world_size % sizes:
         raise InputError(
-            f"data_parallel_replicate_size is {data_parallel_replicate_size}, which does not divide the "
-            f"{world_size} ranks of this run: choose a divisor of {world_size}."
+            f"data_parallel_replicate_size {data_parallel_replicate_size} x context_parallel_size "
+            f"{context_parallel_size} = {sizes}, which does not divide the {world_size} ranks of this run: change one "
+            f"of them, or start a multiple of {sizes} ranks with `tune run --nproc_per_node`."
         )
-    shape = (data_parallel_replicate_size, world_size // data_parallel_replicate_size, 1)
+    shape = (data_parallel_replicate_size, world_size // sizes, context_parallel_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
 
 
@@ -123,14 +128,17 @@ class FetchSteps(BaseNode[StepBatches]):
         source: this rank's microbatches.
         docs_per_step: documents over all ranks, dropped ones included.
         device: of the counts that are added up over the ranks.
+        context_size: ranks that train on the same microbatch, whose counts are all the same.
 
     Raises:
         InputError: from ``next``, on every rank, after :data:`MAX_EMPTY_ROUNDS` in a row without a document.
     """
 
-    def __init__(self, source: BaseNode[PackedBatch], *, docs_per_step: int, device: torch.device) -> None:
+    def __init__(
+        self, source: BaseNode[PackedBatch], *, docs_per_step: int, device: torch.device, context_size: int = 1
+    ) -> None:
         super().__init__()
-        self.source, self.docs_per_step, self.device = source, docs_per_step, device
+        self.source, self.docs_per_step, self.device, self.context_size = source, docs_per_step, device, context_size
         self._warned = False
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -167,7 +175,7 @@ class FetchSteps(BaseNode[StepBatches]):
         batch = pack_documents([]) if drawn is None else drawn
         present = self._waits or drawn is not None
         counts = [batch.num_documents, batch.num_label_tokens, int(present), int(batch.rollout_continues)]
-        documents, tokens, sources, continuing = sum_over_ranks(counts, self.device)
+        documents, tokens, sources, continuing = (x // self.context_size for x in sum_over_ranks(counts, self.device))
         # Never all at once: a rank whose rollout continues draws.
         self._waits = continuing > 0 and not batch.rollout_continues
         return batch, documents, tokens, sources

@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torchtune import training
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
+from gspo.context import ContextAxis, Shard, gather_keys, split
 from gspo.errors import InputError
 from gspo.functional import LossInputs, MetricSums
 from gspo.kernels import linear_logps, linear_loss
@@ -39,20 +40,54 @@ AttentionMask = Tensor | BlockMask | None
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A packed batch on the device, with what is derived from its layout once."""
+    """This rank's part of a packed batch on the device, with what is derived from its layout once."""
 
+    shard: Shard  # where it lies in the whole, on the CPU
     batch: PackedBatch
-    label_rows: Tensor  # [N] int64, places with a label, one document's after another's
-    label_counts: list[int]  # [D] of them in each document
+    label_rows: Tensor  # [N] int64, places with a label; where documents are whole, one's after another's
+    label_counts: list[int]  # [D] of them in each document, over all ranks
+    counted: Tensor | None  # [D] bool, documents whose sums are added up on this rank; None: all
     attention_mask: AttentionMask
 
     @classmethod
-    def prepare(cls, batch: PackedBatch, device: torch.device) -> Microbatch:
-        """Moves a batch from the CPU to ``device``. The label rows are found before it, so that no kernel waits."""
-        rows = batch.loss_mask.nonzero().squeeze(-1)
-        alone = _one_document_per_bin(batch)
-        on_device = batch.to(device)
-        return cls(on_device, rows.to(device), batch.label_counts.tolist(), None if alone else document_mask(on_device))
+    def prepare(cls, packed: PackedBatch, device: torch.device, context: ContextAxis | None = None) -> Microbatch:
+        """Takes this rank's part of a batch to ``device``. The label rows are found before, so that no kernel waits."""
+        shard = split(packed, context)
+        rows = shard.part.loss_mask.nonzero().squeeze(-1)
+        return cls(
+            shard=shard,
+            batch=shard.part.to(device),
+            label_rows=rows.to(device),
+            label_counts=packed.label_counts.tolist(),
+            counted=None if shard.counted is None else shard.counted.to(device),
+            attention_mask=document_mask(shard, device),
+        )
+
+
+def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
+    """Causal attention inside each document and to its prefix: a FlexAttention block mask on CUDA, else [R, S / C, S].
+
+    Keys come in the shard's ``order``. None, for plain causal attention, where no bin holds two documents.
+    """
+    batch, mine = shard.whole, shard.places[shard.rank]
+    num_ranks, num_bins, share = shard.places.shape
+    if num_ranks == 1 and _one_document_per_bin(batch):
+        return None
+    index = batch.document_index.view(num_bins, -1)
+    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
+    q_place, kv_place = mine.to(device), shard.order.to(device)
+    q_index, q_prefix = (x.gather(1, mine).to(device) for x in (index, prefix))
+    kv_index = index.gather(1, shard.order).to(device)
+    if device.type == "cuda":
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            key = kv_index[b, kv]
+            return (q_place[b, q] >= kv_place[b, kv]) & ((q_index[b, q] == key) | (q_prefix[b, q] == key))
+
+        return create_block_mask(seen, num_bins, None, share, share * num_ranks, device=device)
+    causal = q_place[:, :, None] >= kv_place[:, None, :]
+    own = q_index[:, :, None] == kv_index[:, None, :]
+    return causal & (own | (q_prefix[:, :, None] == kv_index[:, None, :]))
 
 
 def _one_document_per_bin(batch: PackedBatch) -> bool:
@@ -60,21 +95,6 @@ def _one_document_per_bin(batch: PackedBatch) -> bool:
     index = batch.document_index.view(batch.num_bins, -1)
     starts = (index[:, 1:] != index[:, :-1]) & (index[:, 1:] != batch.label_counts.numel() - 1)
     return not starts.any()
-
-
-def document_mask(batch: PackedBatch) -> AttentionMask:
-    """Causal attention inside each document and to its prefix: a FlexAttention block mask on CUDA, else [R, S, S]."""
-    index = batch.document_index.view(batch.num_bins, -1)
-    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
-    length = index.shape[1]
-    if index.device.type == "cuda":
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (q >= kv) & ((index[b, q] == index[b, kv]) | (prefix[b, q] == index[b, kv]))
-
-        return create_block_mask(seen, index.shape[0], None, length, length, device=index.device)
-    causal = torch.ones(length, length, dtype=torch.bool, device=index.device).tril()
-    return causal & ((index[:, :, None] == index[:, None, :]) | (prefix[:, :, None] == index[:, None, :]))
 
 
 class Policy(nn.Module):
@@ -85,6 +105,7 @@ class Policy(nn.Module):
         loss: a component of :mod:`gspo.losses`; None for a policy that is only evaluated.
         chunk_size: labelled tokens whose logits are held at a time; None chooses by device.
         kernel: of the head, see :func:`gspo.kernels.choose_kernel`.
+        context: the ranks among which the places of a microbatch are split; None or of size 1 if they are not.
     """
 
     def __init__(
@@ -94,17 +115,29 @@ class Policy(nn.Module):
         *,
         chunk_size: int | None = None,
         kernel: str = "auto",
+        context: ContextAxis | None = None,
     ) -> None:
         super().__init__()
         decoder.unembed = lambda hidden: decoder.norm(hidden)
         self.decoder = decoder
         self.loss = loss
         self._options: dict[str, Any] = {"chunk_size": chunk_size, "kernel": kernel}
+        self._context = context if context is not None and context.size > 1 else None
+        if self._context is not None:
+            gather_keys(decoder, self._context)
 
     def forward(self, microbatch: Microbatch) -> tuple[Tensor, MetricSums]:
-        """The undivided loss sum of a microbatch and its metric sums."""
+        """The undivided loss sum of a microbatch and its metric sums, both to be added up over the ranks."""
         assert self.loss is not None, "this policy was built without a loss"
-        loss, inputs = self.loss, _row_inputs(microbatch)
+        if self._context is None:
+            return self._whole_documents(microbatch, self.loss)
+        entropy_grad = bool(getattr(self.loss, "entropy_coef", 0))
+        logps, entropy = linear_logps(*self._rows(microbatch), entropy_grad=entropy_grad, **self._options)
+        return self.loss(logps, entropy, _row_inputs(microbatch, self._context))
+
+    def _whole_documents(self, microbatch: Microbatch, loss: nn.Module) -> tuple[Tensor, MetricSums]:
+        """The objective runs on chunks of documents while their logits are at hand, a product less."""
+        inputs = _row_inputs(microbatch, None)
 
         def seam(logps: Tensor, entropy: Tensor, first: int, last: int) -> tuple[Tensor, MetricSums]:
             return loss(logps, entropy, _part(inputs, microbatch.label_counts, first, last))
@@ -118,8 +151,8 @@ class Policy(nn.Module):
         )
         return loss_sum, merge_pairs(found)
 
-    def logps(self, microbatch: Microbatch) -> Tensor:  # [T] float32 nats, 0 where there is no label
-        """Log-probabilities of the labels at the sampling temperature, without gradients. Collective."""
+    def logps(self, microbatch: Microbatch) -> Tensor:  # [R * S / C] float32 nats, 0 where there is no label
+        """Log-probabilities of this rank's labels at the sampling temperature, without gradients. Collective."""
         logps = self._logps(microbatch)
         for module in self.modules():
             if isinstance(module, FSDPModule):
@@ -153,8 +186,9 @@ class Policy(nn.Module):
         )
 
 
-def _row_inputs(microbatch: Microbatch) -> LossInputs:
+def _row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
     batch, rows = microbatch.batch, microbatch.label_rows
+    spanning: dict[str, Any] = {} if context is None else {"counted": microbatch.counted, "complete": context.complete}
     return LossInputs(
         document_index=batch.document_index[rows],
         loss_mask=torch.ones_like(rows, dtype=torch.bool),
@@ -162,6 +196,7 @@ def _row_inputs(microbatch: Microbatch) -> LossInputs:
         advantages=batch.advantages,
         label_counts=batch.label_counts,
         ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
+        **spanning,
     )
 
 

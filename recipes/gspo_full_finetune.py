@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from gspo import evaluation, metrics, parallel
 from gspo.config import check_config, parse, refusals, require
+from gspo.context import ContextAxis, ShareOverContext
 from gspo.data.graph import GraphOptions, build_graph
 from gspo.data.packing import check_bin_length
 from gspo.data.record import Record
@@ -65,6 +66,7 @@ OPTIONAL_KEYS = {
     "fsdp_reshard_after_forward": True,
     "reduce_every_microbatch": True,
     "data_parallel_replicate_size": 1,
+    "context_parallel_size": 1,
     "metric_logger": None,
     "log_every_n_steps": 1,
     "log_completions": 4,
@@ -87,7 +89,7 @@ _GET_MODEL = "correct the path, or get the model first: the head of a copy made 
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
 AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
-    "data_parallel_replicate_size", "log_every_n_steps", "packing.tokens_per_microbatch",
+    "data_parallel_replicate_size", "context_parallel_size", "log_every_n_steps", "packing.tokens_per_microbatch",
 )  # fmt: skip
 AT_LEAST_0 = (
     "prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed", "eval.every_n_steps",
@@ -137,7 +139,13 @@ class GSPOFullFinetuneRecipe:
         suffix = f"_rank{self._rank}" if self._rank else ""
         self._completions_file = self._output_dir / f"completions{suffix}.jsonl"
         self._quarantine_file = self._output_dir / f"quarantine_rank{self._rank}.jsonl"
-        self._mesh = parallel.build_mesh(self._device, data_parallel_replicate_size=cfg.data_parallel_replicate_size)
+        self._mesh = parallel.build_mesh(
+            self._device,
+            data_parallel_replicate_size=cfg.data_parallel_replicate_size,
+            context_parallel_size=cfg.context_parallel_size,
+        )
+        self._context = ContextAxis.of(self._mesh)
+        self._draws = self._context.rank == 0  # rollouts; the other ranks of its context axis train on the same
         training.set_seed(cfg.seed)
         self._step = 0  # optimizer steps done
         self._version = 0  # of the weights; the sampler's lags behind by at most sync_every_steps
@@ -168,6 +176,12 @@ class GSPOFullFinetuneRecipe:
             "must be false where the loss has a KL or entropy term, which a group of equal rewards feels too",
             "set it to false, or set refill_dead_groups: true to replace such groups",
         )  # fmt: skip
+        length = cfg.packing.get("bin_length") or 0  # null fits bins to any size
+        require(
+            length % cfg.context_parallel_size == 0, "packing.bin_length", length,
+            f"must be a multiple of context_parallel_size ({cfg.context_parallel_size}), which splits every bin",
+            f"use {math.ceil(length / cfg.context_parallel_size) * cfg.context_parallel_size}",
+        )  # fmt: skip
         needs_reference = cfg.loss.get("kl_coef", 0) > 0 and cfg.reference_checkpointer is None
         require(
             not needs_reference, "loss.kl_coef", cfg.loss.get("kl_coef", 0), "needs a reference policy",
@@ -189,7 +203,7 @@ class GSPOFullFinetuneRecipe:
             f"must be a multiple of the {data_size} data-parallel ranks that share the prompts", "change one of them",
         )  # fmt: skip
         prompts = self._component("prompts", self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
-        self._eval_prompts = self._take_eval_prompts(data_rank, data_size)
+        self._eval_prompts = self._take_eval_prompts()
 
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss=self._component("loss"))
         self._reference = None
@@ -204,7 +218,24 @@ class GSPOFullFinetuneRecipe:
 
         self._sampler = self._component("sampler", self._build_decoder(), self._tokenizer)
         self._sampler.update(self._policy, self._version)
-        batches = build_graph(
+        self._steps = parallel.FetchSteps(
+            ShareOverContext(self._build_graph(prompts, data_rank, data_size) if self._draws else None, self._context),
+            docs_per_step=cfg.docs_per_step,
+            device=self._device,
+            context_size=self._context.size,
+        )
+        self._num_parameters = sum(p.numel() for p in self._policy.parameters())
+        self._profiler, _ = self._setup_profiler()
+        self._metric_logger = None
+        if self._rank == 0 and cfg.metric_logger is not None:
+            self._metric_logger = self._component("metric_logger")
+            self._metric_logger.log_config(cfg)
+        self._open_files()  # last: a run that is refused leaves those of an earlier one as they are
+
+    def _build_graph(self, prompts: Any, data_rank: int, data_size: int) -> Any:
+        """The nodes from prompts to microbatches of this data-parallel rank."""
+        cfg = self._cfg
+        return build_graph(
             prompts,
             sampler=self._sampler,
             pool=self._pool,
@@ -227,14 +258,6 @@ class GSPOFullFinetuneRecipe:
                 num_per_rollout=cfg.log_completions,
             ),
         )
-        self._steps = parallel.FetchSteps(batches, docs_per_step=cfg.docs_per_step, device=self._device)
-        self._num_parameters = sum(p.numel() for p in self._policy.parameters())
-        self._profiler, _ = self._setup_profiler()
-        self._metric_logger = None
-        if self._rank == 0 and cfg.metric_logger is not None:
-            self._metric_logger = self._component("metric_logger")
-            self._metric_logger.log_config(cfg)
-        self._open_files()  # last: a run that is refused leaves those of an earlier one as they are
 
     def _open_files(self) -> None:
         with refusals("output_dir", "choose a folder that can be written"):
@@ -259,7 +282,7 @@ class GSPOFullFinetuneRecipe:
         check_bin_length(cfg.packing.get("bin_length"), decoder.max_seq_len)
         with refusals(key, REMEDIES[key]):
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel)
+        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel, context=self._context)
         policy.requires_grad_(loss is not None)
         shard_policy(
             policy,
@@ -272,10 +295,10 @@ class GSPOFullFinetuneRecipe:
         load_weights(policy, weights, self._device, cpu_offload=cfg.fsdp_cpu_offload)
         return policy
 
-    def _take_eval_prompts(self, rank: int, world_size: int) -> list:
+    def _take_eval_prompts(self) -> list:
         if self._cfg.eval_prompts is None:
             return []
-        options = {"shuffle": False, "rank": rank, "world_size": world_size, "num_epochs": 1}
+        options = {"shuffle": False, "rank": self._rank, "world_size": dist.get_world_size(), "num_epochs": 1}
         return list(self._component("eval_prompts", self._tokenizer, **options))
 
     def _setup_profiler(self) -> tuple[Any, Any]:
@@ -298,10 +321,9 @@ class GSPOFullFinetuneRecipe:
                 if step is None:
                     log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
                     break
-                rollout_stats = [
-                    {"time/data_wait": (time.perf_counter() - begin, 1.0)},
-                    *(b.stats for b in step.batches),
-                ]
+                rollout_stats = [{"time/data_wait": (time.perf_counter() - begin, 1.0)}]
+                if self._draws:
+                    rollout_stats += [batch.stats for batch in step.batches]
                 microbatches = [self._prepare(batch) for batch in step.batches]
                 self._quarantined.clear()
                 for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
@@ -311,7 +333,7 @@ class GSPOFullFinetuneRecipe:
         self._finish(time.perf_counter() - started)
 
     def _prepare(self, batch: PackedBatch) -> Microbatch:
-        microbatch = Microbatch.prepare(batch, self._device)
+        microbatch = Microbatch.prepare(batch, self._device, self._context)
         if self._reference is not None:
             microbatch.batch.ref_logps = self._reference.logps(microbatch)
         return microbatch
@@ -325,8 +347,9 @@ class GSPOFullFinetuneRecipe:
             self._policy, microbatches, denominator, reduce_every_microbatch=self._cfg.reduce_every_microbatch
         ):
             sums.add(pairs)
-        for microbatch in microbatches:
-            sums.add(metrics.batch_pairs(microbatch.batch, self._step))
+        if self._draws:
+            for batch in step.batches:
+                sums.add(metrics.batch_pairs(batch, self._step))
         for pairs in stats:
             sums.add(pairs)
         values = sums.reduce(self._device)
@@ -347,8 +370,8 @@ class GSPOFullFinetuneRecipe:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(grad_norm):
             # Stochastic rounding draws from this seed: replicas of a shard must round alike, shards each by themselves.
-            shards = self._mesh["shard"]
-            torch.manual_seed(self._cfg.seed + self._step * shards.size() + shards.get_local_rank())
+            shards = self._mesh["shard"].size() * self._context.size
+            torch.manual_seed(self._cfg.seed + self._step * shards + self._rank % shards)
             self._optimizer.step()
             self._skipped_in_a_row = 0
         else:
@@ -381,7 +404,8 @@ class GSPOFullFinetuneRecipe:
         training.scale_grads(self._policy, torch.tensor(factor, device=self._device))
         values["loss"] *= factor
         for i, microbatch in enumerate(microbatches):
-            found = metrics.not_finite_documents(microbatch.batch, self._policy.logps(microbatch))
+            logps = microbatch.shard.collect(self._policy.logps(microbatch), self._context)
+            found = metrics.not_finite_documents(microbatch.shard.whole, logps.cpu()) if self._draws else {}
             for document, record in found.items():
                 if (i, document) not in self._quarantined:  # else an earlier one of ppo_epochs has written it
                     self._quarantined.add((i, document))

@@ -17,7 +17,7 @@ LAYERS = (
     ("types", "errors"),
     ("functional", "advantages", "rewards", "sampling", "plugin"),
     ("kernels", "data"),
-    ("losses", "parallel", "metrics", "config", "evaluation"),
+    ("losses", "parallel", "context", "metrics", "config", "evaluation"),
     ("policy", "optim", "tiny", "plot"),
     ("demo", "validate", "__main__"),
     ("recipe",),
@@ -25,6 +25,7 @@ LAYERS = (
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 MAY_USE_TORCH_DISTRIBUTED = (
     "gspo.parallel",
+    "gspo.context",
     "gspo.policy",
     "gspo.metrics",
     "gspo.optim",

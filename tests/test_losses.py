@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo.errors import InputError
-from gspo.functional import LossInputs, document_mean
+from gspo.functional import LossInputs, document_means
 from gspo.losses import GRPOLoss, GSPOLoss
 from tests import objectives
 
@@ -266,8 +266,12 @@ def test_bad_option_names_its_key(name, options, key):
         LOSSES[name][0](**options)
 
 
-def test_document_mean_of_a_document_without_labels_is_zero():
-    mean = document_mean(
-        torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([True, True, False]), torch.tensor([2, 0])
+def test_document_means_of_a_document_without_labels_are_zero():
+    inputs = LossInputs(
+        document_index=torch.tensor([0, 0, 1]),
+        loss_mask=torch.tensor([True, True, False]),
+        old_logps=torch.zeros(3),
+        advantages=torch.zeros(2),
+        label_counts=torch.tensor([2, 0]),
     )
-    assert mean.tolist() == [1.0, 0.0]
+    assert document_means(torch.ones(3), inputs).tolist() == [1.0, 0.0]

@@ -48,8 +48,9 @@ def test_mesh_gives_every_rank_its_own_data(found, world_size):
 def test_replicas_must_divide_the_ranks(found, world_size):
     for rank in found(world_size):
         assert rank["meshes"][3] == (
-            f"data_parallel_replicate_size is 3, which does not divide the {world_size} ranks of this run: "
-            f"choose a divisor of {world_size}."
+            "data_parallel_replicate_size 3 x context_parallel_size 1 = 3, which does not divide the "
+            f"{world_size} ranks of this run: change one of them, or start a multiple of 3 ranks with "
+            "`tune run --nproc_per_node`."
         )
 
 

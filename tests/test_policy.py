@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.nn.functional import log_softmax
 
 from gspo import parallel
+from gspo.context import split
 from gspo.data.packing import pack_documents
 from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss
@@ -60,7 +61,7 @@ def test_logps_are_those_of_each_document_alone(bin_length):
 
 def test_mask_is_causal_inside_each_document_and_to_its_prefix():
     batch = pack_documents(tiny_policy.documents(5), 48)
-    mask = document_mask(batch)
+    mask = document_mask(split(batch, None), CPU)
     prefix_index = batch.prefix_index.tolist()
     assert sum(d != p for d, p in enumerate(prefix_index)) > 2
     for r, index in enumerate(batch.document_index.view(batch.num_bins, -1).tolist()):

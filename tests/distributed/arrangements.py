@@ -3,18 +3,18 @@
 import random
 
 import torch
-import torch.distributed as dist
 
+from gspo.context import ContextAxis
 from gspo.data.packing import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import MetricSums
-from gspo.parallel import build_mesh, fsdp_mesh, sum_over_ranks
+from gspo.parallel import build_mesh, data_parallel_rank, fsdp_mesh, sum_over_ranks
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
 from tests import tiny_policy
 
 CPU = torch.device("cpu")
 LOSSES = {"gspo": GSPOLoss(clip_low=0.2, clip_high=0.2), "grpo": GRPOLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.0)}
-ARRANGEMENTS = {
+ARRANGEMENTS: dict[str, dict] = {
     "one_bin": {"bin_length": 512},
     "many_bins": {"bin_length": 32},
     "short_bins": {"bin_length": None},
@@ -37,6 +37,21 @@ ARRANGEMENTS = {
     },
     "compiled": {"bin_length": 48, "compile_layers": True},
     "untied": {"bin_length": 48, "tied": False},
+    "context": {"bin_length": 48, "context": 2},
+    "context_one_bin": {"bin_length": 512, "context": 2},
+    "context_short_bins": {"bin_length": None, "context": 2, "num_microbatches": 5},
+    "context_prompts_apart": {"bin_length": 64, "context": 2, "share_prompts": False, "tied": False},
+    "context_compiled_head": {"bin_length": 48, "context": 2, "chunk_size": 7, "kernel": "compile"},
+    "context_in_compiled_checkpoints": {
+        "bin_length": 48,
+        "context": 2,
+        "compile_layers": True,
+        "activation_checkpointing": True,
+    },
+    "context_of_four": {"bin_length": 64, "context": 4},
+    "context_of_four_padded": {"bin_length": 46, "context": 4, "num_microbatches": 5},
+    "context_in_replicas": {"bin_length": 48, "context": 2, "replicate": 2},
+    "replicas": {"bin_length": 48, "replicate": 2},
 }
 
 
@@ -53,14 +68,16 @@ def build_policy(
     kernel="reference",
     compile_layers=False,
     activation_checkpointing=False,
-    replicate=1,
+    mesh=None,
     dtype=torch.float32,
 ):
     with torch.device("meta"):
         decoder = tiny_policy.build_decoder(tied=tied).to(dtype)
-    policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel)
-    mesh = fsdp_mesh(build_mesh(CPU, data_parallel_replicate_size=replicate))
-    shard_policy(policy, mesh, compile_layers=compile_layers, activation_checkpointing=activation_checkpointing)
+    mesh = mesh or build_mesh(CPU)
+    policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ContextAxis.of(mesh))
+    shard_policy(
+        policy, fsdp_mesh(mesh), compile_layers=compile_layers, activation_checkpointing=activation_checkpointing
+    )
     load_weights(policy, tiny_policy.weights(tied=tied), CPU)
     return policy
 
@@ -74,21 +91,24 @@ def gradients(
     num_microbatches=1,
     reduce_every_microbatch=True,
     replicate=1,
+    context=1,
     **options,
 ):
-    policy = build_policy(loss, replicate=replicate, **options)
+    mesh = build_mesh(CPU, data_parallel_replicate_size=replicate, context_parallel_size=context)
+    axis = ContextAxis.of(mesh)
+    policy = build_policy(loss, mesh=mesh, **options)
     documents = tiny_policy.documents()
     if shuffle:
         random.Random(1).shuffle(documents)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = [d for d in documents if d.group_id % world_size == rank]
+    rank, num_ranks = data_parallel_rank(mesh)
+    mine = [d for d in documents if d.group_id % num_ranks == rank]
     parts = [  # some are empty on some ranks
-        [d for d in mine if d.group_id // world_size % num_microbatches == i] for i in range(num_microbatches)
+        [d for d in mine if d.group_id // num_ranks % num_microbatches == i] for i in range(num_microbatches)
     ]
     batches = [pack_documents(part, bin_length, share_prompts=share_prompts) for part in parts]
     shared = sum(batch.prefix_index is not None for batch in batches)
     assert bool(sum_over_ranks([shared], CPU)[0]) == share_prompts
-    microbatches = [Microbatch.prepare(batch, CPU) for batch in batches]
+    microbatches = [Microbatch.prepare(batch, CPU, axis) for batch in batches]
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
     sums = MetricSums()
     for pairs in accumulate_gradients(

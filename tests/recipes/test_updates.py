@@ -11,9 +11,20 @@ from tests.recipes.runs import lines
 LOSSES = ["gspo.losses.GSPOLoss", "gspo.losses.GRPOLoss"]
 
 
-@pytest.mark.parametrize(("world_size", "loss"), [(1, LOSSES[0]), (2, LOSSES[0]), (1, LOSSES[1])])
-def test_quarantined_document_leaves_numerator_and_denominator(base, tmp_path, world_size, loss):
-    arguments = (str(base), str(tmp_path / "out"), loss)
+CONTEXT = "context_parallel_size=2"
+CASES = {
+    "gspo-1": (1, LOSSES[0]),
+    "gspo-2": (2, LOSSES[0]),
+    "grpo-1": (1, LOSSES[1]),
+    "gspo-context": (2, LOSSES[0], CONTEXT),
+    "grpo-context": (2, LOSSES[1], CONTEXT),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_quarantined_document_leaves_numerator_and_denominator(base, tmp_path, case):
+    world_size, *options = case
+    arguments = (str(base), str(tmp_path / "out"), *options)
     for found in launch("tests.recipes.updates:updates", world_size, tmp_path, *arguments):
         absent, spoiled = found["absent"], found["infinite_old_logps"]
         assert (absent["quarantined_documents"], spoiled["quarantined_documents"]) == (0, 1)
@@ -30,9 +41,11 @@ def _read(path):
     return lines(path) if path.exists() else []
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_that_is_not_finite_skips_the_step_on_all_ranks(base, tmp_path, world_size):
-    for found in launch("tests.recipes.updates:skipped", world_size, tmp_path, str(base), str(tmp_path / "out")):
+@pytest.mark.parametrize("case", [(1,), (2,), (2, CONTEXT)], ids=["1", "2", "context"])
+def test_gradient_that_is_not_finite_skips_the_step_on_all_ranks(base, tmp_path, case):
+    world_size, *options = case
+    arguments = (str(base), str(tmp_path / "out"), *options)
+    for found in launch("tests.recipes.updates:skipped", world_size, tmp_path, *arguments):
         assert math.isnan(found["nan"]) and found["quarantined"] >= 1 and found["same"]
         assert math.isfinite(found["good"])
         assert found["num_skipped"] == 3
@@ -42,5 +55,7 @@ def test_gradient_that_is_not_finite_skips_the_step_on_all_ranks(base, tmp_path,
 
 def test_replicas_of_a_shard_draw_the_same_random_numbers(base, tmp_path):
     first, second = launch("tests.recipes.updates:seeds", 2, tmp_path, str(base), str(tmp_path / "out"))
-    assert first[2] == second[2]  # one shard, on both ranks: stochastic rounding must not let the copies part
-    assert len({*first[1], *second[1]}) == 4  # two shards, two steps
+    replicas, shards = "data_parallel_replicate_size=2", ("data_parallel_replicate_size=1", CONTEXT)
+    assert first[replicas] == second[replicas]  # stochastic rounding must not let the copies of a shard part
+    for option in shards:
+        assert len({*first[option], *second[option]}) == 4  # two shards, two steps

@@ -10,10 +10,8 @@ import torch.distributed as dist
 from gspo import parallel
 from gspo.data.packing import Document, pack_documents
 from gspo.errors import InputError
-from gspo.policy import Microbatch
 from tests.recipes import runs
 
-CPU = torch.device("cpu")
 SPOILED = 3  # which document
 RARE_TOKEN = 200  # in no other document
 
@@ -49,12 +47,10 @@ def update(recipe, how):
         del kept[SPOILED]
     elif how == "infinite_old_logps":
         kept[SPOILED] = replace(kept[SPOILED], logps=[*kept[SPOILED].logps[:-1], float("inf")])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = kept[rank::world_size]
+    rank, num_ranks = parallel.data_parallel_rank(recipe._mesh)
+    mine = kept[rank::num_ranks]
     batches = [pack_documents(mine[i::2], 16) for i in (0, 1)]
-    totals = parallel.sum_over_ranks(
-        [sum(b.num_documents for b in batches), sum(b.num_label_tokens for b in batches)], CPU
-    )
+    totals = [len(kept), sum(len(d.logps) for d in kept)]
     found = {}
     step = recipe._optimizer_step
 
@@ -64,24 +60,24 @@ def update(recipe, how):
 
     recipe._optimizer_step, recipe._after_step = keep_gradient, lambda values: found.update(values)
     try:
-        microbatches = [Microbatch.prepare(b, CPU) for b in batches]
+        microbatches = [recipe._prepare(b) for b in batches]
         recipe._update(microbatches, parallel.StepBatches(batches, *totals), [])
     finally:
         recipe._optimizer_step = step
     return found
 
 
-def updates(base, output_dir, loss):
+def updates(base, output_dir, loss, *more):
     """The same weights updated without the document, and with it spoiled."""
     found = {}
     for how in ("absent", "infinite_old_logps"):
-        found[how] = update(build(Path(base), Path(output_dir), loss), how)
+        found[how] = update(build(Path(base), Path(output_dir), loss, *more), how)
     return found
 
 
-def skipped(base, output_dir):
+def skipped(base, output_dir, *more):
     """Steps through a model that gives one document NaN, then one whose gradient is infinite on one rank only."""
-    recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss")
+    recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", *more)
     decoder = recipe._policy.decoder
     embedding = decoder.tok_embeddings.weight
     local, first = embedding.to_local(), dist.get_rank() * embedding.to_local().shape[0]
@@ -114,11 +110,11 @@ def skipped(base, output_dir):
 
 
 def seeds(base, output_dir):
-    """By number of replicas, the seed that the optimizer of this rank draws from in two steps."""
+    """By how the ranks are used, the seed that the optimizer of this rank draws from in two steps."""
     found = {}
-    for replicas in (1, 2):
-        recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", f"data_parallel_replicate_size={replicas}")
-        drawn = found[replicas] = []
+    for option in ("data_parallel_replicate_size=1", "data_parallel_replicate_size=2", "context_parallel_size=2"):
+        recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", option)
+        drawn = found[option] = []
         recipe._optimizer.step = lambda drawn=drawn: drawn.append(torch.initial_seed())
         for _ in range(2):
             recipe._optimizer_step()
