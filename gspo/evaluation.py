@@ -7,8 +7,10 @@ taken off by one. Beside a format reward or a length penalty that is stricter th
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
+from gspo.data.sample import prompt_seed
 from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
 from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.sampling import Sampler
@@ -37,9 +39,10 @@ def evaluate(
         params: of the sampled completions; the greedy ones keep only its length limit.
         num_samples: k, completions drawn for each prompt.
     """
-    greedy = (
-        sampler.sample(prompts, group_size=1, params=replace(params, temperature=0.0), seed=_SEED) if prompts else []
-    )
+    # Of the prompt, not of its place, so that the number of ranks does not matter.
+    seeds = [prompt_seed(_SEED, zlib.crc32(prompt.id.encode())) for prompt in prompts]
+    greedy_params = replace(params, temperature=0.0)
+    greedy = sampler.sample(prompts, group_size=1, params=greedy_params, seeds=seeds) if prompts else []
     correct, result = _score(pool, prompts, greedy)
     num_failures = sum(result.failures.values())
     pairs = {
@@ -47,7 +50,7 @@ def evaluate(
         "eval/reward": (sum(result.totals), float(len(prompts))),
     }
     if num_samples:
-        drawn = sampler.sample(prompts, group_size=num_samples, params=params, seed=_SEED) if prompts else []
+        drawn = sampler.sample(prompts, group_size=num_samples, params=params, seeds=seeds) if prompts else []
         correct, result = _score(pool, prompts, drawn)
         num_failures += sum(result.failures.values())
         pairs[f"eval/pass@{num_samples}"] = (float(sum(map(any, correct))), float(len(prompts)))

@@ -35,6 +35,7 @@ from gspo.errors import InputError
 from gspo.kernels import KERNELS
 from gspo.optim import mend_stochastic_rounding
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.presets import LENGTHS, effective_weights
 from gspo.rewards.pool import RewardPool
 from gspo.sampling.fingerprint import tokenizer_fingerprint
 from gspo.types import PackedBatch, SamplingParams
@@ -46,6 +47,7 @@ REQUIRED_KEYS = (
     "rewards", "sampler", "sampling", "group_size", "prompts_per_rollout", "packing", "docs_per_step", "num_steps",
 )  # fmt: skip
 OPTIONAL_KEYS = {
+    "preset": None,
     "reference_checkpointer": None,
     "lr_scheduler": None,
     "clip_grad_norm": None,
@@ -205,7 +207,11 @@ class GSPOFullFinetuneRecipe:
         prompts = self._component("prompts", self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
         self._eval_prompts = self._take_eval_prompts()
 
-        self._policy = self._build_policy("checkpointer", self._checkpointer, loss=self._component("loss"))
+        loss = self._component("loss")
+        if self._rank == 0:
+            weights = ", ".join(f"{weight:.3g}" for weight in effective_weights(loss))
+            log.info("Documents of %s tokens weigh %s in a step of these four.", ", ".join(map(str, LENGTHS)), weights)
+        self._policy = self._build_policy("checkpointer", self._checkpointer, loss=loss)
         self._reference = None
         if cfg.reference_checkpointer is not None:
             key = "reference_checkpointer"
@@ -250,6 +256,7 @@ class GSPOFullFinetuneRecipe:
                 **cfg.advantages,
             ),
             rank=data_rank,
+            world_size=data_size,
             tokenizer=tokenizer_fingerprint(self._tokenizer),
             on_quarantine=self._write_quarantined,
             record=partial(

@@ -15,8 +15,8 @@ class Sampler:
     def __init__(self):
         self.calls = []
 
-    def sample(self, prompts, *, group_size, params, seed):
-        self.calls.append((group_size, params.temperature, params.max_new_tokens, seed))
+    def sample(self, prompts, *, group_size, params, seeds):
+        self.calls.append((group_size, params.temperature, params.max_new_tokens, seeds))
         return [[completion(text=str(int(j < int(p.answer)))) for j in range(group_size)] for p in prompts]
 
 

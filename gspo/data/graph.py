@@ -53,6 +53,7 @@ def build_graph(
     pool: RewardPool,
     options: GraphOptions,
     rank: int,
+    world_size: int = 1,
     tokenizer: str | None = None,
     on_quarantine: Callable[[dict[str, Any]], None] = log_quarantine,
     record: Callable[[BaseNode[Rollout]], BaseNode[Rollout]] | None = None,
@@ -65,6 +66,7 @@ def build_graph(
         pool: the rewards.
         options: for the nodes.
         rank: data-parallel rank.
+        world_size: data-parallel ranks.
         tokenizer: the trainer's tokenizer fingerprint, which completions must carry; None does not compare.
         on_quarantine: see :class:`~gspo.data.advantage.Advantage`.
         record: puts a node that looks at rollouts between advantages and packing.
@@ -83,6 +85,7 @@ def build_graph(
         params=options.params,
         seed=options.seed,
         rank=rank,
+        world_size=world_size,
         tokenizer=tokenizer,
         max_tokens=(options.bin_length or options.tokens_per_microbatch) + 1,
     )

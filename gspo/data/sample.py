@@ -21,8 +21,9 @@ _RANK_SHIFT = 40  # group ids: the rank above bit 40, a running number below, so
 class Sample(BaseNode[Rollout]):
     """Draws ``group_size`` completions for each of ``prompts_per_rollout`` prompts of ``source``.
 
-    A source that ends early gives one short rollout. The seed of each call depends on ``seed``, ``rank`` and the
-    rollout's number only, so a resumed run draws what the uninterrupted one would have.
+    A source that ends early gives one short rollout. The seed of a prompt depends on ``seed`` and the prompt's number
+    over all ranks only: a resumed run draws what the uninterrupted one would have, and several ranks, of which each
+    takes every ``world_size``-th prompt, draw what one would.
 
     Args:
         source: a node of :class:`~gspo.types.Prompt`.
@@ -32,6 +33,7 @@ class Sample(BaseNode[Rollout]):
         params: how to draw; greedy decoding and cut distributions (top_p, top_k) cannot be trained on.
         seed: of the run, 0 or more.
         rank: data-parallel rank.
+        world_size: data-parallel ranks.
         tokenizer: the trainer's tokenizer fingerprint, which completions must carry; None does not compare.
         max_tokens: longest document, prompt and completion, that the packer takes; None does not compare.
 
@@ -49,6 +51,7 @@ class Sample(BaseNode[Rollout]):
         params: SamplingParams,
         seed: int,
         rank: int,
+        world_size: int = 1,
         tokenizer: str | None = None,
         max_tokens: int | None = None,
     ) -> None:
@@ -60,7 +63,7 @@ class Sample(BaseNode[Rollout]):
         check_params(params)
         self.source, self.sampler, self.params = source, sampler, params
         self.prompts_per_rollout, self.group_size = prompts_per_rollout, group_size
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self._num_rollouts = 0
 
@@ -78,8 +81,9 @@ class Sample(BaseNode[Rollout]):
         """The next rollout."""
         prompts = self._draw_prompts()
         started = time.perf_counter()
-        seed = rollout_seed(self.seed, self.rank, self._num_rollouts)
-        answers = self.sampler.sample(prompts, group_size=self.group_size, params=self.params, seed=seed)
+        numbers = self._num_rollouts * self.prompts_per_rollout + np.arange(len(prompts))
+        seeds = [prompt_seed(self.seed, int(n) * self.world_size + self.rank) for n in numbers]
+        answers = self.sampler.sample(prompts, group_size=self.group_size, params=self.params, seeds=seeds)
         seconds = time.perf_counter() - started
         self._check_answers(prompts, answers)
         first_id = (self.rank << _RANK_SHIFT) + self._num_rollouts * self.prompts_per_rollout
@@ -123,9 +127,9 @@ class Sample(BaseNode[Rollout]):
                 check_completion(completion, prompt.id, tokenizer=self.tokenizer)
 
 
-def rollout_seed(seed: int, rank: int, rollout: int) -> int:
-    """The seed of one call of a sampler, in [0, 2^63): the same for the same three numbers on any machine."""
-    words = np.random.SeedSequence(seed, spawn_key=(rank, rollout)).generate_state(1, np.uint64)
+def prompt_seed(seed: int, number: int) -> int:
+    """The seed of one prompt's completions, in [0, 2^63): the same for the same two numbers on any machine."""
+    words = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)
     return int(words[0]) >> 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gspo.types import Completion, Prompt, SamplingParams
@@ -14,9 +15,13 @@ class Sampler(Protocol):
     """
 
     def sample(
-        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seed: int
+        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """``group_size`` completions for each prompt. The same weights, prompts, params and seed give the same ones."""
+        """``group_size`` completions for each prompt.
+
+        Those of a prompt depend on the weights, the prompt, ``params`` and the prompt's own entry in ``seeds`` only,
+        but for rounding: so they are the same however prompts are spread over ranks and calls.
+        """
         ...
 
     def update(self, policy: Any, version: int) -> None:

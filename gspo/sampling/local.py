@@ -7,6 +7,7 @@ does it better. Top-p and top-k are refused: the trainer computes log-probabilit
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,22 +100,25 @@ class LocalSampler:
             self._version = version
 
     def sample(
-        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seed: int
+        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """``group_size`` completions for each prompt, with their log-probabilities in nats.
 
-        Each token is drawn by inverting the distribution function at one uniform number that ``seed`` fixes for its
-        completion and step. So a completion depends neither on ``max_batch_size`` nor on which others have finished,
-        but for rounding. The global generators are left alone. At temperature 0 the likeliest token is taken, and
-        log-probabilities are those at temperature 1 (``logps_of="raw"``).
+        Each token is drawn by inverting the distribution function at one uniform number that the prompt's entry in
+        ``seeds`` fixes for its completion and step. So a completion depends neither on ``max_batch_size`` nor on the
+        other prompts nor on which completions have finished, but for rounding. The global generators are left alone. At
+        temperature 0 the likeliest token is taken, and log-probabilities are those at temperature 1
+        (``logps_of="raw"``).
 
         Raises:
-            InputError: top-p or top-k is on, a value is out of range, a prompt is empty, has ids outside the
-                vocabulary, or leaves no room for ``max_new_tokens`` in the model's ``max_seq_len``.
+            InputError: top-p or top-k is on, a value is out of range, a prompt has no seed, is empty, has ids outside
+                the vocabulary, or leaves no room for ``max_new_tokens`` in the model's ``max_seq_len``.
         """
         self._check(prompts, group_size, params)
+        if len(seeds) != len(prompts):
+            raise InputError(f"seeds: there are {len(seeds)} for {len(prompts)} prompts. Give one for each.")
         num_rows = len(prompts) * group_size
-        uniforms = _uniforms(num_rows, params.max_new_tokens, seed)
+        uniforms = _uniforms(seeds, group_size, params.max_new_tokens)
         # Rows of like length go together: the gap between a short prompt and the longest is computed in vain.
         order = sorted(range(num_rows), key=lambda row: len(prompts[row // group_size].tokens))
         completions: dict[int, Completion] = {}
@@ -240,10 +244,13 @@ def draw_tokens(
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
 
 
-def _uniforms(num_rows: int, num_steps: int, seed: int) -> Tensor:
-    """[num_steps, num_rows] float64 in [0, 1), made on the CPU so that every device gets the same."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_steps, num_rows, generator=generator, dtype=torch.float64)
+def _uniforms(seeds: Sequence[int], group_size: int, num_steps: int) -> Tensor:
+    """[num_steps, prompts * group_size] float64 in [0, 1), made on the CPU so that every device gets the same."""
+    found = torch.empty(len(seeds), group_size, num_steps, dtype=torch.float64)
+    generator = torch.Generator()
+    for seed, numbers in zip(seeds, found, strict=True):
+        numbers.uniform_(generator=generator.manual_seed(seed))
+    return found.flatten(0, 1).t()
 
 
 def _stop_tokens(tokenizer: Any) -> set[int]:

@@ -47,10 +47,10 @@ class FakeSampler:
         self.fields = fields
         self.calls: list[tuple[list[str], int]] = []
 
-    def sample(self, prompts, *, group_size, params, seed):
-        self.calls.append(([p.id for p in prompts], seed))
-        draw = np.random.default_rng(seed)
-        return [[self._completion(draw, params) for _ in range(group_size)] for _ in prompts]
+    def sample(self, prompts, *, group_size, params, seeds):
+        self.calls.append(([p.id for p in prompts], seeds))
+        draws = [np.random.default_rng(seed) for seed in seeds]
+        return [[self._completion(draw, params) for _ in range(group_size)] for draw in draws]
 
     def _completion(self, draw, params) -> Completion:
         size = int(draw.integers(1, params.max_new_tokens + 1))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from gspo.data.sample import Sample, check_completion, rollout_seed
+from gspo.data.sample import Sample, check_completion, prompt_seed
 from gspo.errors import InputError
 from gspo.types import Prompt, SamplingParams
 from tests.data.fakes import PARAMS, FakeSampler, Items, completion, exact, prompt
@@ -28,20 +28,27 @@ def test_sample_resumes_anywhere():
     assert_resumes_anywhere(make, 3, key=exact)
 
 
-def test_sample_seed_depends_on_seed_rank_and_rollout_only():
-    def seeds(**changes):
-        sampler = FakeSampler()
-        list(make(sampler=sampler, **changes))
-        return [seed for _, seed in sampler.calls]
+def seeds(**changes):
+    sampler = FakeSampler()
+    list(make(sampler=sampler, **changes))
+    return [seed for _, of_call in sampler.calls for seed in of_call]
 
+
+def test_a_prompts_seed_depends_on_the_seed_and_its_number_only():
     plain = seeds()
-    assert plain == [rollout_seed(5, 0, k) for k in range(3)]
-    assert len({*plain, *seeds(seed=6), *seeds(rank=1)}) == 9
+    assert plain == seeds(prompts_per_rollout=2) == [prompt_seed(5, k) for k in range(7)]
+    assert len({*plain, *seeds(seed=6)}) == 14
 
 
-def test_rollout_seed_is_the_same_on_every_machine():
-    assert rollout_seed(0, 0, 0) == 1317536309490288386
-    assert 0 <= rollout_seed(2**40, 1000, 10**6) < 2**63
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_draw_with_the_seeds_of_one(world_size):
+    parts = [seeds(num_prompts=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [part[i] for i in (0, 1) for part in parts] == seeds(num_prompts=2 * world_size)
+
+
+def test_prompt_seed_is_the_same_on_every_machine():
+    assert prompt_seed(0, 0) == 4334430513956379144
+    assert 0 <= prompt_seed(2**40, 10**9) < 2**63
 
 
 def test_group_ids_are_unique_over_rollouts_and_ranks():

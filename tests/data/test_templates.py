@@ -117,7 +117,7 @@ def test_sampler_draws_stops_and_decodes_with_the_tokenizer(kind, request, folde
     torch.nn.init.normal_(model.tok_embeddings.weight, std=0.01)  # nearly uniform over the vocabulary
     prompt = draw(tokenizer, folder, "1", prompt_template="{question}")
     params = SamplingParams(temperature=1.0, max_new_tokens=100)
-    (group,) = LocalSampler(model, tokenizer).sample([prompt], group_size=16, params=params, seed=0)
+    (group,) = LocalSampler(model, tokenizer).sample([prompt], group_size=16, params=params, seeds=[0])
 
     stops = set(getattr(tokenizer, "stop_tokens", [tokenizer.eos_id]))
     assert {"stop", "length"} >= {completion.finish_reason for completion in group} >= {"stop"}

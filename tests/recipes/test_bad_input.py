@@ -71,7 +71,19 @@ REFUSED = {
     "short_bins": (["packing.tokens_per_microbatch=16"], "is more than the 17 that one bin takes. Raise tokens_per"),
     "long_completions": (["sampling.max_new_tokens=120"], "in the model's max_seq_len 128"),
     "negative_rate": (["optimizer.lr=-1"], "optimizer: ValueError: Invalid learning rate: -1"),
-    "odd_replicas": (["data_parallel_replicate_size=3"], "data_parallel_replicate_size is 3, which does not divide"),
+    "odd_replicas": (
+        ["data_parallel_replicate_size=3"],
+        "data_parallel_replicate_size 3 x context_parallel_size 1 = 3, which does not divide the 1 ranks",
+    ),
+    "too_few_ranks": (
+        ["context_parallel_size=4"],
+        "= 4, which does not divide the 1 ranks of this run: change one of them, or start a multiple of 4 ranks",
+    ),
+    "bins_that_cannot_be_split": (
+        ["context_parallel_size=3", "packing.bin_length=64"],
+        "packing.bin_length: 64 must be a multiple of context_parallel_size (3), which splits every bin; use 66",
+    ),
+    "no_context": (["context_parallel_size=0"], "context_parallel_size: 0 must be a whole number of 1 or more"),
     "output_in_the_model": (["output_dir=${base_dir}/out"], "output directory cannot be the same as or a subdirectory"),
     "output_in_a_file": (["output_dir=${data_dir}/train.jsonl/out"], "output_dir: NotADirectoryError: [Errno 20]"),
     "no_gpu": (["device=xpu"], "device: 'xpu' is not on this machine. Set device to cpu"),

@@ -49,6 +49,31 @@ def test_tune_run_trains_on_two_ranks(installed, base, folder, replicas):
     assert result.stderr.count("with resolved config") == 1
 
 
+# Not those that are sums over ranks of places, or times.
+SAME_ON_ANY_RANKS = {
+    "loss", "grad_norm", "kl_new_old", "ratio/mean", "clip/binding_token", "entropy", "reward/mean", "length/mean",
+    "documents", "tokens", "dead_groups", "eval/accuracy", "eval/pass@2",
+}  # fmt: skip
+
+
+def test_any_ranks_train_on_the_same_documents(installed, base, folder):
+    """Prompts, completions and updates are those of one rank, with documents split over two and prompts over two."""
+    options = ("ppo_epochs=2", "eval={every_n_steps: 1, num_samples: 2}")
+    found = {}
+    for name, command in {
+        "one": RUN,
+        "four": ("run", "--nproc_per_node", "4", *RUN[1:], "context_parallel_size=2"),
+    }.items():
+        arguments = overrides(base, name, *options, reward="my_rewards.variety")
+        result = shell(TUNE, *command, *arguments, path=installed, cwd=folder)
+        assert_trained(result, folder / name)
+        found[name] = lines(folder / name / "metrics.jsonl")
+    for one, four in zip(found["one"], found["four"], strict=True):
+        for key in one.keys() & SAME_ON_ANY_RANKS:
+            assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (one["step"], key)
+    assert set().union(*found["one"]) >= SAME_ON_ANY_RANKS and found["one"][-1]["clip/binding_token"] > 0
+
+
 def test_copies_run_from_the_users_folder(installed, base, folder):
     for source, target in (("gspo_full_finetune", "my_recipe.py"), ("tiny/gspo", "my.yaml")):
         assert shell(TUNE, "cp", source, target, path=installed, cwd=folder).returncode == 0

@@ -62,9 +62,15 @@ def prompts_of(lengths):
     ]
 
 
+def seeds_of(prompts, seed=0):
+    return [1000 * seed + i for i in range(len(prompts))]
+
+
 def sample(model, prompts, *, group_size=3, temperature=0.7, max_new_tokens=12, seed=5, **options):
     params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
-    return LocalSampler(model, Letters(), **options).sample(prompts, group_size=group_size, params=params, seed=seed)
+    return LocalSampler(model, Letters(), **options).sample(
+        prompts, group_size=group_size, params=params, seeds=seeds_of(prompts, seed)
+    )
 
 
 @torch.no_grad()
@@ -159,12 +165,20 @@ def test_draw_tokens_never_takes_an_impossible_token():
     torch.testing.assert_close(logps, torch.tensor([-1.3132617, -1.3132617, -0.3132617, -0.3132617]))
 
 
-def test_group_is_what_repeated_prompts_give():
-    prompts = prompts_of([4, 7])
-    grouped = sample(build(), prompts, group_size=4)
-    repeated = sample(build(), [p for p in prompts for _ in range(4)], group_size=1)
-    assert [c for group in tokens_of(grouped) for c in group] == [c for (c,) in tokens_of(repeated)]
-    assert len({tuple(c) for c in tokens_of(grouped)[0]}) > 1
+def test_a_prompts_completions_do_not_depend_on_the_others():
+    sampler, prompts, seeds = LocalSampler(build(), Letters()), prompts_of([4, 7, 4]), [3, 1, 4]
+    options = dict(group_size=4, params=SamplingParams(0.7, 12))
+    together = tokens_of(sampler.sample(prompts, seeds=seeds, **options))
+    apart = [tokens_of(sampler.sample([p], seeds=[s], **options))[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert together == apart
+    assert len({tuple(c) for group in together for c in group}) > 8
+
+
+def test_every_prompt_needs_a_seed():
+    with pytest.raises(InputError, match="seeds: there are 1 for 2 prompts"):
+        LocalSampler(build(), Letters()).sample(
+            prompts_of([4, 7]), group_size=1, params=SamplingParams(1.0, 2), seeds=[0]
+        )
 
 
 def test_distinct_prompts_are_prefilled_once(monkeypatch):
@@ -242,13 +256,13 @@ def test_seed_decides_and_global_generator_is_untouched():
     sampler = LocalSampler(model, Letters())
     options = dict(group_size=2, params=SamplingParams(1.0, 8))
     before = torch.get_rng_state()
-    first = sampler.sample(prompts, seed=1, **options)
+    first = sampler.sample(prompts, seeds=seeds_of(prompts, 1), **options)
     torch.rand(3)
     state = torch.get_rng_state()
     assert not torch.equal(before, state)
-    assert sampler.sample(prompts, seed=1, **options) == first
+    assert sampler.sample(prompts, seeds=seeds_of(prompts, 1), **options) == first
     assert torch.equal(state, torch.get_rng_state())
-    assert tokens_of(sampler.sample(prompts, seed=2, **options)) != tokens_of(first)
+    assert tokens_of(sampler.sample(prompts, seeds=seeds_of(prompts, 2), **options)) != tokens_of(first)
 
 
 def policy_of(model, **changes):
@@ -260,9 +274,9 @@ def policy_of(model, **changes):
 def test_update_takes_every_weight_and_the_version(options):
     prompts, params = prompts_of(RAGGED), SamplingParams(0.7, 12)
     sampler, other = LocalSampler(build(**options), Letters()), build(**options, seed=1)
-    before = sampler.sample(prompts, group_size=2, params=params, seed=0)
+    before = sampler.sample(prompts, group_size=2, params=params, seeds=seeds_of(prompts))
     sampler.update(policy_of(other), 7)
-    after = sampler.sample(prompts, group_size=2, params=params, seed=0)
+    after = sampler.sample(prompts, group_size=2, params=params, seeds=seeds_of(prompts))
     assert tokens_of(after) != tokens_of(before)
     assert {c.policy_version for group in before for c in group} == {0}
     assert {c.policy_version for group in after for c in group} == {7}
@@ -301,7 +315,7 @@ def test_update_waits_for_a_running_sample():
         return iter(build().state_dict().items())
 
     sampler = LocalSampler(build(), Slow())
-    options = dict(group_size=1, params=SamplingParams(1.0, 2), seed=0)
+    options = dict(group_size=1, params=SamplingParams(1.0, 2), seeds=[0])
     drawing = threading.Thread(target=lambda: events.append(sampler.sample(prompts_of([3]), **options)[0][0]))
     drawing.start()
     assert decoding.wait(30)
@@ -330,7 +344,7 @@ def test_update_waits_for_a_running_sample():
 )
 def test_sample_refuses_params_naming_the_key(params, message):
     with pytest.raises(InputError, match=message):
-        LocalSampler(build(), Letters()).sample(prompts_of([3]), group_size=1, params=params, seed=0)
+        LocalSampler(build(), Letters()).sample(prompts_of([3]), group_size=1, params=params, seeds=[0])
 
 
 @pytest.mark.parametrize("tokens", [[], [1, VOCAB], [-1]], ids=["empty", "above", "below"])
@@ -381,7 +395,7 @@ def test_ids_beyond_the_tokenizer_have_no_text():
 
     params = SamplingParams(max_new_tokens=20)
     sampler = LocalSampler(build(), Short(), stop_token_ids=[])
-    (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seed=0)
+    (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seeds=[0])
     padded = [token for c in completions for token in c.tokens if token >= VOCAB - 10]
     assert padded  # they were drawn
     assert all(len(c.tokens) == 20 and len(c.text) < 20 for c in completions if max(c.tokens) >= VOCAB - 10)
