@@ -64,6 +64,7 @@ def build_policy(
     loss,
     *,
     tied=True,
+    num_kv_heads=2,
     chunk_size=4096,
     kernel="reference",
     compile_layers=False,
@@ -72,13 +73,13 @@ def build_policy(
     dtype=torch.float32,
 ):
     with torch.device("meta"):
-        decoder = tiny_policy.build_decoder(tied=tied).to(dtype)
+        decoder = tiny_policy.build_decoder(tied=tied, num_kv_heads=num_kv_heads).to(dtype)
     mesh = mesh or build_mesh(CPU)
     policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ContextAxis.of(mesh))
     shard_policy(
         policy, fsdp_mesh(mesh), compile_layers=compile_layers, activation_checkpointing=activation_checkpointing
     )
-    load_weights(policy, tiny_policy.weights(tied=tied), CPU)
+    load_weights(policy, tiny_policy.weights(tied=tied, num_kv_heads=num_kv_heads), CPU)
     return policy
 
 

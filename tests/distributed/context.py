@@ -76,17 +76,19 @@ def random_batch(rng):
 def random_case(mesh, seed):
     """The largest error of any gradient and of the loss, relative to a policy that is not split."""
     axis, (data_rank, _) = ContextAxis.of(mesh), data_parallel_rank(mesh)
-    loss = LOSSES[("gspo", "grpo")[seed % 2]]()
+    loss, heads = LOSSES[("gspo", "grpo")[seed % 2]](), {"num_kv_heads": (1, 2, 4)[seed % 3]}
     batches = [random_batch(random.Random(100 * seed + rank)) for rank in range(data_parallel_rank(mesh)[1])]
     denominator = loss.denominator(7, 50)
     for batch in batches:
         batch.ref_logps = batch.old_logps - 0.2 if seed % 2 == 0 else None
-    plain = Policy(tiny_policy.build_decoder(), loss, kernel="reference")
-    plain.decoder.load_state_dict(tiny_policy.weights())
+    plain = Policy(tiny_policy.build_decoder(**heads), loss, kernel="reference")
+    plain.decoder.load_state_dict(tiny_policy.weights(**heads))
     expected_loss = sum(plain(Microbatch.prepare(batch, CPU))[0] for batch in batches) / denominator
     expected_loss.backward()
 
-    policy = build_policy(LOSSES[("gspo", "grpo")[seed % 2]](), mesh=mesh, chunk_size=rng_chunk(seed))
+    policy = build_policy(
+        LOSSES[("gspo", "grpo")[seed % 2]](), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads
+    )
     (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator)
     sums = MetricSums()
     sums.add(pairs)
@@ -96,10 +98,6 @@ def random_case(mesh, seed):
         for p, want in zip(policy.decoder.parameters(), plain.decoder.parameters(), strict=True)
     ]
     return max(errors), abs(value - expected_loss.item())
-
-
-def rng_chunk(seed):
-    return (4096, 5, 16)[seed % 3]
 
 
 def train(mesh, loss_name, num_steps=3):
