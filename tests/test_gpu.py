@@ -1,4 +1,4 @@
-"""What only a GPU can show: the FlexAttention block mask, and the sampler's half-precision path, against the CPU."""
+"""What only a GPU can show: the FlexAttention block masks, and the sampler's half-precision path, against the CPU."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from gspo.policy import Microbatch, Policy
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
 from tests import tiny_policy
+from tests.test_policy import assert_parts_attend_as_the_whole
 
 pytestmark = pytest.mark.gpu
 
@@ -44,6 +45,11 @@ def test_block_mask_gives_the_gradient_of_the_dense_mask():
     assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-4)
     for name, want in expected.items():
         assert (grads[name] - want).norm() / want.norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_block_masks_of_context_ranks_attend_as_the_whole(size):
+    assert_parts_attend_as_the_whole(torch.device("cuda"), size, bin_length=4096, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -3,15 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import log_softmax
+from torchtune.modules.attention_utils import _sdpa_or_flex_attention
 
 from gspo import parallel
-from gspo.context import split
+from gspo.context import ContextAxis, split
 from gspo.data.packing import pack_documents
 from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import MetricSums
-from gspo.policy import Microbatch, Policy, accumulate_gradients, document_mask, load_weights, output_weight
+from gspo.policy import Microbatch, Policy, accumulate_gradients, document_mask, load_weights, mask_mod, output_weight
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
 
@@ -68,6 +70,41 @@ def test_mask_is_causal_inside_each_document_and_to_its_prefix():
         for q in range(48):
             seen = (index[q], prefix_index[index[q]])
             assert mask[r, q].tolist() == [k <= q and index[k] in seen for k in range(48)]
+
+
+def assert_parts_attend_as_the_whole(device, size, *, bin_length=512, atol=1e-5):
+    """Rows of attention of every context rank against those of one rank that holds all."""
+    batch = pack_documents(tiny_policy.documents(), bin_length)
+    attend = _sdpa_or_flex_attention()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch.num_bins, 4, bin_length, 16, generator=generator).to(device) for _ in range(3))
+
+    def at(x, places):
+        return x.gather(2, places.to(device)[:, None, :, None].expand(-1, 4, -1, 16))
+
+    options = {"dropout_p": 0.0, "is_causal": False}
+    whole = attend(q, k, v, mask=document_mask(split(batch, None), device), **options)
+    for rank in range(size):
+        shard = split(batch, ContextAxis(None, rank, size))
+        mine = shard.places[rank]
+        mask = document_mask(shard, device)
+        found = attend(at(q, mine), at(k, shard.order), at(v, shard.order), mask=mask, **options)
+        torch.testing.assert_close(found, at(whole, mine), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_block_mask_is_made_of_what_the_dense_mask_has(size):
+    batch = pack_documents(tiny_policy.documents(9), 48)
+    for rank in range(size):
+        shard = split(batch, ContextAxis(None, rank, size))
+        dense = document_mask(shard, CPU)
+        found = create_mask(mask_mod(shard, CPU), batch.num_bins, None, 48 // size, 48, device="cpu")
+        assert torch.equal(found[:, 0], dense) and dense.any() and not dense.all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_a_bin_attend_as_the_whole(size):
+    assert_parts_attend_as_the_whole(CPU, size)
 
 
 @pytest.mark.parametrize(("bin_length", "needed"), [(32, False), (96, True)], ids=["alone", "together"])
