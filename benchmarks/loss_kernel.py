@@ -37,6 +37,7 @@ LENGTHS = {"cpu": (128, 512), "cuda": (400, 4096)}  # median and longest documen
 SHAPES = {"cpu": [(4096, 512, 32_768)], "cuda": [(8192, 1536, 151_936), (8192, 3584, 152_064), (32_768, 1536, 151_936)]}
 CASES = [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)]  # m, f
 TOP_PROBABILITY = 0.8
+FLOPS, BYTES = 790e12, 4.3e12  # a second, bf16 products and memory: what an H200 has reached
 MIB = 2**20
 
 
@@ -441,8 +442,7 @@ def counts(shape: tuple[int, int, int], m: float, f: float, chunk: int = 4096) -
 
     Per row and word: a product writes 4 bytes of logits, the statistics read them, the gradient reads 4 and writes 2,
     each of its products reads 2. Per chunk: the head is read by two products (2 bytes a number), and its float32
-    gradient is read and written. The rate is the slower of 790 TFLOP/s and 4.3 TB/s, which an H200 has reached, for the
-    products, and the latter for the rest.
+    gradient is read and written. The products take the longer of their operations and their bytes, the rest its bytes.
     """
     num_tokens, hidden_size, vocab_size = shape
     rows = num_tokens * (1 - m)
@@ -456,13 +456,13 @@ def counts(shape: tuple[int, int, int], m: float, f: float, chunk: int = 4096) -
         logit_bytes = 4 * (logits + recomputed * vocab_size) + 4 * active * vocab_size
         product_bytes = logit_bytes + chunks * head * (2 + 2 + 8)
         row_bytes = 4 * logits + (4 + 2) * active * vocab_size
-        seconds = max(operations / 790e12, product_bytes / 4.3e12) + row_bytes / 4.3e12
+        seconds = max(operations / FLOPS, product_bytes / BYTES) + row_bytes / BYTES
         held = 4 * (logits if in_memory else min(chunk, rows) * vocab_size) + 4 * head
         found.append(
             {"path": path, "T": num_tokens, "H": hidden_size, "V": vocab_size, "m": m, "f": f}
             | {"units": operations / unit, "tflop": operations / 1e12, "product_gb": product_bytes / 1e9}
             | {"row_gb": row_bytes / 1e9, "held_gib": held / 2**30, "ms": 1000 * seconds}
-            | {"share_of_3_units": 3 * 2 * num_tokens * head / 790e12 / seconds}
+            | {"share_of_3_units": 3 * 2 * num_tokens * head / FLOPS / seconds}
         )
     return found
 
@@ -485,7 +485,8 @@ def main() -> None:
                 rows.append(row)
                 print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         if args.json:
-            args.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+            rates = {"run_on": None, "flop_per_s": FLOPS, "bytes_per_s": BYTES}
+            args.json.write_text(json.dumps(rates | {"rows": rows}, indent=2) + "\n")
         return
     for shape in [tuple(args.shape)] if args.shape else SHAPES[args.device]:
         found = measure(shape, args)

@@ -15,7 +15,8 @@ c per row, and a second for an entropy bonus, so nothing here depends on which o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from gspo.functional import MetricSums
 from gspo.kernels.rows import RowKernels
 
-_MOVED_AT_A_TIME = 64  # rows copied beside the buffer
+_APART = 32  # entries between rows of logits: a power of two from row to row, as 32,768 is, costs a CPU's product 3 %
+_MOVED_AT_A_TIME = 16  # rows copied beside the buffer
 
 Seam = Callable[[Tensor, Tensor, int, int], tuple[Tensor, MetricSums]]
 
@@ -60,10 +62,12 @@ def linear_loss(
         The loss sum, and the metric sums of each chunk.
     """
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    head = _Head(hidden.detach(), weight.detach(), labels, temperature, kernels, chunk_size, needs)
+    chunks = _chunks(label_counts, chunk_size)
+    longest = min(chunk_size, max((stop - start for _, _, start, stop in chunks), default=0))
+    head = _Head(hidden.detach(), weight.detach(), labels, temperature, kernels, longest, needs)
     loss = hidden.new_zeros((), dtype=torch.float32)
     metrics = []
-    for first, last, start, stop in _chunks(label_counts, chunk_size):
+    for first, last, start, stop in chunks:
         spans = [(i, min(i + chunk_size, stop)) for i in range(start, stop, chunk_size)]
         parts = [head.statistics(*span) for span in spans]
         logps, log_z, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -87,19 +91,28 @@ def linear_loss(
         metrics.append(seam(none, none, 0, len(label_counts))[1])
     if not any(needs):
         return loss, metrics
-    return _Attach.apply(hidden, weight, loss, head.d_hidden, head.d_weight), metrics
+    return _Attach.apply(hidden, weight, loss, *head.gradients()), metrics
 
 
-def _chunks(label_counts: list[int], chunk_size: int) -> Iterator[tuple[int, int, int, int]]:
+def _chunks(label_counts: list[int], chunk_size: int) -> list[tuple[int, int, int, int]]:
+    """As few chunks as can be, and the longest of them as short as it can then be: products of few rows are slow."""
+    fewest = len(_filled(label_counts, chunk_size))
+    smallest = bisect_left(range(chunk_size), True, key=lambda size: len(_filled(label_counts, size)) == fewest)
+    return _filled(label_counts, smallest)
+
+
+def _filled(label_counts: list[int], chunk_size: int) -> list[tuple[int, int, int, int]]:
     """Documents first to last - 1 in rows start to stop - 1: as many as fit, at least one with rows."""
+    found = []
     first = start = stop = 0
     for i, count in enumerate(label_counts):
-        if stop > start and stop + count - start > chunk_size:
-            yield first, i, start, stop
+        if count and stop > start and stop + count - start > chunk_size:
+            found.append((first, i, start, stop))
             first, start = i, stop
         stop += count
     if stop > start:
-        yield first, len(label_counts), start, stop
+        found.append((first, len(label_counts), start, stop))
+    return found
 
 
 def _coefficients(loss: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -126,12 +139,14 @@ class _Head:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # In float32 whatever the operands are: sums over chunks, and rounded once, after the loss's own factor.
         self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+        self.d_weight = weight.new_empty(weight.shape, dtype=dtype) if needs[1] else None
+        self.beta = 0.0  # what is in d_weight before the first product is not read
         if hidden.device.type == "cpu":  # where no product of bf16 has a float32 output
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         self.hidden, self.weight, self.labels, self.temperature = hidden, weight, labels, temperature
         self.kernels = kernels
-        self.buffer = hidden.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0], dtype=dtype)
+        num_rows, vocab_size = min(chunk_size, hidden.shape[0]), weight.shape[0]
+        self.buffer = hidden.new_empty(num_rows, vocab_size + _APART, dtype=dtype)[:, :vocab_size]
 
     def fill(self, start: int, stop: int) -> Tensor:
         logits = self.buffer[: stop - start]
@@ -169,7 +184,14 @@ class _Head:
             self.kernels.product(gradient, self.weight.T, found)
             self.d_hidden.index_copy_(0, at, found)
         if self.d_weight is not None:
-            self.kernels.accumulate(gradient, self.hidden[at], self.d_weight)
+            self.kernels.accumulate(gradient, self.hidden[at], self.d_weight, self.beta)
+            self.beta = 1.0
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden states and weight, once all chunks are in."""
+        if self.d_weight is not None and not self.beta:
+            self.d_weight.zero_()
+        return self.d_hidden, self.d_weight
 
 
 def _to_front(logits: Tensor, active: Tensor) -> Tensor:
@@ -180,7 +202,7 @@ def _to_front(logits: Tensor, active: Tensor) -> Tensor:
         return rows
     holes = (~active[:num_rows]).nonzero().squeeze(-1)
     late = rows[num_rows - holes.numel() :]  # as many active rows lie behind the first M as there are holes in these
-    part = max(_MOVED_AT_A_TIME, num_rows // 8)
+    part = max(_MOVED_AT_A_TIME, num_rows // 16)
     for to, source in zip(holes.split(part), late.split(part), strict=True):
         logits.index_copy_(0, to, logits.index_select(0, source))
     order = torch.arange(num_rows, device=rows.device)
@@ -259,10 +281,11 @@ class _LinearLogps(torch.autograd.Function):
             b = min(a + ctx.chunk_size, active.numel())
             head.fill(a, b)
             head.add_gradient(a, b, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None)
-        d_hidden = None
-        if head.d_hidden is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, active, head.d_hidden.to(hidden.dtype))
-        d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
+        d_hidden, d_weight = head.gradients()
+        if d_hidden is not None:
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, active, d_hidden.to(hidden.dtype))
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
 
 

@@ -23,14 +23,15 @@ class RowKernels:
     - ``gradient(logits, labels, temperature, log_z, entropy, d_logps, d_entropy, dtype) -> [N, V]`` is the gradient of
       ``(d_logps * logps + d_entropy * entropy).sum()`` with respect to the logits, in ``dtype``, and takes their
       memory. ``d_entropy`` may be None.
-    - ``accumulate(gradient [N, V], hidden [N, H], total [V, H])`` adds ``gradient.T @ hidden`` to a float32 ``total``.
+    - ``accumulate(gradient [N, V], hidden [N, H], total [V, H], beta)`` makes a float32 ``total`` into
+      ``beta * total + gradient.T @ hidden``; with 0 it is not read.
     """
 
     name: str
     product: Callable[[Tensor, Tensor, Tensor], None]
     statistics: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[..., Tensor]
-    accumulate: Callable[[Tensor, Tensor, Tensor], None]
+    accumulate: Callable[[Tensor, Tensor, Tensor, float], None]
 
 
 def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -46,11 +47,11 @@ def statistics(logits: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Ten
     logits = _at_least_float32(logits)
     inverse = temperature.reciprocal()
     largest = logits.amax(-1)
-    shifted = (logits - largest[:, None]) * inverse[:, None]
+    # A floor of 1e-38 changes no sum of 1 or more; 0 * -inf would be nan, and subnormal numbers are slow.
+    shifted = ((logits - largest[:, None]) * inverse[:, None]).clamp(min=-87.0)
     exponentials = shifted.exp()
     total = exponentials.sum(-1)
-    # A logit of -inf has probability 0 and adds nothing, but 0 * -inf is nan.
-    weighted = torch.where(exponentials > 0, exponentials * shifted, 0.0).sum(-1)
+    weighted = (exponentials * shifted).sum(-1)
     log_total = total.log()
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
     logps = (label_logits - largest) * inverse - log_total
@@ -89,11 +90,12 @@ def _overwrite(
     entropy_scale: Tensor | None = None,
 ) -> None:
     """The part of the gradient that all entries of a row have, in place of the logits."""
-    all_logps = _at_least_float32(logits) * inverse[:, None] - log_z[:, None]
+    # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products slow down at these.
+    all_logps = (_at_least_float32(logits) * inverse[:, None] - log_z[:, None]).clamp(min=-60.0)
     p = all_logps.exp()
     found = torch.where(scale[:, None] == 0, 0.0, -scale[:, None] * p)  # not a product: nan * 0 is nan
     if entropy is not None and entropy_scale is not None:
-        surprise = torch.where(p > 0, all_logps + entropy[:, None], 0.0)
+        surprise = all_logps + entropy[:, None]
         found = found - torch.where(entropy_scale[:, None] == 0, 0.0, entropy_scale[:, None] * p * surprise)
     logits.copy_(found)
 
@@ -102,12 +104,12 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
+def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor, beta: float) -> None:
     """See :class:`RowKernels`."""
     if gradient.dtype == total.dtype:
-        torch.addmm(total, gradient.T, hidden, out=total)
+        torch.addmm(total, gradient.T, hidden, beta=beta, out=total)
     else:
-        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+        torch.addmm(total, gradient.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
 
 
 @cache

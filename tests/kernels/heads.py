@@ -2,6 +2,8 @@
 
 import torch
 
+from gspo.kernels import linear_loss
+
 LOW = HIGH = 0.2
 
 
@@ -85,3 +87,19 @@ def sequence_seam(old_logps, advantages, label_counts, entropy_coef=0.0):
         return loss, {"clipped": (torch.tensor(float(clipped)), torch.ones(()))}
 
     return seam
+
+
+def loss_and_gradients(values, counts, seam, **options):
+    """Loss, clipped documents, and the gradients of three times the loss."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in values[:2])
+    loss, metrics = linear_loss(hidden, weight, *values[2:], counts, seam, **options)
+    (3.0 * loss).backward()
+    return float(loss.detach()), sum(float(m["clipped"][0]) for m in metrics), hidden.grad, weight.grad
+
+
+def restated_loss(values, counts, seam):
+    """The same in float64, from all logits."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in values[:2])
+    loss, metrics = seam(*restated(hidden, weight, *values[2:]), 0, len(counts))
+    (3.0 * loss).backward()
+    return float(loss.detach()), float(metrics["clipped"][0]), hidden.grad, weight.grad

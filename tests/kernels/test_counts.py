@@ -65,6 +65,23 @@ def test_documents_longer_than_a_chunk_cost_their_rows_again_but_for_the_last_ch
     assert units("linear_loss", 0.0, chunk_size=2) == 3.75
 
 
+@pytest.mark.parametrize(
+    ("label_counts", "rows"),
+    [
+        ([4, 4, 4, 4, 4], [12, 8]),
+        ([16, 1, 1], [16, 2]),
+        ([3, 40, 0, 5], [3, 40, 5]),  # longer than a chunk
+        ([1, 0, 0], [1]),
+        ([0, 0], []),
+    ],
+)
+def test_chunks_are_few_and_even(label_counts, rows):
+    chunks = head._chunks(label_counts, 16)
+    assert [stop - start for *_, start, stop in chunks] == rows
+    documents = [i for first, last, *_ in chunks for i in range(first, last)]
+    assert not rows or documents == list(range(len(label_counts)))
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation returns."""
 
@@ -84,7 +101,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_is_larger_than_a_chunk_of_logits(path):
     with Largest() as largest:
         run(path, 0.5, chunk_size=32)
-    assert largest.elements == 32 * SIZE[2] < SIZE[0] * SIZE[2]
+    assert largest.elements == 32 * (SIZE[2] + head._APART) < SIZE[0] * SIZE[2]
 
 
 def test_logits_logps_multiplies_nothing_and_writes_over_its_logits():
@@ -99,8 +116,9 @@ def test_logits_logps_multiplies_nothing_and_writes_over_its_logits():
 
 
 @pytest.mark.parametrize("path", ["linear_loss", "linear_logps"])
-def test_what_the_buffer_held_before_does_not_matter(monkeypatch, path):
-    (hidden, weight, *rest), counts, seam = case(0.5)
+@pytest.mark.parametrize("dead_share", [0.5, 1.0])
+def test_what_the_buffer_held_before_does_not_matter(monkeypatch, path, dead_share):
+    (hidden, weight, *rest), counts, seam = case(dead_share)
 
     def gradients():
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
