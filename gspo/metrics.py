@@ -58,6 +58,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "_late_documents": ("sum", "step", "documents"),
     "_late_tokens": ("sum", "step", "tokens"),
     "_places": ("sum", "step", "tokens"),
+    "update/changed_fraction": ("mean", "weight looked at", "share"),
     "skipped_steps": ("max", "run", "steps"),
     "eval/accuracy": ("mean", "prompt", "share"),
     "eval/sampled_accuracy": ("mean", "drawn document", "share"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def data_parallel_rank(mesh: DeviceMesh) -> tuple[int, int]:
     return rank, replicas * shards
 
 
-def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
+def sum_over_ranks(counts: Sequence[int], device: torch.device) -> list[int]:
     """Each count summed over all ranks."""
     total = torch.tensor(counts, dtype=torch.int64, device=device)
     dist.all_reduce(total)

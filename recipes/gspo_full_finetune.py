@@ -31,6 +31,7 @@ from gspo.data.graph import GraphOptions, build_graph
 from gspo.data.packing import check_bin_length
 from gspo.data.record import Record
 from gspo.data.sample import check_params
+from gspo.diagnosis import Advisor, UpdateAudit
 from gspo.errors import InputError
 from gspo.kernels import KERNELS
 from gspo.optim import mend_stochastic_rounding
@@ -55,6 +56,7 @@ OPTIONAL_KEYS = {
     "reward_pool": {},
     "sync_every_steps": 1,
     "ppo_epochs": 1,
+    "min_ess": None,
     "prefetch": 0,
     "eval_prompts": None,
     "eval": {"every_n_steps": 0, "num_samples": 0},
@@ -116,6 +118,11 @@ VALUES = (  # keys, what fits, and that in words
     ),
     (SWITCHES, lambda x: type(x) is bool, "true or false"),
     (("kernel",), lambda x: x in KERNELS, f"one of {', '.join(KERNELS)}"),
+    (
+        ("min_ess",),
+        lambda x: x is None or (type(x) in (int, float) and 0 < x <= 1),
+        "a share above 0 and up to 1, or null for no bound",
+    ),
     (("dtype",), lambda x: x in ("fp32", "bf16"), "fp32 or bf16"),
     (
         ("clip_grad_norm",),
@@ -210,7 +217,7 @@ class GSPOFullFinetuneRecipe:
         loss = self._component("loss")
         if self._rank == 0:
             weights = ", ".join(f"{weight:.3g}" for weight in effective_weights(loss))
-            log.info("Documents of %s tokens weigh %s in a step of these four.", ", ".join(map(str, LENGTHS)), weights)
+            log.info("In a step of documents of %s tokens, each weighs %s.", ", ".join(map(str, LENGTHS)), weights)
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss=loss)
         self._reference = None
         if cfg.reference_checkpointer is not None:
@@ -218,6 +225,7 @@ class GSPOFullFinetuneRecipe:
             self._reference = self._build_policy(key, self._component(key), loss=None)
         mend_stochastic_rounding()
         self._optimizer = self._component("optimizer", self._policy.parameters())
+        self._audit, self._advisor = UpdateAudit(self._policy.parameters()), Advisor()
         self._lr_scheduler = None
         if cfg.lr_scheduler is not None:
             self._lr_scheduler = self._component("lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps)
@@ -334,8 +342,10 @@ class GSPOFullFinetuneRecipe:
                 microbatches = [self._prepare(batch) for batch in step.batches]
                 self._quarantined.clear()
                 for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
-                    self._update(microbatches, step, rollout_stats)
+                    values = self._update(microbatches, step, rollout_stats)
                     rollout_stats = []  # counted once, with the first update that uses them
+                    if values.get("ratio/ess", 1.0) < (cfg.min_ess or 0.0):
+                        break  # the same on all ranks
         self._bar.close()
         self._finish(time.perf_counter() - started)
 
@@ -345,8 +355,10 @@ class GSPOFullFinetuneRecipe:
             microbatch.batch.ref_logps = self._reference.logps(microbatch)
         return microbatch
 
-    def _update(self, microbatches: list[Microbatch], step: parallel.StepBatches, stats: list[dict]) -> None:
-        """One optimizer step over all microbatches, under the totals of the whole step."""
+    def _update(
+        self, microbatches: list[Microbatch], step: parallel.StepBatches, stats: list[dict]
+    ) -> dict[str, float]:
+        """One optimizer step over all microbatches, under the totals of the whole step; its metrics."""
         begin = time.perf_counter()
         sums = metrics.MetricSums(reward.name for reward in self._pool.rewards)
         denominator = self._denominator(step.num_documents, step.num_label_tokens)
@@ -363,9 +375,13 @@ class GSPOFullFinetuneRecipe:
         if values.get("_late_documents"):
             self._quarantine(microbatches, values, step, denominator)
         values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on with it
+        self._audit.begin()
         values["grad_norm"] = self._optimizer_step()
+        changed, looked_at = parallel.sum_over_ranks(self._audit.end(), self._device)
+        values["update/changed_fraction"] = changed / looked_at
         values["time/update"] = time.perf_counter() - begin
         self._after_step(values)
+        return values
 
     def _denominator(self, num_documents: int, num_label_tokens: int) -> float:
         return max(self._policy.loss.denominator(num_documents, num_label_tokens), 1.0)  # 0 when nothing is left
@@ -434,6 +450,8 @@ class GSPOFullFinetuneRecipe:
             values |= self._evaluate()
         if fresh:
             values |= metrics.noise_floor(values)
+        if self._rank == 0:
+            self._advisor.look(values)
         values["skipped_steps"] = self._num_skipped
         self._log(values)
         if cfg.save_every_n_steps and self._step % cfg.save_every_n_steps == 0 and not last:

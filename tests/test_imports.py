@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("types", "errors"),
     ("functional", "advantages", "rewards", "sampling", "plugin"),
-    ("kernels", "data"),
+    ("kernels", "data", "presets"),
     ("losses", "parallel", "context", "metrics", "config", "evaluation"),
-    ("policy", "optim", "tiny", "plot"),
+    ("policy", "optim", "tiny", "plot", "diagnosis"),
     ("demo", "validate", "__main__"),
     ("recipe",),
 )

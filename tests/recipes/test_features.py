@@ -126,12 +126,30 @@ def test_ppo_epochs_update_twice_on_the_same_rollout(run):
     assert records[0]["kl_new_old"] < 1e-6 < records[1]["kl_new_old"]
 
 
+@pytest.mark.parametrize("min_ess", ["null", 0.9], ids=["unbounded", "bounded"])
+def test_a_small_effective_sample_size_ends_the_updates_of_a_rollout(run, min_ess):
+    options = (
+        "ppo_epochs=4",
+        "num_steps=4",
+        "sync_every_steps=4",
+        "optimizer.lr=3e-2",
+        "loss._component_=gspo.losses.GRPOLoss",
+    )
+    records = finish(run(*options, f"min_ess={min_ess}"))
+    first = [i for i, r in enumerate(records) if "reward/mean" in r]
+    assert (len(first) == 1) == (min_ess == "null")
+    for i, record in enumerate(records[:-1]):  # the next is of another rollout where this one is below the bound
+        assert (i + 1 in first) == (min_ess != "null" and record["ratio/ess"] < min_ess)
+    assert records[0]["ratio/ess"] > 0.99 and min(r["ratio/ess"] for r in records) < 0.9
+    assert all(0.9 < r["update/changed_fraction"] <= 1 for r in records)
+
+
 def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypatch):
     prepare = recipe.Microbatch.prepare
 
-    def spoil_the_first(batch, device):
+    def spoil_the_first(batch, device, context):
         batch.old_logps[batch.loss_mask.nonzero()[0]] = math.inf
-        return prepare(batch, device)
+        return prepare(batch, device, context)
 
     monkeypatch.setattr(recipe.Microbatch, "prepare", spoil_the_first)
     code, output = run("ppo_epochs=2", "num_steps=4")
@@ -148,7 +166,7 @@ def test_reference_policy_starts_where_the_policy_does(run):
             "num_steps=3",
         )
     )
-    assert records[0]["kl_ref"] < 1e-7 < records[1]["kl_ref"] < records[2]["kl_ref"]
+    assert records[0]["kl_ref"] < 1e-7 and all(r["kl_ref"] > 1e-3 for r in records[1:])
 
 
 def test_activation_checkpointing_changes_nothing(run, tmp_path):

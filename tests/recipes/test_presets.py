@@ -1,0 +1,32 @@
+"""Short runs whose objective is named by `preset:`, without a `loss` section."""
+
+import logging
+import math
+
+import pytest
+
+from tests.recipes.runs import steps
+
+NO_LOSS = ("~loss", "~advantages")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("verl", "0.25, 0.25, 0.25, 0.25"),
+        ("cispo", "0.00592, 0.0473, 0.189, 0.757"),
+        ("dr_grpo", "0.2, 1.6, 6.4, 25.6"),  # by a length of sampling.max_new_tokens, 10
+        ("pipelinerl", "0.25, 2, 8, 32"),  # by docs_per_step, 32
+    ],
+)
+def test_run_with_a_preset_says_what_a_document_weighs(run, caplog, name, weights):
+    with caplog.at_level(logging.INFO):
+        code, output = run(*NO_LOSS, f"preset={name}")
+    assert code is None
+    said = f"In a step of documents of 8, 64, 256, 1024 tokens, each weighs {weights}."
+    assert [m for m in caplog.messages if "each weighs" in m] == [said]
+    (logged,) = [m for m in caplog.messages if "_component_: gspo.losses." in m]
+    assert f"preset: {name}" in logged and "clip_high" in logged
+    records = steps(output)
+    assert len(records) == 2
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in records)
