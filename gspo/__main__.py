@@ -4,7 +4,11 @@ import importlib
 import sys
 
 TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run")
-COMMANDS = {"validate": "gspo.validate:main"}  # "module:function", called with the arguments after the name
+COMMANDS = {
+    "validate": "gspo.validate:main",
+    "plan": "gspo.plan.command:main",
+    "presets": "gspo.presets:main",
+}  # "module:function", called with the arguments after the name
 
 USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
 
@@ -20,7 +24,9 @@ def main() -> None:
     elif command in ("-h", "--help"):
         print(
             f"{USAGE}\n\n{', '.join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like\n"
-            "validate CONFIG [key=value ...]: names and values as the recipe checks them, which tune's own does not"
+            "validate CONFIG [key=value ...]: names and values as the recipe checks them, which tune's own does not\n"
+            "plan --config CONFIG --world-size N [...]: memory and time of a step on a machine that is not here\n"
+            "presets [--json FILE]: the objectives that `preset: NAME` in a config means"
         )
     else:
         sys.exit(f"{USAGE}\n\nunknown command {command!r}")

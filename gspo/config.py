@@ -26,6 +26,7 @@ from torchtune.config._parse import TuneRecipeArgumentParser
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
 from gspo.errors import InputError, did_you_mean
+from gspo.presets import make_room, preset_keys
 
 MAX_SHOWN_PROBLEMS = 8
 _FILE_VARIABLES = "_file_variables"
@@ -60,6 +61,7 @@ def read_command_line(description: str | None = None) -> DictConfig:
         for override in [o for o in overrides if o.startswith("~") and o[1:] in from_file]:
             delattr(from_file, override[1:])  # torchtune itself removes no key with a _component_
             overrides.remove(override)
+        make_room(vars(from_file), overrides)
         cfg = _merge_yaml_and_cli_args(from_file, overrides)
         vars(cfg)[_FILE_VARIABLES] = variables  # beside the config's keys, for check_config
         return cfg
@@ -138,6 +140,7 @@ def check_config(
 
     Of the values, only a text or a null where a component takes a number is refused; see :func:`require` for the rest.
     A key that the config file refers to as ``${key}`` may have any name, also where overrides took that use away.
+    Where ``preset`` is one of the optional keys, the preset's keys lie between the defaults and the config's own.
 
     Args:
         cfg: The config, overrides merged. It is not changed.
@@ -157,7 +160,7 @@ def check_config(
         InputError: Up to eight problems at once, each with its key, the value found and the remedy.
     """
     optional = optional or {}
-    merged = OmegaConf.merge(optional, cfg)
+    merged = OmegaConf.merge(optional, preset_keys(cfg) if "preset" in optional else {}, cfg)
     raw = OmegaConf.to_container(merged, resolve=False)
     for key, default in optional.items():
         # `key=null` on the command line arrives as the component's path, see torchtune's merge.

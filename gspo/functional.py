@@ -1,16 +1,19 @@
 """Policy objectives as pure functions of ``[T]`` and ``[D]`` tensors.
 
-An objective is three choices, composed: the level of the importance ratio (token, document), the surrogate, and the
-aggregation (what one document weighs). Each function here makes one of them; :func:`policy_objective` puts them
-together and returns undivided sums, so that the caller divides by the counts of the whole optimizer step.
+An objective is three choices, composed: the level of the importance ratio (token, document, segment, and mixes), the
+surrogate, and the aggregation (what one document weighs). Each function here makes one of them;
+:func:`policy_objective` puts them together and returns undivided sums, so that the caller divides by the counts of the
+whole optimizer step.
 
 Not here: the logits (see :mod:`gspo.kernels`), the denominators over ranks, and any reduction over processes.
 
-T tokens, D documents, K units of the ratio (K is T or D). Everything is float32 or float64, whatever the model's dtype.
+T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or float64, whatever
+the model's dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,13 +24,19 @@ from gspo.errors import InputError
 
 MetricSums = dict[str, tuple[Tensor, Tensor]]  # name -> (value sum, weight sum), see gspo.metrics
 
-AGGREGATIONS = ("document", "token", "token_over_documents", "constant")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 
 def _here(sums: Tensor) -> Tensor:
     """Documents that are whole on this rank have their sums here."""
     return sums
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Parts of documents with a ratio of their own: turns, reasoning steps. Every labelled token is in one of them."""
+
+    index: Tensor  # [T] int64 in [0, K)
+    document: Tensor  # [K] int64 in [0, D)
+    label_counts: Tensor  # [K] int64 over all context ranks, 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +55,45 @@ class LossInputs:
     label_counts: Tensor  # [D] int64
     ref_logps: Tensor | None = None  # [T] nats
     counted: Tensor | None = None  # [D] bool, each document on one rank of its context group; None: all of them
-    complete: Callable[[Tensor], Tensor] = _here  # [..., D] sums over the tokens here, to sums over all; same gradient
+    complete: Callable[[Tensor], Tensor] = _here  # [..., K] sums over the tokens here, to sums over all; same gradient
+    segments: Segments | None = None  # all of them on every rank of a context group, as documents are
+    token_advantages: Tensor | None = None  # [T], in place of the documents'; a larger unit has the mean of its tokens'
 
 
 @dataclass(frozen=True, slots=True)
-class RatioTerms:
-    """The importance ratio at one level, over K units: documents or tokens."""
+class Drift:
+    """How far each token's log-probability has moved, and the sums of that; 0 where a token is not trained."""
 
-    log_ratio: Tensor  # [K] nats, bounded; 0 where not valid
-    bounded: Tensor  # [K] bool, True where the bound changed it
+    log_ratio: Tensor  # [T] nats, new - old
+    logps: Tensor  # [T] nats
+    documents: Tensor  # [3, D] sums of log_ratio, of logps and of token_advantages (0 where there are none)
+    segments: Tensor | None  # [3, K] the same
+    valid: Tensor  # [D] bool, documents with a label whose every value is finite
+    token_valid: Tensor  # [T] bool, their labelled tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What has one ratio: tokens, segments or documents."""
+
+    log_ratio: Tensor  # [K] nats, mean over the unit's labelled tokens; 0 where not valid, as the next
+    logps: Tensor  # [K] nats, mean
     advantages: Tensor  # [K]
     weights: Tensor  # [K], the unit's share in the undivided sum; 0 where not valid
     valid: Tensor  # [K] bool
     counted: Tensor  # [K] bool, valid and added up on this rank
-    document: Tensor | None  # [K] int64, the unit's document; None where units are the documents
+    document: Tensor  # [K] int64
     num_tokens: Tensor  # [K] int64, labelled tokens whose gradient the unit carries
+    complete: Callable[[Tensor], Tensor]  # [..., D] sums over the units here, to sums over all
+
+
+@dataclass(frozen=True, slots=True)
+class RatioTerms:
+    """The importance ratio of each unit."""
+
+    units: Units
+    log_ratio: Tensor  # [K] nats, bounded; 0 where not valid
+    bounded: Tensor  # [K] bool, True where the bound changed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +106,28 @@ class SurrogateTerms:
     high: Tensor  # [K] bool, the gradient vanishes at the high edge
 
 
-RatioLevel = Callable[[Tensor, Tensor, Tensor, Tensor, LossInputs], RatioTerms]
-Surrogate = Callable[[Tensor, Tensor], SurrogateTerms]
+RatioLevel = Callable[[Drift, Tensor, LossInputs], RatioTerms]  # of a drift, document weights [D] and the inputs
+Surrogate = Callable[[RatioTerms], SurrogateTerms]
+DocumentWeights = Callable[[Tensor], Tensor]  # [D] labelled tokens -> [D]
+KLEstimator = Callable[[Tensor, Tensor], Tensor]  # [T] new and reference log-probabilities -> [T]
+
+
+def find_segments(
+    index: Tensor,  # [T] int64 >= 0, whatever where there is no label
+    document_index: Tensor,  # [T]
+    loss_mask: Tensor,  # [T] bool
+) -> Segments:
+    """The segments of whole documents.
+
+    Raises:
+        ValueError: a segment has labels in two documents.
+    """
+    labelled, documents = index[loss_mask], document_index[loss_mask]
+    counts = torch.bincount(labelled)
+    document = torch.zeros_like(counts).scatter(0, labelled, documents)
+    if not torch.equal(document[labelled], documents):
+        raise ValueError("segment_index: a segment lies in two documents; number segments through the batch")
+    return Segments(torch.where(loss_mask, index, 0), document, counts)
 
 
 def document_sums(
@@ -83,8 +136,7 @@ def document_sums(
 ) -> Tensor:  # [..., D]
     """Sums of ``values`` over each document's labelled tokens, wherever these are. Collective over a context group."""
     picked = torch.where(inputs.loss_mask, values, 0.0)  # not a product: -inf * 0 is nan
-    totals = picked.new_zeros(*values.shape[:-1], inputs.label_counts.numel())
-    return inputs.complete(totals.index_add(-1, inputs.document_index, picked))
+    return inputs.complete(_sums(picked, inputs.document_index, inputs.label_counts.numel()))
 
 
 def document_means(
@@ -103,81 +155,137 @@ def count_once(
     return torch.where(counted, terms, terms - terms.detach()).sum()
 
 
-def document_weights(label_counts: Tensor, *, aggregation: str, dtype: torch.dtype) -> Tensor:  # [D] -> [D]
-    """What each document weighs in the undivided sum: 1 for ``document``, its labelled tokens for the others."""
-    return (label_counts > 0 if aggregation == "document" else label_counts).to(dtype)
+def equal_weights(label_counts: Tensor) -> Tensor:  # [D] -> [D]
+    """Every document that has a label weighs 1."""
+    return label_counts > 0
 
 
-def loss_denominator(
-    num_documents: int, num_label_tokens: int, *, aggregation: str, constant_length: int | None = None
-) -> float:
-    """The count that the sum is divided by, from the totals of the optimizer step over all ranks and microbatches."""
-    if aggregation == "token":
-        return float(num_label_tokens)
-    if aggregation == "constant":
-        if constant_length is None:
-            raise InputError(
-                "loss.constant_length is not set: aggregation 'constant' divides by documents x this length."
-            )
-        return float(num_documents * constant_length)
+def token_weights(label_counts: Tensor) -> Tensor:  # [D] -> [D]
+    """A document weighs its labelled tokens."""
+    return label_counts
+
+
+def over_documents(num_documents: int, num_label_tokens: int) -> float:
+    """Divide by the documents of the optimizer step, over all ranks and microbatches, as all of these do."""
     return float(num_documents)
 
 
+def over_tokens(num_documents: int, num_label_tokens: int) -> float:
+    """Divide by the labelled tokens."""
+    return float(num_label_tokens)
+
+
+def over_constant_length(num_documents: int, num_label_tokens: int, *, constant_length: int) -> float:
+    """Divide by the documents times a fixed number of tokens (Dr. GRPO, arXiv 2503.20783, appendix)."""
+    return float(num_documents * constant_length)
+
+
+def over_batch_size(num_documents: int, num_label_tokens: int, *, batch_size: int) -> float:
+    """Divide by a fixed number, however many documents the step has."""
+    return float(batch_size)
+
+
+AGGREGATIONS: dict[str, tuple[DocumentWeights, Callable[..., float]]] = {  # what a document weighs, and over what
+    "document": (equal_weights, over_documents),
+    "token": (token_weights, over_tokens),
+    "token_over_documents": (token_weights, over_documents),
+    "constant": (token_weights, over_constant_length),
+    "token_over_batch_size": (token_weights, over_batch_size),
+}
+
+
 def document_ratio(
-    log_ratio: Tensor,  # [T] new - old log-probability, 0 where not valid
-    mean_log_ratio: Tensor,  # [D] over each document's labelled tokens, 0 where not valid
-    weights: Tensor,  # [D] of document_weights
-    valid: Tensor,  # [D] bool
+    drift: Drift,
+    weights: Tensor,  # [D]
+    inputs: LossInputs,
+    *,
+    bound: float = 10.0,
+    length_exponent: float = 1.0,
+) -> RatioTerms:
+    """Sequence ratio ``exp(sum of l_t / N^g)``; ``s``, its geometric mean, at g = 1 (GSPO, arXiv 2507.18071, eq. 7)."""
+    units = document_units(drift, weights, inputs)
+    scale = units.num_tokens.clamp(min=1).to(units.log_ratio.dtype) ** (1 - length_exponent)
+    return _bounded(units, units.log_ratio * scale, -bound, bound)
+
+
+def segment_ratio(
+    drift: Drift,
+    weights: Tensor,  # [D]
     inputs: LossInputs,
     *,
     bound: float = 10.0,
 ) -> RatioTerms:
-    """Length-normalised sequence ratio, ``s = exp(mean of log r_t)`` (GSPO, arXiv 2507.18071, eq. 7)."""
-    return RatioTerms(
-        log_ratio=mean_log_ratio.clamp(-bound, bound),
-        bounded=mean_log_ratio.abs() > bound,
-        advantages=inputs.advantages,
-        weights=torch.where(valid, weights, 0.0),
-        valid=valid,
-        counted=_counted(valid, inputs),
-        document=None,
-        num_tokens=inputs.label_counts,
-    )
+    """GSPO's ratio of each segment; a document's weight is spread over its segments by their labelled tokens.
+
+    At a ratio of 1 the gradient is GSPO's, whatever the segments. One per document is GSPO, one per token is GRPO.
+
+    Raises:
+        InputError: there are no segments.
+    """
+    if inputs.segments is None:
+        raise InputError(
+            "loss._component_ names an objective with a ratio per segment, but the documents have none: give them a "
+            "segment_index, or name gspo.losses.GSPOLoss."
+        )
+    units = segment_units(drift, weights, inputs, inputs.segments)
+    return _bounded(units, units.log_ratio, -bound, bound)
 
 
 def token_ratio(
-    log_ratio: Tensor,  # [T]
-    mean_log_ratio: Tensor,  # [D], not used
+    drift: Drift,
     weights: Tensor,  # [D]
-    valid: Tensor,  # [D] bool
     inputs: LossInputs,
     *,
     bound: float = 10.0,
 ) -> RatioTerms:
     """Per-token ratio ``r_t``; a document's weight is spread evenly over its tokens (GRPO, arXiv 2402.03300, eq. 3)."""
-    per_token = weights / inputs.label_counts.clamp(min=1)
-    token_valid = inputs.loss_mask & valid[inputs.document_index]
-    return RatioTerms(
-        log_ratio=log_ratio.clamp(-bound, bound),
-        bounded=log_ratio.abs() > bound,
-        advantages=inputs.advantages[inputs.document_index],
-        weights=torch.where(token_valid, per_token[inputs.document_index], 0.0),
-        valid=token_valid,
-        counted=token_valid,
-        document=inputs.document_index,
-        num_tokens=token_valid.long(),
-    )
+    units = token_units(drift, weights, inputs)
+    return _bounded(units, units.log_ratio, -bound, bound)
 
 
-def clipped_surrogate(
-    log_ratio: Tensor,  # [K]
-    advantages: Tensor,  # [K]
+def document_ratio_per_token(
+    drift: Drift,
+    weights: Tensor,  # [D]
+    inputs: LossInputs,
     *,
-    clip_low: float,
-    clip_high: float,
-) -> SurrogateTerms:
-    """``-min(r A, clip(r, 1 - low, 1 + high) A)`` (PPO, arXiv 1707.06347, eq. 7)."""
-    ratio = log_ratio.exp()
+    bound: float = 10.0,
+    bound_below: bool = True,
+) -> RatioTerms:
+    """Value ``s``, gradient through ``logp_t`` alone (GSPO-token, arXiv 2507.18071, eq. 14); weights as in GRPO.
+
+    So that tokens of a document may have different advantages. ``bound_below`` False bounds large ratios only, as verl.
+    """
+    units = token_units(drift, weights, inputs)
+    return _bounded(units, _sequence_exponent(units, drift, inputs), -bound if bound_below else -math.inf, bound)
+
+
+def mixed_ratio(
+    drift: Drift,
+    weights: Tensor,  # [D]
+    inputs: LossInputs,
+    *,
+    token_share: float,
+    bound: float = 10.0,
+) -> RatioTerms:
+    """Value ``exp(a l_t + (1 - a) mean l)``, gradient through ``logp_t`` alone, as at both ends.
+
+    ``token_share`` a = 1 is GRPO's ratio, 0 GSPO-token's. The mean is held still: with a gradient of its own, a token's
+    credit would again be spread over its document.
+    """
+    units = token_units(drift, weights, inputs)
+    exponent = token_share * units.log_ratio + (1 - token_share) * _sequence_exponent(units, drift, inputs)
+    return _bounded(units, exponent, -bound, bound)
+
+
+def unclipped_surrogate(terms: RatioTerms) -> SurrogateTerms:
+    """``-r A``: importance sampling, with nothing clipped."""
+    nowhere = torch.zeros_like(terms.bounded)
+    return SurrogateTerms(-terms.log_ratio.exp() * terms.units.advantages, nowhere, nowhere, nowhere)
+
+
+def clipped_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> SurrogateTerms:
+    """``-min(r A, clip(r, 1 - low, 1 + high) A)`` (PPO, arXiv 1707.06347, eq. 7); an infinite width does not clip."""
+    ratio, advantages = terms.log_ratio.exp(), terms.units.advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
     return SurrogateTerms(
@@ -188,14 +296,56 @@ def clipped_surrogate(
     )
 
 
-def kl_estimate(new_logps: Tensor, ref_logps: Tensor, *, estimator: str) -> Tensor:  # [T], [T] -> [T]
-    """Per-token estimate of KL(new || ref) from samples of the new policy (Schulman, "Approximating KL divergence")."""
+def dual_clipped_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float, dual_clip: float) -> SurrogateTerms:
+    """The clipped surrogate, and for A < 0 at most ``-c A``, c > 1 (arXiv 1912.09729, eq. 5)."""
+    found, advantages = clipped_surrogate(terms, clip_low=clip_low, clip_high=clip_high), terms.units.advantages
+    capped = (terms.log_ratio > math.log(dual_clip)) & (advantages < 0)
+    loss = torch.where(capped, -dual_clip * advantages, found.loss)
+    return SurrogateTerms(loss, found.outside | capped, found.low, found.high | capped)
+
+
+def cispo_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> SurrogateTerms:
+    """``-sg(clip(r, 1 - low, 1 + high)) A logp`` (CISPO, arXiv 2506.13585, eq. 4 and 5): no gradient vanishes."""
+    ratio = terms.log_ratio.detach().exp()
+    truncated = ratio.clamp(1 - clip_low, 1 + clip_high)
+    nowhere = torch.zeros_like(terms.bounded)
+    return SurrogateTerms(-truncated * terms.units.advantages * terms.units.logps, ratio != truncated, nowhere, nowhere)
+
+
+def length_fair_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> SurrogateTerms:
+    """The clipped surrogate with a band of ``-low sqrt(N)`` to ``high sqrt(N)`` on the log (FSPO, arXiv 2509.09177).
+
+    For the product ratio, whose log spreads as sqrt(N): documents of all lengths are then clipped alike.
+    """
+    advantages = terms.units.advantages
+    root = terms.units.num_tokens.clamp(min=1).to(terms.log_ratio.dtype).sqrt()
+    below, above = terms.log_ratio < -clip_low * root, terms.log_ratio > clip_high * root
+    clipped = torch.minimum(torch.maximum(terms.log_ratio, -clip_low * root), clip_high * root)
+    return SurrogateTerms(
+        loss=-torch.minimum(terms.log_ratio.exp() * advantages, clipped.exp() * advantages),
+        outside=below | above,
+        low=below & (advantages < 0),
+        high=above & (advantages > 0),
+    )
+
+
+def k1(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """``log(new / ref)``, unbiased. All three are per token, in nats (Schulman, "Approximating KL divergence")."""
+    return new_logps - ref_logps
+
+
+def k2(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """``log(new / ref)^2 / 2``, biased, whose gradient is the KL's."""
+    return 0.5 * (new_logps - ref_logps).square()
+
+
+def k3(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """``ref / new - 1 - log(ref / new)``, unbiased and never negative."""
     delta = new_logps - ref_logps
-    if estimator == "k1":
-        return delta
-    if estimator == "k2":
-        return 0.5 * delta.square()
     return torch.expm1(-delta) + delta
+
+
+KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def policy_objective(
@@ -205,9 +355,9 @@ def policy_objective(
     *,
     ratio: RatioLevel,
     surrogate: Surrogate,
-    aggregation: str,
+    weights: DocumentWeights,
     kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    kl: KLEstimator = k3,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, MetricSums]:
     """The undivided loss sum and its metric sums. Collective where documents span ranks, see :class:`LossInputs`.
@@ -215,44 +365,125 @@ def policy_objective(
     A document whose log-ratio is not finite is quarantined: it counts in ``quarantined_documents``
     (and ``_late_documents`` and ``_late_tokens``, which mend the denominators) and nowhere else.
     """
-    log_ratio, means, valid, token_valid = _log_ratios(logps, inputs)
+    drift = _drift(logps, inputs)
+    valid, token_valid = drift.valid, drift.token_valid
     usable = replace(inputs, loss_mask=token_valid, advantages=torch.where(valid, inputs.advantages, 0.0))
-    weights = document_weights(inputs.label_counts, aggregation=aggregation, dtype=logps.dtype)
-    terms = ratio(log_ratio, means, weights, valid, usable)
-    result = surrogate(terms.log_ratio, terms.advantages)
-    loss = count_once(terms.weights * result.loss, terms.counted)
+    of_documents = torch.where(valid, weights(inputs.label_counts), 0).to(logps.dtype)
+    terms = ratio(drift, of_documents, usable)
+    result = surrogate(terms)
+    loss = count_once(terms.units.weights * result.loss, terms.units.counted)
     metrics = (
-        _ratio_metrics(log_ratio.detach(), means.detach(), terms, result, usable)
+        _ratio_metrics(drift, terms, result, usable)
         | _token_metrics(logps.detach(), entropy.detach(), usable)
         | _quarantine_metrics(valid, inputs)
     )
 
-    per_token = torch.where(valid, weights / inputs.label_counts.clamp(min=1), 0.0)[inputs.document_index]
+    per_token = (of_documents / inputs.label_counts.clamp(min=1))[inputs.document_index]
     if inputs.ref_logps is not None:
-        kl = kl_estimate(torch.where(token_valid, logps, inputs.ref_logps), inputs.ref_logps, estimator=kl_estimator)
-        kl = torch.where(token_valid, kl, 0.0)
-        metrics["kl_ref"] = (kl.detach().sum(), token_valid.sum())
-        loss = loss + kl_coef * (per_token * kl).sum()
+        estimate = kl(torch.where(token_valid, logps, inputs.ref_logps), inputs.ref_logps)
+        estimate = torch.where(token_valid, estimate, 0.0)
+        metrics["kl_ref"] = (estimate.detach().sum(), token_valid.sum())
+        loss = loss + kl_coef * (per_token * estimate).sum()
     if entropy_coef:
         loss = loss - entropy_coef * (per_token * torch.where(token_valid, entropy, 0.0)).sum()
     return loss, metrics
 
 
-def _log_ratios(logps: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratios [T] and their document means [D], 0 where not valid; valid documents [D] and labelled tokens [T].
+def _drift(logps: Tensor, inputs: LossInputs) -> Drift:
+    """What every ratio is made of. A document is valid if its every value is finite.
 
-    A document is valid if its every value is finite. One sum over a context group serves both.
+    One sum over a context group, by segment where there are any, since these add up to documents.
     """
     found = logps - inputs.old_logps
     finite = found.detach().isfinite()
     if inputs.ref_logps is not None:
         finite &= inputs.ref_logps.isfinite()
-    log_ratio = torch.where(inputs.loss_mask & finite, found, 0.0)
-    totals, num_bad = document_sums(torch.stack((log_ratio, (~finite).to(log_ratio.dtype))), inputs)
-    valid = (inputs.label_counts > 0) & (num_bad == 0) & totals.isfinite() & inputs.advantages.isfinite()
+    trained = inputs.loss_mask & finite
+    given = torch.zeros_like(found) if inputs.token_advantages is None else inputs.token_advantages
+    picked = [torch.where(trained, values, 0.0) for values in (found, logps, given)]
+    rows = torch.stack((*picked, (inputs.loss_mask & ~finite).to(found.dtype)))
+    if inputs.segments is None:
+        segments, documents = None, document_sums(rows, inputs)
+    else:
+        index, owner = inputs.segments.index, inputs.segments.document
+        segments = inputs.complete(_sums(rows, index, owner.numel()))
+        documents = _sums(segments, owner, inputs.label_counts.numel())
+    *_, num_bad = documents
+    valid = (inputs.label_counts > 0) & (num_bad == 0) & documents.isfinite().all(0) & inputs.advantages.isfinite()
     token_valid = inputs.loss_mask & valid[inputs.document_index]
-    means = torch.where(valid, totals, 0.0) / inputs.label_counts.clamp(min=1)
-    return torch.where(token_valid, log_ratio, 0.0), means, valid, token_valid
+    return Drift(
+        log_ratio=torch.where(token_valid, rows[0], 0.0),
+        logps=torch.where(token_valid, rows[1], 0.0),
+        documents=torch.where(valid, documents[:3], 0.0),
+        segments=None if segments is None else segments[:3],
+        valid=valid,
+        token_valid=token_valid,
+    )
+
+
+def _sums(values: Tensor, index: Tensor, size: int) -> Tensor:  # [..., K], [K] in [0, size) -> [..., size]
+    return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
+
+
+def document_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
+    """Documents as units of the ratio; ``weights`` [D] are theirs."""
+    own = torch.arange(inputs.label_counts.numel(), device=weights.device)
+    return _whole_units(
+        drift.documents, Segments(inputs.document_index, own, inputs.label_counts), weights, drift, inputs
+    )
+
+
+def segment_units(drift: Drift, weights: Tensor, inputs: LossInputs, segments: Segments) -> Units:
+    """Segments as units; each has the share of its document's weight that it has of the labelled tokens."""
+    assert drift.segments is not None, "the drift has the sums of the segments that its inputs have"
+    return _whole_units(drift.segments, segments, weights, drift, inputs)
+
+
+def _whole_units(sums: Tensor, parts: Segments, weights: Tensor, drift: Drift, inputs: LossInputs) -> Units:
+    """Units that every rank of a context group has."""
+    counts, document = parts.label_counts, parts.document
+    valid = drift.valid[document] & (counts > 0)
+    log_ratio, logps, advantages = torch.where(valid, sums, 0.0) / counts.clamp(min=1)
+    share = counts.to(weights.dtype) / inputs.label_counts.clamp(min=1)[document]
+    return Units(
+        log_ratio=log_ratio,
+        logps=logps,
+        advantages=inputs.advantages[document] if inputs.token_advantages is None else advantages,
+        weights=torch.where(valid, weights[document] * share, 0.0),
+        valid=valid,
+        counted=valid if inputs.counted is None else valid & inputs.counted[document],
+        document=document,
+        num_tokens=counts,
+        complete=_here,
+    )
+
+
+def token_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
+    """Labelled tokens as units, those that are here; a document's weight is spread evenly over its own."""
+    valid, document = drift.token_valid, inputs.document_index
+    given = inputs.advantages[document] if inputs.token_advantages is None else inputs.token_advantages
+    per_token = weights / inputs.label_counts.clamp(min=1)
+    return Units(
+        log_ratio=drift.log_ratio,
+        logps=drift.logps,
+        advantages=torch.where(valid, given, 0.0),
+        weights=torch.where(valid, per_token[document], 0.0),
+        valid=valid,
+        counted=valid,
+        document=document,
+        num_tokens=valid.long(),
+        complete=inputs.complete,
+    )
+
+
+def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
+    """``sg(mean l) + l_t - sg(l_t)``: the document's mean in value, the token's own log-ratio in gradient."""
+    means = drift.documents[0].detach() / inputs.label_counts.clamp(min=1)
+    return means[units.document] + (units.log_ratio - units.log_ratio.detach())
+
+
+def _bounded(units: Units, exponent: Tensor, low: float, high: float) -> RatioTerms:
+    return RatioTerms(units, exponent.clamp(low, high), (exponent < low) | (exponent > high))
 
 
 def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
@@ -260,43 +491,40 @@ def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
     return values if inputs.counted is None else torch.where(inputs.counted, values, torch.zeros_like(values))
 
 
-def _documents_with(flags: Tensor, terms: RatioTerms, inputs: LossInputs) -> Tensor:  # [N, K] bool -> [N]
+def _documents_with(flags: Tensor, units: Units, inputs: LossInputs) -> Tensor:  # [N, K] bool -> [N]
     """How many documents counted here have a valid unit with each of N flags."""
-    if terms.document is None:
-        return (flags & terms.counted).sum(-1)
-    hits = terms.weights.new_zeros(flags.shape[0], inputs.label_counts.numel())
-    hits = inputs.complete(hits.index_add(-1, terms.document, (flags & terms.valid).to(hits.dtype)))
-    return _counted(hits > 0, inputs).sum(-1)
+    hits = _sums((flags & units.valid).to(units.weights.dtype), units.document, inputs.label_counts.numel())
+    return _counted(units.complete(hits) > 0, inputs).sum(-1)
 
 
-def _ratio_metrics(
-    log_ratio: Tensor, means: Tensor, terms: RatioTerms, result: SurrogateTerms, inputs: LossInputs
-) -> MetricSums:
+def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inputs: LossInputs) -> MetricSums:
     """Ratios in the objective's own units, what the clip does to them, and how far the policy is from the sampler's.
 
     ``any`` counts ratios outside the band, ``binding`` only those whose gradient the clip stops.
     """
-    ratio = terms.log_ratio.detach().exp()
+    units, ratio = terms.units, terms.log_ratio.detach().exp()
+    log_ratio = drift.log_ratio.detach()
+    means = drift.documents[0].detach() / inputs.label_counts.clamp(min=1)
     binding = result.low | result.high
-    flags = torch.stack((terms.valid, terms.bounded, result.outside, binding))
-    documents, bounded, outside, bound = _documents_with(flags, terms, inputs)
-    units, tokens = terms.counted.sum(), inputs.loss_mask.sum()
-    k3 = torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio
+    flags = torch.stack((units.valid, terms.bounded, result.outside, binding))
+    documents, bounded, outside, bound = _documents_with(flags, units, inputs)
+    num_units, tokens = units.counted.sum(), inputs.loss_mask.sum()
+    k3_nats = torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio
     one = ratio.new_ones(())
     return {
-        "ratio/mean": (torch.where(terms.counted, ratio, 0.0).sum(), units),
-        "_ratio_sq": (torch.where(terms.counted, ratio.square(), 0.0).sum(), units),
-        "ratio/max": (_largest(torch.where(terms.valid, ratio, -torch.inf)), one),
-        "ratio/min": (-_largest(torch.where(terms.valid, -ratio, -torch.inf)), one),
+        "ratio/mean": (torch.where(units.counted, ratio, 0.0).sum(), num_units),
+        "_ratio_sq": (torch.where(units.counted, ratio.square(), 0.0).sum(), num_units),
+        "ratio/max": (_largest(torch.where(units.valid, ratio, -torch.inf)), one),
+        "ratio/min": (-_largest(torch.where(units.valid, -ratio, -torch.inf)), one),
         "bounded_documents": (bounded, one),
-        "kl_new_old": (k3.sum(), documents),
+        "kl_new_old": (k3_nats.sum(), documents),
         "_log_ratio_sq": (log_ratio.square().sum(), tokens),
         "log_ratio/abs_document": (_counted(means.abs(), inputs).sum(), documents),
         "clip/any_document": (outside, documents),
         "clip/binding_document": (bound, documents),
-        "clip/binding_token": (torch.where(binding & terms.counted, terms.num_tokens, 0).sum(), tokens),
-        "clip/low": ((result.low & terms.counted).sum(), units),
-        "clip/high": ((result.high & terms.counted).sum(), units),
+        "clip/binding_token": (torch.where(binding & units.counted, units.num_tokens, 0).sum(), tokens),
+        "clip/low": ((result.low & units.counted).sum(), num_units),
+        "clip/high": ((result.high & units.counted).sum(), num_units),
     }
 
 

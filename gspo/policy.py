@@ -8,7 +8,7 @@ Not here: which model is built and where its weights come from (the config), the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from gspo.context import ContextAxis, Shard, gather_keys, split
 from gspo.errors import InputError
-from gspo.functional import LossInputs, MetricSums
+from gspo.functional import LossInputs, MetricSums, Segments, find_segments
 from gspo.kernels import linear_logps, linear_loss
 from gspo.metrics import merge_pairs
 from gspo.types import PackedBatch
@@ -48,6 +48,7 @@ class Microbatch:
     label_counts: list[int]  # [D] of them in each document, over all ranks
     counted: Tensor | None  # [D] bool, documents whose sums are added up on this rank; None: all
     attention_mask: AttentionMask
+    segments: Segments | None = None  # of the label rows here; those of the whole
 
     @classmethod
     def prepare(cls, packed: PackedBatch, device: torch.device, context: ContextAxis | None = None) -> Microbatch:
@@ -61,7 +62,16 @@ class Microbatch:
             label_counts=packed.label_counts.tolist(),
             counted=None if shard.counted is None else shard.counted.to(device),
             attention_mask=document_mask(shard, device),
+            segments=_segments(packed, shard.part, rows, device),
         )
+
+
+def _segments(packed: PackedBatch, part: PackedBatch, rows: Tensor, device: torch.device) -> Segments | None:
+    """The segments of a batch, with the index of the label rows of a rank's part of it."""
+    if packed.segment_index is None or part.segment_index is None:
+        return None
+    whole = find_segments(packed.segment_index, packed.document_index, packed.loss_mask)
+    return Segments(*(x.to(device) for x in (part.segment_index[rows], whole.document, whole.label_counts)))
 
 
 def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
@@ -69,25 +79,35 @@ def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
 
     Keys come in the shard's ``order``. None, for plain causal attention, where no bin holds two documents.
     """
-    batch, mine = shard.whole, shard.places[shard.rank]
     num_ranks, num_bins, share = shard.places.shape
-    if num_ranks == 1 and _one_document_per_bin(batch):
+    if num_ranks == 1 and _one_document_per_bin(shard.whole):
         return None
-    index = batch.document_index.view(num_bins, -1)
-    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
-    q_place, kv_place = mine.to(device), shard.order.to(device)
-    q_index, q_prefix = (x.gather(1, mine).to(device) for x in (index, prefix))
-    kv_index = index.gather(1, shard.order).to(device)
     if device.type == "cuda":
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            key = kv_index[b, kv]
-            return (q_place[b, q] >= kv_place[b, kv]) & ((q_index[b, q] == key) | (q_prefix[b, q] == key))
-
-        return create_block_mask(seen, num_bins, None, share, share * num_ranks, device=device)
+        return create_block_mask(mask_mod(shard, device), num_bins, None, share, share * num_ranks, device=device)
+    q_place, q_index, q_prefix, kv_place, kv_index = _layout(shard, device)
     causal = q_place[:, :, None] >= kv_place[:, None, :]
     own = q_index[:, :, None] == kv_index[:, None, :]
     return causal & (own | (q_prefix[:, :, None] == kv_index[:, None, :]))
+
+
+def mask_mod(shard: Shard, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask as FlexAttention asks for it."""
+    q_place, q_index, q_prefix, kv_place, kv_index = _layout(shard, device)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        key = kv_index[b, kv]
+        return (q_place[b, q] >= kv_place[b, kv]) & ((q_index[b, q] == key) | (q_prefix[b, q] == key))
+
+    return seen
+
+
+def _layout(shard: Shard, device: torch.device) -> tuple[Tensor, ...]:
+    """Place, document and prefix of this rank's queries, [R, S / C]; place and document of all keys, [R, S]."""
+    batch, mine, order = shard.whole, shard.places[shard.rank], shard.order
+    index = batch.document_index.view(batch.num_bins, -1)
+    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
+    found = mine, index.gather(1, mine), prefix.gather(1, mine), order, index.gather(1, order)
+    return tuple(x.to(device) for x in found)
 
 
 def _one_document_per_bin(batch: PackedBatch) -> bool:
@@ -187,8 +207,9 @@ class Policy(nn.Module):
 
 
 def _row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
-    batch, rows = microbatch.batch, microbatch.label_rows
+    batch, rows, segments = microbatch.batch, microbatch.label_rows, microbatch.segments
     spanning: dict[str, Any] = {} if context is None else {"counted": microbatch.counted, "complete": context.complete}
+    given = batch.segment_advantages
     return LossInputs(
         document_index=batch.document_index[rows],
         loss_mask=torch.ones_like(rows, dtype=torch.bool),
@@ -196,6 +217,8 @@ def _row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInpu
         advantages=batch.advantages,
         label_counts=batch.label_counts,
         ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
+        segments=segments,
+        token_advantages=None if given is None or segments is None else given[segments.index],
         **spanning,
     )
 
@@ -206,6 +229,7 @@ def _part(inputs: LossInputs, label_counts: list[int], first: int, last: int) ->
         return inputs
     start = sum(label_counts[:first])
     rows = slice(start, start + sum(label_counts[first:last]))
+    given = inputs.token_advantages
     return LossInputs(
         document_index=inputs.document_index[rows] - first,
         loss_mask=inputs.loss_mask[rows],
@@ -213,7 +237,16 @@ def _part(inputs: LossInputs, label_counts: list[int], first: int, last: int) ->
         advantages=inputs.advantages[first:last],
         label_counts=inputs.label_counts[first:last],
         ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
+        segments=None if inputs.segments is None else _part_segments(inputs.segments, rows, first, last),
+        token_advantages=None if given is None else given[rows],
     )
+
+
+def _part_segments(segments: Segments, rows: slice, first: int, last: int) -> Segments:
+    """Those of documents ``first`` to ``last - 1``; the others keep their numbers and are without labels."""
+    inside = (segments.document >= first) & (segments.document < last)
+    document = torch.where(inside, segments.document - first, 0)
+    return Segments(segments.index[rows], document, torch.where(inside, segments.label_counts, 0))
 
 
 def output_weight(decoder: TransformerDecoder) -> Tensor:  # [V, H]

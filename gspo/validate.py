@@ -8,7 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from gspo.config import check_config, read_command_line, show_errors
@@ -22,19 +22,28 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: from torchtune, in a config that is for a recipe of its own.
     """
-    files = shipped_configs()
-    paths = [str(files.get(argument, argument)) for argument in arguments]
     if not CONFIGS_OF_OTHER_RECIPES.keys().isdisjoint(arguments):
-        config.validate(OmegaConf.load(paths[0]))
+        config.validate(OmegaConf.load(shipped_configs().get(arguments[0], arguments[0])))
     else:
-        recipe = runpy.run_path(str(shipped_folder("recipes") / f"{RECIPE}.py"))
-        sys.argv[1:] = ["--config", *paths]
-        cfg = check_config(
-            read_command_line(),
-            required=recipe["REQUIRED_KEYS"],
-            optional=recipe["OPTIONAL_KEYS"],
-            sections=recipe["SECTIONS"],
-            passed=recipe["PASSED"],
-        )
-        recipe["GSPOFullFinetuneRecipe"]._check_values(cfg)
+        read_checked(arguments)
     print("Config is well-formed!")
+
+
+def read_checked(arguments: list[str]) -> DictConfig:
+    """The config that ``arguments`` name, as the recipe starts with it: overrides merged, defaults filled in, checked.
+
+    Raises:
+        InputError: what the recipe refuses before anything is loaded.
+    """
+    files = shipped_configs()
+    recipe = runpy.run_path(str(shipped_folder("recipes") / f"{RECIPE}.py"))
+    sys.argv[1:] = ["--config", *(str(files.get(argument, argument)) for argument in arguments)]
+    cfg = check_config(
+        read_command_line(),
+        required=recipe["REQUIRED_KEYS"],
+        optional=recipe["OPTIONAL_KEYS"],
+        sections=recipe["SECTIONS"],
+        passed=recipe["PASSED"],
+    )
+    recipe["GSPOFullFinetuneRecipe"]._check_values(cfg)
+    return cfg

@@ -20,6 +20,7 @@ LAYERS = (
     ("losses", "parallel", "context", "metrics", "config", "evaluation"),
     ("policy", "optim", "tiny", "plot", "diagnosis"),
     ("demo", "validate", "__main__"),
+    ("plan",),
     ("recipe",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -29,6 +30,7 @@ MAY_USE_TORCH_DISTRIBUTED = (
     "gspo.policy",
     "gspo.metrics",
     "gspo.optim",
+    "gspo.plan.rehearsal",
     "gspo.sampling.vllm",
     "recipe",
 )

@@ -209,7 +209,7 @@ def test_module_lists_its_commands(monkeypatch, capsys, arguments, code):
     monkeypatch.setattr(sys, "argv", ["gspo", *arguments])
     if code is None:
         gspo.__main__.main()
-        assert "{download,ls,cp,cat,run,validate} ..." in capsys.readouterr().out
+        assert "{download,ls,cp,cat,run,validate," in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match="unknown command 'lss'"):
             gspo.__main__.main()

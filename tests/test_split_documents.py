@@ -1,24 +1,44 @@
 """Objectives whose documents span ranks: whatever the split, values and metrics add up and gradients are the whole's.
 
-The ranks are threads that meet where sums are completed; :mod:`tests.distributed.test_context` has real ones.
+The ranks are threads that meet where sums are completed; :mod:`tests.distributed.test_context` has real ones. The same
+of chunks of whole documents, which the loss head makes.
 """
 
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from gspo.losses import GRPOLoss, GSPOLoss
-from gspo.metrics import merge_pairs
-from tests import objectives
+from gspo import parallel
+from gspo.data.packing import pack_documents
+from gspo.losses import CISPOLoss, FSPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, MultiScaleLoss, SegmentLoss
+from gspo.metrics import MetricSums, merge_pairs
+from gspo.policy import Microbatch, _part, accumulate_gradients
+from tests import objectives, tiny_policy
+from tests.distributed.arrangements import build_policy
 
+LOSSES = {
+    "gspo": GSPOLoss,
+    "grpo": GRPOLoss,
+    "gspo_root": partial(GSPOLoss, length_exponent=0.5),
+    "gspo_token": GSPOTokenLoss,
+    "dual": partial(GRPOLoss, dual_clip=1.3),
+    "segment": SegmentLoss,
+    "multi_scale": partial(MultiScaleLoss, token_share=0.3),
+    "cispo": CISPOLoss,
+    "fspo": FSPOLoss,
+}
 OPTIONS = {
     "plain": {},
     "per_token": {"aggregation": "token"},
     "penalties": {"kl_coef": 0.1, "entropy_coef": 0.05},
+    "token_advantages": {},
 }
+each_loss = pytest.mark.parametrize("name", LOSSES)
+each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
 class Axis:
@@ -76,15 +96,39 @@ def random_case(seed):
     return documents, rng.choice([1, 2, 3, 4]), rng
 
 
-@pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("build", [GSPOLoss, GRPOLoss])
-def test_any_split_is_the_whole(build, options, seed):
+def build_case(name, option, documents):
+    """A loss with what it is given of the documents."""
+    loss = LOSSES[name](clip_low=0.2, clip_high=0.25, **OPTIONS[option])
+    new, entropy, inputs = objectives.pack(
+        documents, with_segments=name == "segment", per_token=option == "token_advantages"
+    )
+    return loss, new, entropy, inputs if loss.kl_coef else replace(inputs, ref_logps=None)
+
+
+def whole_gradients(loss, new, entropy, inputs):
+    new, entropy = new.clone().requires_grad_(), entropy.clone().requires_grad_()
+    value, metrics = loss(new, entropy, inputs)
+    value.backward()
+    return value.detach(), new.grad, entropy.grad, metrics
+
+
+def assert_metrics_add_up(parts, metrics):
+    merged = merge_pairs(parts)
+    assert merged.keys() == metrics.keys()
+    for name, pair in metrics.items():
+        if name.startswith("ratio/m") and name != "ratio/mean":  # extremes, whose weight says nothing
+            merged[name], pair = (merged[name][0],), (pair[0],)
+        if pair[-1] == 1:  # sums over the ranks
+            merged[name], pair = (merged[name][0],), (pair[0],)
+        torch.testing.assert_close(torch.stack(merged[name]), torch.stack(pair), check_dtype=False, msg=name)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@each_option
+@each_loss
+def test_any_split_is_the_whole(name, option, seed):
     documents, size, rng = random_case(seed)
-    loss = build(clip_low=0.2, clip_high=0.25, **options)
-    new, entropy, inputs = objectives.pack(documents)
-    if not options.get("kl_coef"):
-        inputs = replace(inputs, ref_logps=None)
+    loss, new, entropy, inputs = build_case(name, option, documents)
     places = list(range(new.numel()))
     rng.shuffle(places)
     rank_of = torch.tensor([rng.randrange(size) for _ in places])  # some ranks may hold nothing
@@ -101,6 +145,8 @@ def test_any_split_is_the_whole(build, options, seed):
             loss_mask=inputs.loss_mask[mine],
             old_logps=inputs.old_logps[mine],
             ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[mine],
+            token_advantages=None if inputs.token_advantages is None else inputs.token_advantages[mine],
+            segments=None if inputs.segments is None else replace(inputs.segments, index=inputs.segments.index[mine]),
             counted=torch.arange(inputs.label_counts.numel()) % size == rank,
             complete=axis.complete(rank),
         )
@@ -109,29 +155,93 @@ def test_any_split_is_the_whole(build, options, seed):
         return value.detach(), logps.grad, entropies.grad, metrics
 
     found = on_threads(run, size)
-    whole, whole_entropy = new.clone().requires_grad_(), entropy.clone().requires_grad_()
-    value, metrics = loss(whole, whole_entropy, inputs)
-    value.backward()
-    torch.testing.assert_close(sum(f[0] for f in found), value.detach(), rtol=1e-10, atol=1e-12)
+    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
+    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
     for rank, (_, d_logps, d_entropy, _) in enumerate(found):
-        for got, want in ((d_logps, whole.grad), (d_entropy, whole_entropy.grad)):
+        for got, want in ((d_logps, grad), (d_entropy, entropy_grad)):
             assert (got is None) == (want is None)
             if want is not None:
                 torch.testing.assert_close(got, want[shares[rank]], rtol=1e-10, atol=1e-14)
-    merged = merge_pairs(f[-1] for f in found)
-    assert merged.keys() == metrics.keys()
-    for name, pair in metrics.items():
-        if name.startswith("ratio/m") and name != "ratio/mean":  # extremes, whose weight says nothing
-            merged[name], pair = (merged[name][0],), (pair[0],)
-        if pair[-1] == 1:  # sums over the ranks
-            merged[name], pair = (merged[name][0],), (pair[0],)
-        torch.testing.assert_close(torch.stack(merged[name]), torch.stack(pair), check_dtype=False, msg=name)
+    assert_metrics_add_up([f[-1] for f in found], metrics)
 
 
-@pytest.mark.parametrize(("build", "expected"), [(GSPOLoss, 1), (GRPOLoss, 2)])
-def test_a_sequence_objective_sums_over_the_ranks_once(build, expected):
-    """A token objective once more, for its metrics per document."""
-    new, entropy, inputs = objectives.pack(objectives.random_documents([5, 8]))
+@pytest.mark.parametrize("seed", range(4))
+@each_option
+@each_loss
+def test_chunks_of_whole_documents_are_the_whole(name, option, seed):
+    documents, _, rng = random_case(seed)
+    for d in documents:  # rows without a label are gone before the head
+        kept = d["mask"].clone()
+        d.update({k: v[kept] for k, v in d.items() if v.dim()})
+    loss, new, entropy, inputs = build_case(name, option, [d for d in documents if d["mask"].numel()])
+    rows = inputs.loss_mask  # all but padding
+    new, entropy = new[rows], entropy[rows]
+    inputs = replace(
+        inputs,
+        document_index=inputs.document_index[rows],
+        loss_mask=rows[rows],
+        old_logps=inputs.old_logps[rows],
+        ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
+        token_advantages=None if inputs.token_advantages is None else inputs.token_advantages[rows],
+        segments=None if inputs.segments is None else replace(inputs.segments, index=inputs.segments.index[rows]),
+    )
+    counts = inputs.label_counts.tolist()
+    cuts = [0, *sorted(rng.sample(range(1, len(counts)), rng.randint(0, len(counts) - 1))), len(counts)]
+    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
+    found = []
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        span = slice(sum(counts[:first]), sum(counts[:last]))
+        found.append(whole_gradients(loss, new[span], entropy[span], _part(inputs, counts, first, last)))
+    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.cat([f[1] for f in found]), grad, rtol=1e-10, atol=1e-14)
+    if entropy_grad is not None:
+        torch.testing.assert_close(torch.cat([f[2] for f in found]), entropy_grad, rtol=1e-10, atol=1e-14)
+    assert_metrics_add_up([f[-1] for f in found], metrics)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    parallel.init_process_group(torch.device("cpu"))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["segment", "gspo_token"])
+def test_segments_of_a_batch_go_through_the_head(one_rank, name):
+    """In chunks as in one, and unlike documents without segments."""
+    batch = pack_documents(tiny_policy.documents(), 64)
+    places = batch.loss_mask.cumsum(0) // 4
+    batch.segment_index = torch.unique(1000 * batch.document_index + places, return_inverse=True)[1]
+    num_segments = int(batch.segment_index.max()) + 1
+    batch.segment_advantages = torch.randn(num_segments, generator=torch.Generator().manual_seed(0))
+
+    def found(kernel, **options):
+        loss = LOSSES[name](clip_low=0.01, clip_high=0.01)
+        policy = build_policy(loss, kernel=kernel, **options)
+        (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batch, torch.device("cpu"))], 7.0)
+        sums = MetricSums()
+        sums.add(pairs)
+        return sums.reduce(torch.device("cpu")), [p.grad.full_tensor() for p in policy.parameters()]
+
+    (metrics, grads), (expected, wanted) = found("compile", chunk_size=40), found("reference")
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    for grad, want in zip(grads, wanted, strict=True):
+        assert 0 < want.norm() and (grad - want).norm() <= 1e-5 * want.norm()
+    batch.segment_advantages = torch.ones(num_segments)
+    assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(found("reference")[1], wanted, strict=True))
+
+
+TOKEN_LEVEL = {"grpo", "gspo_token", "dual", "multi_scale", "cispo"}
+
+
+@each_loss
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_objective_sums_over_the_ranks_once(name, per_token):
+    """Where tokens are the units once more, for metrics per document."""
+    documents = objectives.random_documents([5, 8])
+    loss, new, entropy, inputs = build_case(name, "token_advantages" if per_token else "plain", documents)
     axis = Axis(1)
-    build()(new.requires_grad_(), entropy, replace(inputs, complete=axis.complete(0)))[0].backward()
-    assert axis.num_sums == expected
+    loss(new.requires_grad_(), entropy, replace(inputs, complete=axis.complete(0)))[0].backward()
+    assert axis.num_sums == (2 if name in TOKEN_LEVEL else 1)

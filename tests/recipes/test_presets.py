@@ -30,3 +30,12 @@ def test_run_with_a_preset_says_what_a_document_weighs(run, caplog, name, weight
     records = steps(output)
     assert len(records) == 2
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in records)
+
+
+def test_preset_on_the_command_line_replaces_the_files_objective(run, caplog):
+    with caplog.at_level(logging.INFO):
+        code, _ = run("preset=dapo", "loss.clip_high=0.3", "advantages.refill_dead_groups=false")
+    assert code is None
+    (logged,) = [m for m in caplog.messages if "_component_: gspo.losses." in m]
+    assert "gspo.losses.GRPOLoss" in logged and "clip_low: 0.2\n" in logged and "clip_high: 0.3\n" in logged
+    assert "aggregation: token\n" in logged and "refill_dead_groups: false\n" in logged
