@@ -193,7 +193,17 @@ def split(batch: PackedBatch, axis: ContextAxis | None) -> Shard:
     return Shard(whole, _per_token(whole, lambda name, values: values[mine]), places, axis.rank)
 
 
-_OF_TOKENS = ("tokens", "labels", "positions", "document_index", "loss_mask", "old_logps", "ref_logps", "segment_index")
+_OF_TOKENS = (
+    "tokens",
+    "labels",
+    "positions",
+    "document_index",
+    "loss_mask",
+    "old_logps",
+    "ref_logps",
+    "sampler_logps",
+    "segment_index",
+)
 
 
 def _per_token(batch: PackedBatch, change: Callable[[str, Tensor], Tensor]) -> PackedBatch:

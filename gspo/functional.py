@@ -58,6 +58,7 @@ class LossInputs:
     complete: Callable[[Tensor], Tensor] = _here  # [..., K] sums over the tokens here, to sums over all; same gradient
     segments: Segments | None = None  # all of them on every rank of a context group, as documents are
     token_advantages: Tensor | None = None  # [T], in place of the documents'; a larger unit has the mean of its tokens'
+    sampler_logps: Tensor | None = None  # [T] nats, of the sampler, where ``old_logps`` are the trainer's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,9 @@ class Drift:
 
     log_ratio: Tensor  # [T] nats, new - old
     logps: Tensor  # [T] nats
-    documents: Tensor  # [3, D] sums of log_ratio, of logps and of token_advantages (0 where there are none)
-    segments: Tensor | None  # [3, K] the same
+    mismatch: Tensor  # [T] nats, old - sampler's; 0 where these are the same
+    documents: Tensor  # [4, D] sums of log_ratio, of logps, of token_advantages (0 where there are none), of mismatch
+    segments: Tensor | None  # [4, K] the same
     valid: Tensor  # [D] bool, documents with a label whose every value is finite
     token_valid: Tensor  # [T] bool, their labelled tokens
 
@@ -78,6 +80,7 @@ class Units:
 
     log_ratio: Tensor  # [K] nats, mean over the unit's labelled tokens; 0 where not valid, as the next
     logps: Tensor  # [K] nats, mean
+    mismatch: Tensor  # [K] nats, mean
     advantages: Tensor  # [K]
     weights: Tensor  # [K], the unit's share in the undivided sum; 0 where not valid
     valid: Tensor  # [K] bool
@@ -108,6 +111,7 @@ class SurrogateTerms:
 
 RatioLevel = Callable[[Drift, Tensor, LossInputs], RatioTerms]  # of a drift, document weights [D] and the inputs
 Surrogate = Callable[[RatioTerms], SurrogateTerms]
+Correction = Callable[[Units, Drift, LossInputs], "Corrected"]
 DocumentWeights = Callable[[Tensor], Tensor]  # [D] labelled tokens -> [D]
 KLEstimator = Callable[[Tensor, Tensor], Tensor]  # [T] new and reference log-probabilities -> [T]
 
@@ -277,6 +281,57 @@ def mixed_ratio(
     return _bounded(units, exponent, -bound, bound)
 
 
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """Importance weights from the sampler's to the trainer's own old log-probabilities, over K units; no gradient."""
+
+    ratio: Tensor  # [K]
+    weights: Tensor  # [K], of the unit's term
+    changed: Tensor  # [K] bool, where these differ
+
+
+def token_truncated(units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float) -> Corrected:
+    """``min(r_t, high)`` for each token (truncated importance sampling; Ionides 2008, doi 10.1198/106186008X320456).
+
+    Each unit has the ratio of its mean, so units must be tokens.
+    """
+    return _truncated(_exp(units.mismatch), high)
+
+
+def token_masked(units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float) -> Corrected:
+    """``r_t``, and 0 outside [low, high] (as IcePop does); units must be tokens."""
+    ratio = _exp(units.mismatch)
+    outside = (ratio < low) | (ratio > high)
+    return Corrected(ratio, torch.where(outside, 0.0, ratio), outside)
+
+
+def sequence_product(units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float) -> Corrected:
+    """``min(product of r_t, high)`` of the unit's document: unbiased but for the bound, and wide for long ones."""
+    return _truncated(_exp(drift.documents[3][units.document]), high)
+
+
+def sequence_geometric(units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float) -> Corrected:
+    """``min(geometric mean of r_t, high)`` of the unit's document: GSPO's ratio, of the mismatch."""
+    means = drift.documents[3] / inputs.label_counts.clamp(min=1)
+    return _truncated(_exp(means[units.document]), high)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.detach().clamp(-20.0, 20.0).exp()
+
+
+def _truncated(ratio: Tensor, high: float) -> Corrected:
+    return Corrected(ratio, ratio.clamp(max=high), ratio > high)
+
+
+CORRECTIONS: dict[str, Callable[..., Corrected]] = {
+    "token_tis": token_truncated,
+    "token_mask": token_masked,
+    "sequence_product": sequence_product,
+    "sequence_geometric": sequence_geometric,
+}
+
+
 def unclipped_surrogate(terms: RatioTerms) -> SurrogateTerms:
     """``-r A``: importance sampling, with nothing clipped."""
     nowhere = torch.zeros_like(terms.bounded)
@@ -359,6 +414,7 @@ def policy_objective(
     kl_coef: float = 0.0,
     kl: KLEstimator = k3,
     entropy_coef: float = 0.0,
+    correction: Correction | None = None,
 ) -> tuple[Tensor, MetricSums]:
     """The undivided loss sum and its metric sums. Collective where documents span ranks, see :class:`LossInputs`.
 
@@ -371,8 +427,15 @@ def policy_objective(
     of_documents = torch.where(valid, weights(inputs.label_counts), 0).to(logps.dtype)
     terms = ratio(drift, of_documents, usable)
     result = surrogate(terms)
-    loss = count_once(terms.units.weights * result.loss, terms.units.counted)
-    metrics = (
+    terms_of_units, metrics = terms.units.weights * result.loss, {}
+    if inputs.sampler_logps is not None:
+        metrics = _mismatch_metrics(drift, usable)
+        if correction is not None:
+            corrected = correction(terms.units, drift, usable)
+            terms_of_units = corrected.weights * terms_of_units
+            metrics |= _correction_metrics(corrected, terms.units)
+    loss = count_once(terms_of_units, terms.units.counted)
+    metrics |= (
         _ratio_metrics(drift, terms, result, usable)
         | _token_metrics(logps.detach(), entropy.detach(), usable)
         | _quarantine_metrics(valid, inputs)
@@ -396,11 +459,13 @@ def _drift(logps: Tensor, inputs: LossInputs) -> Drift:
     """
     found = logps - inputs.old_logps
     finite = found.detach().isfinite()
-    if inputs.ref_logps is not None:
-        finite &= inputs.ref_logps.isfinite()
+    for others in (inputs.ref_logps, inputs.sampler_logps):
+        if others is not None:
+            finite &= others.isfinite()
     trained = inputs.loss_mask & finite
     given = torch.zeros_like(found) if inputs.token_advantages is None else inputs.token_advantages
-    picked = [torch.where(trained, values, 0.0) for values in (found, logps, given)]
+    mismatch = torch.zeros_like(found) if inputs.sampler_logps is None else inputs.old_logps - inputs.sampler_logps
+    picked = [torch.where(trained, values, 0.0) for values in (found, logps, given, mismatch)]
     rows = torch.stack((*picked, (inputs.loss_mask & ~finite).to(found.dtype)))
     if inputs.segments is None:
         segments, documents = None, document_sums(rows, inputs)
@@ -414,8 +479,9 @@ def _drift(logps: Tensor, inputs: LossInputs) -> Drift:
     return Drift(
         log_ratio=torch.where(token_valid, rows[0], 0.0),
         logps=torch.where(token_valid, rows[1], 0.0),
-        documents=torch.where(valid, documents[:3], 0.0),
-        segments=None if segments is None else segments[:3],
+        mismatch=torch.where(token_valid, rows[3], 0.0),
+        documents=torch.where(valid, documents[:4], 0.0),
+        segments=None if segments is None else segments[:4],
         valid=valid,
         token_valid=token_valid,
     )
@@ -443,11 +509,12 @@ def _whole_units(sums: Tensor, parts: Segments, weights: Tensor, drift: Drift, i
     """Units that every rank of a context group has."""
     counts, document = parts.label_counts, parts.document
     valid = drift.valid[document] & (counts > 0)
-    log_ratio, logps, advantages = torch.where(valid, sums, 0.0) / counts.clamp(min=1)
+    log_ratio, logps, advantages, mismatch = torch.where(valid, sums, 0.0) / counts.clamp(min=1)
     share = counts.to(weights.dtype) / inputs.label_counts.clamp(min=1)[document]
     return Units(
         log_ratio=log_ratio,
         logps=logps,
+        mismatch=mismatch,
         advantages=inputs.advantages[document] if inputs.token_advantages is None else advantages,
         weights=torch.where(valid, weights[document] * share, 0.0),
         valid=valid,
@@ -466,6 +533,7 @@ def token_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
     return Units(
         log_ratio=drift.log_ratio,
         logps=drift.logps,
+        mismatch=drift.mismatch,
         advantages=torch.where(valid, given, 0.0),
         weights=torch.where(valid, per_token[document], 0.0),
         valid=valid,
@@ -525,6 +593,33 @@ def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inpu
         "clip/binding_token": (torch.where(binding & units.counted, units.num_tokens, 0).sum(), tokens),
         "clip/low": ((result.low & units.counted).sum(), num_units),
         "clip/high": ((result.high & units.counted).sum(), num_units),
+    }
+
+
+def _mismatch_metrics(drift: Drift, inputs: LossInputs) -> MetricSums:
+    """What trainer and sampler disagree by, in nats, at the weights that the old log-probabilities are of."""
+    mismatch = drift.mismatch.detach()
+    means = drift.documents[3].detach() / inputs.label_counts.clamp(min=1)
+    return {
+        "_mismatch_sq": (mismatch.square().sum(), inputs.loss_mask.sum()),
+        "mismatch/abs_document": (_counted(means.abs(), inputs).sum(), _counted(drift.valid, inputs).sum()),
+    }
+
+
+def _correction_metrics(corrected: Corrected, units: Units) -> MetricSums:
+    """The correction's ratios before and after they are truncated or masked, over the units of the objective."""
+    num_units, one = units.counted.sum(), corrected.ratio.new_ones(())
+
+    def total(values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(units.counted, values, 0.0).sum(), num_units
+
+    return {
+        "correction/ratio_mean": total(corrected.ratio),
+        "correction/ratio_max": (_largest(torch.where(units.valid, corrected.ratio, -torch.inf)), one),
+        "correction/weight_mean": total(corrected.weights),
+        "_correction_ratio_sq": total(corrected.ratio.square()),
+        "_correction_weight_sq": total(corrected.weights.square()),
+        "correction/changed": ((corrected.changed & units.counted).sum(), num_units),
     }
 
 

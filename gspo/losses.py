@@ -15,6 +15,10 @@ All of them take:
 - ``kl_coef``: weight of the KL to the reference policy, 0 = none. Needs a reference policy in the config.
 - ``kl_estimator``: ``k1``, ``k2`` or ``k3``.
 - ``entropy_coef``: weight of the entropy bonus, 0 = none.
+- ``correction``: with ``old_logps: recompute``, the importance weight from the sampler's log-probabilities to these:
+  ``token_tis`` (a token's ratio, at most ``correction_high``), ``token_mask`` (a token's ratio, 0 outside
+  ``correction_low`` to ``correction_high``), ``sequence_product`` or ``sequence_geometric`` (the document's, at most
+  ``correction_high``); null for none. The first two need a loss with a term per token.
 
 and raise an :class:`~gspo.errors.InputError` that names the key for a value outside these.
 """
@@ -49,6 +53,9 @@ class _PolicyLoss(nn.Module):
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    correction: str | None = None
+    correction_low: float = 0.5
+    correction_high: float = 2.0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -73,6 +80,7 @@ class _PolicyLoss(nn.Module):
             kl_coef=self.kl_coef,
             kl=F.KL_ESTIMATORS[self.kl_estimator],
             entropy_coef=self.entropy_coef,
+            correction=self._correction(),
         )
 
     def _constant(self) -> dict[str, int]:
@@ -85,6 +93,20 @@ class _PolicyLoss(nn.Module):
             raise InputError(f"loss.aggregation is {self.aggregation!r}: set loss.{key} to what it divides by.")
         _require(value > 0, key, value, "must be positive")
         return {key: value}
+
+    def _correction(self) -> F.Correction | None:
+        if self.correction is None:
+            return None
+        _one_of("correction", self.correction, F.CORRECTIONS)
+        low, high = self.correction_low, self.correction_high
+        _require(0 <= low <= 1, "correction_low", low, "must lie in [0, 1]")
+        _require(1 <= high < math.inf, "correction_high", high, "must be 1 or more")
+        if self.correction.startswith("token") and self.ratio_level.startswith(("document", "segment")):
+            raise InputError(
+                f"loss.correction is {self.correction!r}, which weighs tokens, but {type(self).__name__} has one term "
+                f"for each {self.ratio_level}: set it to sequence_geometric, or name gspo.losses.GSPOTokenLoss."
+            )
+        return partial(F.CORRECTIONS[self.correction], low=low, high=high)
 
     def _ratio(self) -> F.RatioLevel:
         raise NotImplementedError

@@ -33,6 +33,14 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "entropy": ("mean", "token", "nats"),
     "new_logps": ("mean", "token", "nats"),
     "old_logps": ("mean", "token", "nats"),
+    "_mismatch_sq": ("mean", "token", "nats^2"),
+    "mismatch/abs_document": ("mean", "document", "nats"),
+    "correction/ratio_mean": ("mean", "unit of the ratio", ""),
+    "correction/ratio_max": ("max", "unit of the ratio", ""),
+    "correction/weight_mean": ("mean", "unit of the ratio", ""),
+    "_correction_ratio_sq": ("mean", "unit of the ratio", ""),
+    "_correction_weight_sq": ("mean", "unit of the ratio", ""),
+    "correction/changed": ("mean", "unit of the ratio", "share"),
     "_log_ratio_sq": ("mean", "token", "nats^2"),
     "log_ratio/abs_document": ("mean", "document", "nats"),
     "bounded_documents": ("sum", "step", "documents"),
@@ -157,6 +165,11 @@ def finalize(metrics: dict[str, float]) -> dict[str, float]:
     found = dict(metrics)
     if "_ratio_sq" in found and found["_ratio_sq"]:
         found["ratio/ess"] = found["ratio/mean"] ** 2 / found["_ratio_sq"]  # share of the units
+    for before in ("ratio", "weight"):
+        if square := found.get(f"_correction_{before}_sq"):
+            found[f"correction/{before}_ess"] = found[f"correction/{before}_mean"] ** 2 / square
+    if "_mismatch_sq" in found:
+        found["mismatch/rms_token"] = math.sqrt(found["_mismatch_sq"])
     if "_reward_sq" in found:
         found["reward/std"] = math.sqrt(max(found["_reward_sq"] - found["reward/mean"] ** 2, 0.0))
     if "_log_ratio_sq" in found:

@@ -217,6 +217,7 @@ def _row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInpu
         advantages=batch.advantages,
         label_counts=batch.label_counts,
         ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
+        sampler_logps=None if batch.sampler_logps is None else batch.sampler_logps[rows],
         segments=segments,
         token_advantages=None if given is None or segments is None else given[segments.index],
         **spanning,
@@ -237,6 +238,7 @@ def _part(inputs: LossInputs, label_counts: list[int], first: int, last: int) ->
         advantages=inputs.advantages[first:last],
         label_counts=inputs.label_counts[first:last],
         ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
+        sampler_logps=None if inputs.sampler_logps is None else inputs.sampler_logps[rows],
         segments=None if inputs.segments is None else _part_segments(inputs.segments, rows, first, last),
         token_advantages=None if given is None else given[rows],
     )

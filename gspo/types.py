@@ -106,6 +106,7 @@ class PackedBatch:
     rollout_continues: bool = False  # more of its rollout waits on this rank; False where rollouts share a buffer
     prefix_index: torch.Tensor | None = None  # [D] int64, document that each also sees, itself if none; None: no prefix
     ref_logps: torch.Tensor | None = None  # [T] float32, nats, under the reference policy at the same temperature
+    sampler_logps: torch.Tensor | None = None  # [T] float32, nats, where the trainer's own stand in old_logps
     segment_index: torch.Tensor | None = None  # [T] int64 in [0, K), finer than a document: a turn, a step
     segment_advantages: torch.Tensor | None = None  # [K] float32, in place of ``advantages``
 

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torchtune import config, training, utils
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from gspo import evaluation, metrics, parallel
+from gspo import dump, evaluation, metrics, parallel
 from gspo.config import check_config, parse, refusals, require
 from gspo.context import ContextAxis, ShareOverContext
 from gspo.data.graph import GraphOptions, build_graph
@@ -54,6 +55,7 @@ OPTIONAL_KEYS = {
     "clip_grad_norm": None,
     "advantages": {"estimator": "group_mean_std", "drop_dead_groups": True, "refill_dead_groups": False},
     "reward_pool": {},
+    "old_logps": "sampler",
     "sync_every_steps": 1,
     "ppo_epochs": 1,
     "min_ess": None,
@@ -61,6 +63,7 @@ OPTIONAL_KEYS = {
     "eval_prompts": None,
     "eval": {"every_n_steps": 0, "num_samples": 0},
     "save_every_n_steps": 0,
+    "dump_every_n_steps": 0,
     "max_skipped_steps": 10,
     "kernel": "auto",
     "head_chunk_size": None,
@@ -96,8 +99,8 @@ AT_LEAST_1 = (
     "data_parallel_replicate_size", "context_parallel_size", "log_every_n_steps", "packing.tokens_per_microbatch",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "prefetch", "save_every_n_steps", "max_skipped_steps", "log_completions", "seed", "eval.every_n_steps",
-    "eval.num_samples",
+    "prefetch", "save_every_n_steps", "dump_every_n_steps", "max_skipped_steps", "log_completions", "seed",
+    "eval.every_n_steps", "eval.num_samples",
 )  # fmt: skip
 SWITCHES = (
     "enable_activation_checkpointing", "compile", "fsdp_cpu_offload", "fsdp_reshard_after_forward",
@@ -123,6 +126,7 @@ VALUES = (  # keys, what fits, and that in words
         lambda x: x is None or (type(x) in (int, float) and 0 < x <= 1),
         "a share above 0 and up to 1, or null for no bound",
     ),
+    (("old_logps",), lambda x: x in ("sampler", "recompute"), "sampler or recompute"),
     (("dtype",), lambda x: x in ("fp32", "bf16"), "fp32 or bf16"),
     (
         ("clip_grad_norm",),
@@ -140,6 +144,7 @@ class GSPOFullFinetuneRecipe:
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
         self._metrics_file = self._output_dir / "metrics.jsonl"
+        self._dumps = self._output_dir / "dumps"
         self._device = parallel.find_device(cfg.device)
         with refusals("dtype", "use fp32"):
             self._dtype = training.get_dtype(cfg.dtype, device=self._device)
@@ -184,6 +189,11 @@ class GSPOFullFinetuneRecipe:
             not (penalized and drops), "advantages.drop_dead_groups", True,
             "must be false where the loss has a KL or entropy term, which a group of equal rewards feels too",
             "set it to false, or set refill_dead_groups: true to replace such groups",
+        )  # fmt: skip
+        correction = cfg.loss.get("correction")
+        require(
+            correction is None or cfg.old_logps == "recompute", "loss.correction", correction,
+            "needs old_logps: recompute, since the sampler's own already stand in the ratio", "set that, or drop it",
         )  # fmt: skip
         length = cfg.packing.get("bin_length") or 0  # null fits bins to any size
         require(
@@ -280,6 +290,7 @@ class GSPOFullFinetuneRecipe:
             metrics.set_aside(self._quarantine_file)
             if self._rank == 0:
                 metrics.set_aside(self._metrics_file)
+                metrics.set_aside(self._dumps)
                 self._metrics_file.touch()
 
     def _component(self, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -351,6 +362,9 @@ class GSPOFullFinetuneRecipe:
 
     def _prepare(self, batch: PackedBatch) -> Microbatch:
         microbatch = Microbatch.prepare(batch, self._device, self._context)
+        if self._cfg.old_logps == "recompute":
+            microbatch.batch.sampler_logps = microbatch.batch.old_logps
+            microbatch.batch.old_logps = self._policy.logps(microbatch)
         if self._reference is not None:
             microbatch.batch.ref_logps = self._reference.logps(microbatch)
         return microbatch
@@ -375,6 +389,9 @@ class GSPOFullFinetuneRecipe:
         if values.get("_late_documents"):
             self._quarantine(microbatches, values, step, denominator)
         values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on with it
+        every = self._cfg.dump_every_n_steps
+        if values.get("_late_documents") or (every and (self._step + 1) % every == 0):
+            self._dump(microbatches, step, values)
         self._audit.begin()
         values["grad_norm"] = self._optimizer_step()
         changed, looked_at = parallel.sum_over_ranks(self._audit.end(), self._device)
@@ -434,6 +451,23 @@ class GSPOFullFinetuneRecipe:
                     self._quarantined.add((i, document))
                     self._write_quarantined({"step": self._step} | record)
 
+    def _dump(self, microbatches: list[Microbatch], step: parallel.StepBatches, values: dict[str, float]) -> None:
+        """Writes all that the step's objective saw, with its log-probabilities, before the weights change."""
+        found = dump.collect(self._policy, microbatches, self._context)
+        if self._rank != 0:
+            return
+        metadata = {
+            "step": self._step + 1,  # as in metrics.jsonl
+            "num_documents": step.num_documents,
+            "num_label_tokens": step.num_label_tokens,
+            "sampling": asdict(self._params),
+            "seed": self._cfg.seed,
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "metrics": metrics.public(values),
+        }
+        with refusals("output_dir", "choose a folder that can be written and has space"):
+            dump.write(self._dumps / f"step_{self._step + 1}.safetensors", dump.Dump(found, metadata))
+
     def _write_quarantined(self, record: dict[str, Any]) -> None:
         metrics.append_jsonl(self._quarantine_file, record)
 
@@ -448,7 +482,7 @@ class GSPOFullFinetuneRecipe:
         values["time/sync"] = time.perf_counter() - begin
         if last or (cfg.eval.every_n_steps and self._step % cfg.eval.every_n_steps == 0):
             values |= self._evaluate()
-        if fresh:
+        if fresh and cfg.old_logps == "sampler":
             values |= metrics.noise_floor(values)
         if self._rank == 0:
             self._advisor.look(values)

@@ -83,6 +83,12 @@ REFUSED = {
         ["context_parallel_size=3", "packing.bin_length=64"],
         "packing.bin_length: 64 must be a multiple of context_parallel_size (3), which splits every bin; use 66",
     ),
+    "old_logps_of_nobody": (["old_logps=mine"], "old_logps: 'mine' must be sampler or recompute"),
+    "correction_of_nothing": (
+        ["loss.correction=sequence_geometric"],
+        "loss.correction: 'sequence_geometric' needs old_logps: recompute, since the sampler's own already stand",
+    ),
+    "ess_above_1": (["min_ess=2"], "min_ess: 2 must be a share above 0 and up to 1, or null for no bound"),
     "no_context": (["context_parallel_size=0"], "context_parallel_size: 0 must be a whole number of 1 or more"),
     "output_in_the_model": (["output_dir=${base_dir}/out"], "output directory cannot be the same as or a subdirectory"),
     "output_in_a_file": (["output_dir=${data_dir}/train.jsonl/out"], "output_dir: NotADirectoryError: [Errno 20]"),

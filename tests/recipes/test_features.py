@@ -144,6 +144,27 @@ def test_a_small_effective_sample_size_ends_the_updates_of_a_rollout(run, min_es
     assert all(0.9 < r["update/changed_fraction"] <= 1 for r in records)
 
 
+def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, recipe, monkeypatch):
+    draw = recipe.Microbatch.prepare
+
+    def a_sampler_that_is_off(batch, device, context):
+        batch.old_logps += torch.where(batch.loss_mask, 0.2 * torch.sin(torch.arange(batch.tokens.numel())), 0.0)
+        return draw(batch, device, context)
+
+    monkeypatch.setattr(recipe.Microbatch, "prepare", a_sampler_that_is_off)
+    options = ("ppo_epochs=2", "loss._component_=gspo.losses.GSPOTokenLoss")
+    (first, _) = finish(run(*options))
+    assert first["kl_new_old"] > 1e-2 and first["mismatch/rms_token"] > 0.1
+    first, second = finish(
+        run(*options, "old_logps=recompute", "loss.correction=token_tis", "loss.correction_high=1.1")
+    )
+    assert first["kl_new_old"] < 1e-10 < second["kl_new_old"]  # of the trainer's own numbers
+    for record in (first, second):  # of these and the sampler's, both times
+        assert 0.1 < record["mismatch/rms_token"] < 0.2 and 0.1 < record["correction/changed"] < 0.5
+        assert record["correction/weight_mean"] < record["correction/ratio_mean"] < record["correction/ratio_max"]
+        assert record["correction/ratio_ess"] < record["correction/weight_ess"] < 1
+
+
 def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypatch):
     prepare = recipe.Microbatch.prepare
 
