@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gspo.errors import InputError
 
+LENGTH_BINS = (64, 256, 1024)  # labelled tokens, upper ends
 MetricSums = dict[str, tuple[Tensor, Tensor]]  # name -> (value sum, weight sum), see gspo.metrics
 
 
@@ -559,10 +560,10 @@ def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
     return values if inputs.counted is None else torch.where(inputs.counted, values, torch.zeros_like(values))
 
 
-def _documents_with(flags: Tensor, units: Units, inputs: LossInputs) -> Tensor:  # [N, K] bool -> [N]
-    """How many documents counted here have a valid unit with each of N flags."""
+def _documents_with(flags: Tensor, units: Units, inputs: LossInputs) -> Tensor:  # [N, K] bool -> [N, D] bool
+    """Which documents counted here have a valid unit with each of N flags."""
     hits = _sums((flags & units.valid).to(units.weights.dtype), units.document, inputs.label_counts.numel())
-    return _counted(units.complete(hits) > 0, inputs).sum(-1)
+    return _counted(units.complete(hits) > 0, inputs)
 
 
 def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inputs: LossInputs) -> MetricSums:
@@ -575,7 +576,8 @@ def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inpu
     means = drift.documents[0].detach() / inputs.label_counts.clamp(min=1)
     binding = result.low | result.high
     flags = torch.stack((units.valid, terms.bounded, result.outside, binding))
-    documents, bounded, outside, bound = _documents_with(flags, units, inputs)
+    with_flags = _documents_with(flags, units, inputs)
+    documents, bounded, outside, bound = with_flags.sum(-1)
     num_units, tokens = units.counted.sum(), inputs.loss_mask.sum()
     k3_nats = torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio
     one = ratio.new_ones(())
@@ -593,7 +595,22 @@ def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inpu
         "clip/binding_token": (torch.where(binding & units.counted, units.num_tokens, 0).sum(), tokens),
         "clip/low": ((result.low & units.counted).sum(), num_units),
         "clip/high": ((result.high & units.counted).sum(), num_units),
-    }
+    } | _clip_by_length(with_flags[0], with_flags[3], inputs.label_counts)
+
+
+def _clip_by_length(
+    documents: Tensor,  # [D] bool
+    bound: Tensor,  # [D] bool, those whose gradient the clip stops, in part at least
+    label_counts: Tensor,  # [D]
+) -> MetricSums:
+    """``clip/binding_document`` by length: a band on a mean clips short documents first, one on a product long ones."""
+    found, above = {}, torch.zeros_like(documents)
+    for length in (*LENGTH_BINS, None):
+        within = documents & ~above & (label_counts <= length if length else ~above)
+        name = f"clip/binding_document_{f'to_{length}' if length else 'longer'}"
+        found[name] = ((bound & within).sum(), within.sum())
+        above = above | within
+    return found
 
 
 def _mismatch_metrics(drift: Drift, inputs: LossInputs) -> MetricSums:

@@ -251,6 +251,18 @@ def test_clip_stops_the_gradient_on_its_side(name, shift, advantage, flows):
     assert metrics[side][0] == (0 if flows else metrics[side][1])
 
 
+@each_loss
+def test_clipped_documents_are_counted_by_length(name):
+    documents = objectives.random_documents([1, 64, 65, 256, 300, 1024, 1025, 2000, 7], scale=0.0)
+    for i, d in enumerate(documents):
+        d["new"], d["advantage"] = d["old"] + (0.5 if i % 2 else 0.0), torch.tensor(1.0, dtype=torch.float64)
+    new, entropy, inputs = objectives.pack(documents, with_segments=name == "segment")
+    _, metrics = LOSSES[name][0](clip_low=0.2, clip_high=0.2)(new, entropy, inputs)
+    found = [tuple(map(int, v)) for k, v in metrics.items() if k.startswith("clip/binding_document_")]
+    binds = name != "cispo"  # whose gradient never vanishes
+    assert found == [(binds, 3), (binds, 2), (binds, 2), (binds, 2)]
+
+
 def test_gspo_value_by_hand():
     # Two labels, log-ratios 0.1 and 0.3: s = exp(0.2) = 1.2214 is above 1.2, so a positive advantage is clipped at 1.2.
     inputs = LossInputs(
