@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
@@ -27,6 +27,9 @@ from torchdata.nodes import BaseNode
 from torchtune.modules import TransformerDecoder
 
 from gspo.types import PackedBatch
+
+# Differentiable, and known to torch.compile; torch 2.13 has it by a new name.
+_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -245,7 +248,7 @@ def _gathered(attend: Callable[..., Tensor], repeats: int, axis: ContextAxis) ->
     ) -> Tensor:
         # Heads of keys and values come repeated to those of queries; one of each travels.
         mine = torch.stack((k[:, ::repeats], v[:, ::repeats]))  # [2, R, heads, S / C, head_dim]
-        found = all_gather_tensor_autograd(mine, 0, group).view(size, *mine.shape)
+        found = _all_gather(mine, 0, group).view(size, *mine.shape)
         keys, values = found.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         if isinstance(mask, BlockMask):
             keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))

@@ -19,14 +19,16 @@ LAYERS = (
     ("kernels", "data", "presets"),
     ("losses", "parallel", "context", "metrics", "config", "evaluation"),
     ("policy", "optim", "tiny", "plot", "diagnosis"),
-    ("demo", "validate", "__main__"),
-    ("plan",),
+    ("demo", "validate", "dump", "__main__"),
+    ("plan", "replay"),
     ("recipe",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 MAY_USE_TORCH_DISTRIBUTED = (
     "gspo.parallel",
     "gspo.context",
+    "gspo.diagnosis",
+    "gspo.dump",
     "gspo.policy",
     "gspo.metrics",
     "gspo.optim",

@@ -67,6 +67,7 @@ def test_any_ranks_train_on_the_same_documents(installed, base, folder):
         arguments = overrides(base, name, *options, reward="my_rewards.variety")
         result = shell(TUNE, *command, *arguments, path=installed, cwd=folder)
         assert_trained(result, folder / name)
+        assert "Warning" not in result.stderr
         found[name] = lines(folder / name / "metrics.jsonl")
     for one, four in zip(found["one"], found["four"], strict=True):
         for key in one.keys() & SAME_ON_ANY_RANKS:
