@@ -89,7 +89,9 @@ def linear_logps(
 
     Raises:
         InputError: a kernel that is not known or cannot run here.
+        ValueError: the inputs are not of as many rows.
     """
+    _check_rows(hidden, labels, temperature)
     chunk_size, kernels = _settle(weight, chunk_size, kernel)
     if kernels is None:
         return reference.linear_logps(
@@ -124,17 +126,20 @@ def linear_loss(
         temperature: see there.
         label_counts: on the host.
         seam: ``(logps, entropy, first, last)``, of the rows of documents ``first`` to ``last - 1``, to their undivided
-            loss sum and metric sums; plain torch, additive over documents.
-        chunk_size: see there; chunks hold whole documents, and a longer document costs one product of its rows more.
+            loss sum and metric sums; plain torch, additive over documents. It is differentiated by ``logps`` and
+            ``entropy`` alone: parameters of its own get no gradient.
+        chunk_size: see there; chunks hold whole documents, and a longer document costs one product more, of its rows
+            that have a gradient.
         entropy_grad: the loss depends on the entropy.
         kernel: see there.
 
     Raises:
         InputError: a kernel that is not known or cannot run here.
-        ValueError: ``label_counts`` are not those of the rows.
+        ValueError: ``label_counts`` are not those of the rows, or the inputs are not of as many rows.
     """
-    if sum(label_counts) != labels.numel():
+    if sum(label_counts) != labels.numel() or min(label_counts, default=0) < 0:
         raise ValueError(f"label_counts add up to {sum(label_counts)}, but there are {labels.numel()} labels")
+    _check_rows(hidden, labels, temperature)
     chunk_size, kernels = _settle(weight, chunk_size, kernel)
     if kernels is None:
         logps, entropy = reference.linear_logps(
@@ -163,15 +168,25 @@ def logits_logps(
     entropy_grad: bool = False,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
-    """:func:`linear_logps` for logits that are there already. The backward overwrites them with their gradient.
+    """:func:`linear_logps` for logits that are there already. But for ``reference``, the backward overwrites them.
 
     Raises:
         InputError: a kernel that is not known or cannot run here.
+        ValueError: the inputs are not of as many rows.
     """
+    _check_rows(logits, labels, temperature)
     _, kernels = _settle(logits, 1, kernel, vocab_size=logits.shape[-1])
     if kernels is None:
         return reference.logits_logps(logits, labels, temperature, entropy_grad=entropy_grad)
     return head.logits_logps(logits, labels, temperature, kernels=kernels, entropy_grad=entropy_grad)
+
+
+def _check_rows(rows_of: Tensor, labels: Tensor, temperature: Tensor) -> None:
+    sizes = rows_of.shape[0], labels.numel(), temperature.numel()
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"there are {sizes[0]} rows, {sizes[1]} labels and {sizes[2]} temperatures: one each is needed"
+        )
 
 
 def _settle(

@@ -5,6 +5,7 @@ the weight, f being the share of rows whose gradient is exactly zero:
 
 - :func:`linear_loss`, for whole documents: 3 - 2f. The objective runs on the chunk while its logits are at hand, its
   autograd gives one coefficient per row, and rows with a coefficient of zero are left out of both gradient products.
+  A document longer than a chunk pays a fourth product for its other rows, but for those in its last span.
 - :func:`linear_logps`, an autograd op that knows no objective: 4 - 3f, since the backward computes the logits of the
   rows that have a gradient once more.
 - :func:`logits_logps`, for logits that are there already: two reads and one write in place, no product.
@@ -53,9 +54,10 @@ def linear_loss(
         temperature: of each row.
         label_counts: on the host.
         seam: ``(logps, entropy, first, last)`` of documents ``first`` to ``last - 1`` to their undivided loss sum and
-            metric sums; plain torch, differentiated here.
+            metric sums; plain torch, differentiated here with respect to its first two arguments.
         kernels: the backend.
-        chunk_size: rows whose logits are held at a time. A longer document costs one more product of its rows.
+        chunk_size: rows whose logits are held at a time. A longer document costs one more product of its rows that
+            have a coefficient.
         entropy_grad: the loss depends on the entropy.
 
     Returns:
@@ -69,23 +71,23 @@ def linear_loss(
     metrics = []
     for first, last, start, stop in chunks:
         spans = [(i, min(i + chunk_size, stop)) for i in range(start, stop, chunk_size)]
-        parts = [head.statistics(*span) for span in spans]
-        logps, log_z, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
-        with torch.enable_grad():
-            logps.requires_grad_()
-            entropy.requires_grad_(entropy_grad)
+        with torch.no_grad():
+            parts = [head.statistics(*span) for span in spans]
+            logps, log_z, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        with torch.set_grad_enabled(any(needs)):
+            logps.requires_grad_(any(needs))
+            entropy.requires_grad_(any(needs) and entropy_grad)
             part, found = seam(logps, entropy, first, last)
         metrics.append(found)
         loss += part.detach()
-        if not any(needs):
+        if not part.requires_grad:  # none is asked for, or the objective has none for these documents
             continue
         d_logps, d_entropy = _coefficients(part, logps, entropy)
-        for i, (a, b) in reversed(list(enumerate(spans))):
-            at = slice(a - start, b - start)
-            if i < len(spans) - 1:
-                head.fill(a, b)  # the buffer holds the last span only
-            rest = (log_z[at], entropy[at].detach(), d_logps[at], None if d_entropy is None else d_entropy[at])
-            head.add_gradient(a, b, *rest)
+        with torch.no_grad():
+            for i, (a, b) in reversed(list(enumerate(spans))):
+                at = slice(a - start, b - start)
+                rest = (log_z[at], entropy[at], d_logps[at], None if d_entropy is None else d_entropy[at])
+                head.add_gradient(a, *rest, filled=i == len(spans) - 1)
     if not metrics:  # no rows, but the names of the metrics must be those of the other ranks
         none = loss.new_zeros(0)
         metrics.append(seam(none, none, 0, len(label_counts))[1])
@@ -158,17 +160,26 @@ class _Head:
         return self.kernels.statistics(logits, self.labels[start:stop], self.temperature[start:stop])
 
     def add_gradient(
-        self, start: int, stop: int, log_z: Tensor, entropy: Tensor, d_logps: Tensor, d_entropy: Tensor | None
+        self,
+        start: int,
+        log_z: Tensor,
+        entropy: Tensor,
+        d_logps: Tensor,
+        d_entropy: Tensor | None,
+        *,
+        filled: bool = True,
     ) -> None:
-        """Adds the gradients of rows whose logits are in the buffer, and uses these up."""
+        """Adds the gradients of the rows from ``start``, whose logits, if ``filled``, are in the buffer; uses it up."""
         active = d_logps != 0
         if d_entropy is not None:
             active |= d_entropy != 0
-        rows = _to_front(self.buffer, active)
+        rows = _to_front(self.buffer, active) if filled else active.nonzero().squeeze(-1)
         num_rows = rows.numel()  # known on the host: the products take no longer than their rows
         if not num_rows:
             return
         at = start + rows
+        if not filled:
+            self.kernels.product(self.hidden[at], self.weight, self.buffer[:num_rows])
         gradient = self.kernels.gradient(
             self.buffer[:num_rows],
             self.labels[at],
@@ -280,7 +291,7 @@ class _LinearLogps(torch.autograd.Function):
         for a in range(0, active.numel(), ctx.chunk_size):
             b = min(a + ctx.chunk_size, active.numel())
             head.fill(a, b)
-            head.add_gradient(a, b, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None)
+            head.add_gradient(a, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None)
         d_hidden, d_weight = head.gradients()
         if d_hidden is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, active, d_hidden.to(hidden.dtype))

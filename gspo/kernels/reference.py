@@ -1,7 +1,8 @@
 """The loss head in plain torch: log-probabilities and entropies from hidden states, exact in float32.
 
 The truth that faster kernels are compared with. It is chunked over tokens, so that ``T x V`` is never held whole: with
-more than one chunk the logits are computed again in the backward.
+more than one chunk the logits are computed again in the backward. Unlike theirs, its gradients are not finite if any
+row of hidden states is not, even one that the objective does not use.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _chunk_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor, *, entropy_grad: bool
 ) -> tuple[Tensor, Tensor]:
     # Statistics from fp32 logits: bf16-rounded ones err by 1e-4 to 1e-3, as wide as GSPO's band.
-    logits = _at_least_float32(hidden) @ _at_least_float32(weight).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = _at_least_float32(hidden) @ _at_least_float32(weight).T
     return logits_logps(logits, labels, temperature, entropy_grad=entropy_grad)
 
 
@@ -55,7 +57,7 @@ def logits_logps(
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
     """The same from logits."""
-    all_logps = (_at_least_float32(logits) / temperature[:, None]).log_softmax(-1)
+    all_logps = (_at_least_float32(logits) / temperature.detach()[:, None]).log_softmax(-1)
     logps = all_logps.gather(-1, labels[:, None]).squeeze(-1)
     all_logps = all_logps if entropy_grad else all_logps.detach()
     return logps, -(all_logps.exp() * all_logps).sum(-1)

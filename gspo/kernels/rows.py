@@ -73,23 +73,27 @@ def gradient(
     """See :class:`RowKernels`; ``overwrite`` is :func:`_overwrite`, compiled or not."""
     inverse = temperature.reciprocal()
     scale = d_logps * inverse
-    if d_entropy is None:
-        overwrite(logits, inverse, log_z, scale)
-    else:
-        overwrite(logits, inverse, log_z, scale, entropy, d_entropy * inverse)
-    logits.scatter_add_(-1, labels[:, None], scale[:, None].to(logits.dtype))
+    rest = (inverse, log_z, scale) if d_entropy is None else (inverse, log_z, scale, entropy, d_entropy * inverse)
+    # By itself and before anything is rounded: near a probability of 1 it is a small difference.
+    at_label = _entries(logits.gather(-1, labels[:, None]), *rest) + scale[:, None]
+    overwrite(logits, *rest)
+    logits.scatter_(-1, labels[:, None], at_label.to(logits.dtype))
     return logits.to(dtype)
 
 
-def _overwrite(
+def _overwrite(logits: Tensor, *rest: Tensor) -> None:
+    logits.copy_(_entries(logits, *rest))
+
+
+def _entries(
     logits: Tensor,
     inverse: Tensor,
     log_z: Tensor,
     scale: Tensor,
     entropy: Tensor | None = None,
     entropy_scale: Tensor | None = None,
-) -> None:
-    """The part of the gradient that all entries of a row have, in place of the logits."""
+) -> Tensor:
+    """The part of the gradient that all entries of a row have."""
     # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products slow down at these.
     all_logps = (_at_least_float32(logits) * inverse[:, None] - log_z[:, None]).clamp(min=-60.0)
     p = all_logps.exp()
@@ -97,7 +101,7 @@ def _overwrite(
     if entropy is not None and entropy_scale is not None:
         surprise = all_logps + entropy[:, None]
         found = found - torch.where(entropy_scale[:, None] == 0, 0.0, entropy_scale[:, None] * p * surprise)
-    logits.copy_(found)
+    return found
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ def test_chunks_are_few_and_even(label_counts, rows):
     assert not rows or documents == list(range(len(label_counts)))
 
 
+def test_long_documents_without_a_coefficient_cost_nothing_more():
+    assert units("linear_loss", 1.0, chunk_size=4) == 1
+    assert units("linear_loss", 0.5, chunk_size=4) == 2.25
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation returns."""
 

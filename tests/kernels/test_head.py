@@ -26,6 +26,22 @@ def test_linear_logps_equals_float64(size, kernel, chunk_size):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=2e-5)
 
 
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bit_logits_are_rounded_once(kernel, dtype):
+    """At label probabilities near 1, where the gradient of the label is a small difference."""
+    logits = torch.randn(40, 61, generator=torch.Generator().manual_seed(0))
+    labels, temperature = torch.arange(40), torch.ones(40)
+    logits[labels, labels] += torch.linspace(0, 9, 40)
+    logits, weights = logits.to(dtype), heads.mix_weights(40, zeros=0.2)
+    found = heads.gradients(
+        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel), weights, logits, labels, temperature
+    )
+    expected = heads.gradients(heads.restated_logits, weights, logits.double(), labels, temperature)
+    for got, want in zip(found[-1], expected[-1], strict=True):
+        assert not want.any() or heads.relative(got, want) < 4e-3
+
+
 @each_size
 @each_kernel
 def test_logits_logps_equals_float64(size, kernel):
@@ -96,6 +112,43 @@ def test_counts_that_are_not_the_rows_are_refused():
     values, counts, seam = loss_case((63, 16, 61))
     with pytest.raises(ValueError, match="label_counts add up to 64, but there are 63 labels"):
         linear_loss(*values, [*counts, 1], seam)
+
+
+@each_kernel
+@pytest.mark.parametrize("chunk_size", [4096, 20])
+def test_an_objective_may_be_constant_on_some_documents(kernel, chunk_size):
+    values, counts, _ = loss_case((63, 16, 61))
+
+    def seam(logps, entropy, first, last):
+        return (logps.sum() if first == 0 else logps.new_zeros(())), {"clipped": (torch.zeros(()), torch.ones(()))}
+
+    loss, _, d_hidden, _ = heads.loss_and_gradients(values, counts, seam, kernel=kernel, chunk_size=chunk_size)
+    assert loss < 0 and d_hidden[0].any()
+
+
+@each_kernel
+@pytest.mark.parametrize("extra", ["hidden", "labels", "temperature"])
+def test_inputs_of_different_lengths_are_refused(kernel, extra):
+    hidden, weight, labels, temperature = heads.inputs((5, 4, 9))
+    rows = {"hidden": hidden, "labels": labels, "temperature": temperature}
+    rows[extra] = torch.cat((rows[extra], rows[extra][:1]))
+    with pytest.raises(ValueError, match="rows, .* labels and .* temperatures: one each is needed"):
+        linear_logps(rows["hidden"], weight, rows["labels"], rows["temperature"], kernel=kernel)
+
+
+@each_kernel
+def test_without_gradients_metrics_hold_no_graph(kernel):
+    values, counts, _ = loss_case((63, 16, 61))
+    with torch.no_grad():
+        _, metrics = linear_loss(*values, counts, lambda logps, *_: (logps.sum(), {"x": (logps.sum(),)}), kernel=kernel)
+    assert not any(m["x"][0].requires_grad for m in metrics)
+
+
+def test_reference_is_float32_under_autocast():
+    values = heads.inputs((63, 16, 61))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = linear_logps(*values, kernel="reference")
+    torch.testing.assert_close(logps.double(), heads.restated(*values)[0], rtol=0, atol=1e-5)
 
 
 @each_kernel
