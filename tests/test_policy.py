@@ -143,7 +143,7 @@ def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, 
     (metrics, grads), (expected, expected_grads) = found["compile"], found["reference"]
     assert metrics.keys() == expected.keys() and {"kl_ref", "entropy", "ratio/max", "clip/low"} <= metrics.keys()
     for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), name
     for grad, want in zip(grads, expected_grads, strict=True):
         assert (grad - want).norm() <= 1e-5 * want.norm()
 

@@ -56,7 +56,7 @@ def expected():
 def test_gradient_is_the_same(found, expected, world_size, name, loss):
     metrics, grads = found(world_size)[name, loss]
     value, expected_grads = expected[loss, ARRANGEMENTS[name].get("tied", True)]
-    assert metrics["loss"] == pytest.approx(value, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(value, rel=1e-5, nan_ok=True)
     assert 0 < metrics["clip/binding_token"] < 1  # both sides of the clip are exercised
     assert grads.keys() == expected_grads.keys()
     for parameter, want in expected_grads.items():
@@ -77,4 +77,4 @@ def test_metrics_do_not_depend_on_the_ranks(found, world_size, name, loss):
     several, _ = found(world_size)[name, loss]
     assert one.keys() == several.keys()
     for metric, value in one.items():
-        assert several[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
+        assert several[metric] == pytest.approx(value, rel=1e-5, abs=1e-7, nan_ok=True), metric
