@@ -8,6 +8,7 @@ COMMANDS = {
     "validate": "gspo.validate:main",
     "plan": "gspo.plan.command:main",
     "presets": "gspo.presets:main",
+    "replay": "gspo.replay:main",
 }  # "module:function", called with the arguments after the name
 
 USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
@@ -26,7 +27,8 @@ def main() -> None:
             f"{USAGE}\n\n{', '.join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like\n"
             "validate CONFIG [key=value ...]: names and values as the recipe checks them, which tune's own does not\n"
             "plan --config CONFIG --world-size N [...]: memory and time of a step on a machine that is not here\n"
-            "presets [--json FILE]: the objectives that `preset: NAME` in a config means"
+            "presets [--json FILE]: the objectives that `preset: NAME` in a config means\n"
+            "replay FILE [--preset NAME] [loss.key=value ...]: a dumped step under any objective, without the model"
         )
     else:
         sys.exit(f"{USAGE}\n\nunknown command {command!r}")

@@ -72,7 +72,7 @@ class _PolicyLoss(nn.Module):
             self.aggregation = "token_over_documents"
         weights, denominator = F.AGGREGATIONS[self.aggregation]
         self._denominator = partial(denominator, **self._constant())
-        self._objective = partial(
+        self.objective = partial(
             F.policy_objective,
             ratio=self._ratio(),
             surrogate=self._surrogate(),
@@ -116,7 +116,7 @@ class _PolicyLoss(nn.Module):
 
     def forward(self, logps: Tensor, entropy: Tensor, inputs: F.LossInputs) -> tuple[Tensor, F.MetricSums]:
         """Undivided loss sum and metric sums of whole documents; ``logps`` and ``entropy`` are [T] in nats."""
-        return self._objective(logps, entropy, inputs)
+        return self.objective(logps, entropy, inputs)
 
     def denominator(self, num_documents: int, num_label_tokens: int) -> float:
         """What the loss sum is divided by, from the totals of the optimizer step."""

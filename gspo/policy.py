@@ -62,11 +62,11 @@ class Microbatch:
             label_counts=packed.label_counts.tolist(),
             counted=None if shard.counted is None else shard.counted.to(device),
             attention_mask=document_mask(shard, device),
-            segments=_segments(packed, shard.part, rows, device),
+            segments=batch_segments(packed, shard.part, rows, device),
         )
 
 
-def _segments(packed: PackedBatch, part: PackedBatch, rows: Tensor, device: torch.device) -> Segments | None:
+def batch_segments(packed: PackedBatch, part: PackedBatch, rows: Tensor, device: torch.device) -> Segments | None:
     """The segments of a batch, with the index of the label rows of a rank's part of it."""
     if packed.segment_index is None or part.segment_index is None:
         return None
@@ -153,11 +153,11 @@ class Policy(nn.Module):
             return self._whole_documents(microbatch, self.loss)
         entropy_grad = bool(getattr(self.loss, "entropy_coef", 0))
         logps, entropy = linear_logps(*self._rows(microbatch), entropy_grad=entropy_grad, **self._options)
-        return self.loss(logps, entropy, _row_inputs(microbatch, self._context))
+        return self.loss(logps, entropy, row_inputs(microbatch, self._context))
 
     def _whole_documents(self, microbatch: Microbatch, loss: nn.Module) -> tuple[Tensor, MetricSums]:
         """The objective runs on chunks of documents while their logits are at hand, a product less."""
-        inputs = _row_inputs(microbatch, None)
+        inputs = row_inputs(microbatch, None)
 
         def seam(logps: Tensor, entropy: Tensor, first: int, last: int) -> tuple[Tensor, MetricSums]:
             return loss(logps, entropy, _part(inputs, microbatch.label_counts, first, last))
@@ -206,7 +206,7 @@ class Policy(nn.Module):
         )
 
 
-def _row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
+def row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
     batch, rows, segments = microbatch.batch, microbatch.label_rows, microbatch.segments
     spanning: dict[str, Any] = {} if context is None else {"counted": microbatch.counted, "complete": context.complete}
     given = batch.segment_advantages

@@ -62,6 +62,10 @@ REFUSED = {
     "no_documents": (["docs_per_step=0"], "docs_per_step: 0 must be a whole number of 1 or more"),
     "not_a_number": (["num_steps=many"], "num_steps: 'many' must be a whole number of 1 or more"),
     "negative_prefetch": (["prefetch=-1"], "prefetch: -1 must be a whole number of 0 or more"),
+    "dumps_not_a_number": (
+        ["dump_every_n_steps=often"],
+        "dump_every_n_steps: 'often' must be a whole number of 0 or m",
+    ),
     "uneven_evaluation": (
         ["sync_every_steps=2", "eval.every_n_steps=3"],
         "eval.every_n_steps: 3 must be a multiple of",

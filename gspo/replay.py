@@ -1,0 +1,390 @@
+"""``python -m gspo replay``: a dumped step under any objective, on a CPU and without the model.
+
+The log-probabilities are those of the file, so the losses of :mod:`gspo.losses` run as they did in training, a
+microbatch at a time, and autograd gives the gradient by each log-probability. Advantages are those of the run, whatever
+estimator a preset has. Not here: the gradient of the weights, and an entropy bonus, since a dump has no entropies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchtune import config
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from gspo.config import check_config, refusals, require, show_errors
+from gspo.context import split
+from gspo.dump import Dump, DumpedMicrobatch, read
+from gspo.errors import InputError, did_you_mean
+from gspo.functional import MetricSums, RatioTerms, SurrogateTerms
+from gspo.metrics import METRICS, finalize, merge_pairs, public
+from gspo.policy import Microbatch, batch_segments, row_inputs
+from gspo.presets import PRESETS
+from gspo.types import PackedBatch
+
+LENGTH_BINS = {"1-64": 64, "65-256": 256, "257-1024": 1024, ">1024": math.inf}  # by the longest, in labelled tokens
+_NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
+_COUNTS = {"num_documents": "_late_documents", "num_label_tokens": "_late_tokens"}  # and the quarantined in them
+_CLIPS = ("any", "any_low", "any_high", "binding", "binding_low", "binding_high")
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """What the sampled documents of a dump have under any objective, in its order."""
+
+    rows: list[dict[str, Any]]
+    lengths: Tensor  # [D] labelled tokens
+    valid: Tensor  # [D] bool, False: quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A dump under one objective; D are the documents of :class:`Documents`."""
+
+    name: str
+    loss: dict[str, Any]  # as a config has it
+    advantages: str | None  # the estimator that a preset has, which the dump's need not be of
+    denominator: float
+    metrics: dict[str, float]
+    gradient: Tensor  # [D] float64, share of the sum of |d loss / d logp|
+    clipped: Tensor | None  # [D, 6] tokens in ratios that are clipped, as _CLIPS; None: the loss does not say
+    ratio: Tensor | None  # [D] mean over the document's tokens of the ratio that each is in
+
+
+def build_loss(run: dict[str, Any], preset: str | None, overrides: Sequence[str]) -> DictConfig:
+    """The ``loss`` of a run's config or of a preset, with the overrides, checked.
+
+    Raises:
+        InputError: no preset has that name, or an override cannot be.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"preset: {preset!r} is not known.{did_you_mean(preset, PRESETS)}")
+    for override in overrides:
+        key = override.lstrip("~").partition("=")[0]
+        remedy = "change the objective alone, as loss.clip_high=0.3 does"
+        require(key.split(".")[0] == "loss", key, override, "is not a key of the objective", remedy)
+    keys = {"docs_per_step": run["docs_per_step"], "sampling": run["sampling"]}  # to which presets refer
+    keys["loss"] = dict(run["loss"] if preset is None else PRESETS[preset].config["loss"])
+    with refusals("overrides", "write key=value, as loss.clip_high=0.3"):
+        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**keys), list(overrides))
+    return check_config(cfg, required=tuple(keys), passed={}).loss
+
+
+def find_documents(dump: Dump) -> Documents:
+    """The sampled documents, without prefixes and padding."""
+    rows: list[dict[str, Any]] = []
+    for m in dump.microbatches:
+        batch, num = m.batch, len(m.batch.ids)
+        found = {"new_logps": m.new_logps, "old_logps": batch.old_logps}
+        found |= {n: x for n in ("ref_logps", "sampler_logps") if (x := getattr(batch, n)) is not None}
+        bad = {name: _sums(~x.isfinite() & batch.loss_mask, batch)[:num] > 0 for name, x in found.items()}
+        bad["advantage"] = ~batch.advantages[:num].isfinite()
+        drift = torch.where(batch.loss_mask, m.new_logps - batch.old_logps, 0.0)
+        means = _sums(drift.double(), batch)[:num] / batch.label_counts[:num].clamp(min=1)
+        for d, (prompt_id, group_id) in enumerate(batch.ids):
+            rows.append(
+                {
+                    "prompt_id": prompt_id,
+                    "group_id": group_id,
+                    "rank": m.rank,
+                    "policy_version": int(batch.policy_version[d]),
+                    "length": int(batch.label_counts[d]),
+                    "advantage": float(batch.advantages[d]),
+                    "reward": float(batch.rewards[d]),
+                    "mean_log_ratio": float(means[d]),
+                    "not_finite": [name for name, flags in bad.items() if flags[d]],
+                }
+            )
+    lengths = torch.tensor([row["length"] for row in rows], dtype=torch.int64)
+    return Documents(rows, lengths, torch.tensor([not row["not_finite"] for row in rows], dtype=torch.bool))
+
+
+def _sums(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
+    totals = torch.zeros(batch.label_counts.numel(), dtype=torch.float64)
+    return totals.index_add(0, batch.document_index, values.double())
+
+
+def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) -> Score:
+    """The dump under an objective, see :func:`build_loss`.
+
+    Raises:
+        InputError: the loss refuses its arguments, or needs what the dump does not have.
+    """
+    cfg = build_loss(dump.metadata["config"], preset, overrides)
+    with refusals("loss", "correct its arguments"):
+        loss = config.instantiate(cfg)
+    for key, needed in _NEEDS.items():
+        if getattr(loss, key, None) and any(getattr(m.batch, needed, None) is None for m in dump.microbatches):
+            raise InputError(
+                f"loss.{key}: {getattr(loss, key)!r} needs {needed}, which the file lacks; drop it with ~loss.{key}"
+            )
+    heard = _listen(loss)
+    totals, pairs, gradients = [], [], []
+    for m in dump.microbatches:
+        total, found, gradient = _backward(loss, m)
+        totals.append(total)
+        pairs.append(found)
+        gradients.append(_sums(gradient.abs(), m.batch)[: len(m.batch.ids)])
+    metrics = _numbers(pairs)
+    counts = (dump.metadata[key] - int(metrics.get(late, 0)) for key, late in _COUNTS.items())
+    denominator = max(loss.denominator(*counts), 1.0)
+    metrics["loss"] = sum(float(total / denominator) for total in totals)
+    gradient = torch.cat(gradients)
+    documents = [
+        _clipped(terms, found, m.batch) for (terms, found), m in zip(heard, dump.microbatches, strict=bool(heard))
+    ]
+    return Score(
+        name=" ".join((preset or "run", *overrides)),
+        loss=OmegaConf.to_container(cfg, resolve=True),
+        advantages=None if preset is None else PRESETS[preset].config["advantages"]["estimator"],
+        denominator=denominator,
+        metrics={key: metrics[key] for key in sorted(public(metrics)) if key != "entropy"},
+        gradient=gradient / gradient.sum().clamp(min=torch.finfo(torch.float64).tiny),
+        clipped=torch.cat([clips for clips, _ in documents]) if heard else None,
+        ratio=torch.cat([ratios for _, ratios in documents]) if heard else None,
+    )
+
+
+def _backward(loss: Any, m: DumpedMicrobatch) -> tuple[Tensor, MetricSums, Tensor]:
+    """The undivided loss sum of a microbatch, its metric sums, and the gradient by log-probability, [T]."""
+    batch = m.batch
+    rows = batch.loss_mask.nonzero().squeeze(-1)
+    whole = Microbatch(
+        shard=split(batch, None),
+        batch=batch,
+        label_rows=rows,
+        label_counts=batch.label_counts.tolist(),
+        counted=None,
+        attention_mask=None,  # which only a model asks for
+        segments=batch_segments(batch, batch, rows, torch.device("cpu")),
+    )
+    logps = m.new_logps[rows].requires_grad_()
+    total, pairs = loss(logps, torch.zeros_like(rows, dtype=logps.dtype), row_inputs(whole, None))
+    (gradient,) = torch.autograd.grad(total, logps, materialize_grads=True)
+    return total.detach(), pairs, torch.zeros_like(m.new_logps).index_put((rows,), gradient)
+
+
+def _listen(loss: Any) -> list[tuple[RatioTerms, SurrogateTerms]]:
+    """What the surrogate of a loss of :mod:`gspo.losses` gets and gives from now on; empty for one of the user's."""
+    heard: list[tuple[RatioTerms, SurrogateTerms]] = []
+    objective = getattr(loss, "objective", None)
+    if isinstance(objective, partial) and "surrogate" in objective.keywords:
+        surrogate = objective.keywords["surrogate"]
+
+        def listening(terms: RatioTerms) -> SurrogateTerms:
+            found = surrogate(terms)
+            heard.append((terms, found))
+            return found
+
+        loss.objective = partial(objective, surrogate=listening)
+    return heard
+
+
+def _clipped(terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch) -> tuple[Tensor, Tensor]:  # [D, 6], [D]
+    """Tokens in clipped ratios as _CLIPS, and the mean ratio of each sampled document's tokens."""
+    units, log_ratio = terms.units, terms.log_ratio.detach()
+    low, high = found.outside & (log_ratio < 0), found.outside & (log_ratio > 0)
+    flags = torch.stack((found.outside, low, high, found.low | found.high, found.low, found.high))
+    values = torch.cat((flags.double(), log_ratio.double().exp()[None]))
+    totals = torch.zeros(len(values), batch.label_counts.numel(), dtype=torch.float64)
+    totals.index_add_(1, units.document, torch.where(units.valid, values * units.num_tokens, 0.0))
+    *clips, ratios = totals[:, : len(batch.ids)]
+    return torch.stack(clips, 1), ratios / batch.label_counts[: len(batch.ids)].clamp(min=1)
+
+
+def _numbers(pairs: list[MetricSums]) -> dict[str, float]:
+    """The metrics of the step, as :class:`gspo.metrics.MetricSums` makes them over ranks."""
+    wide = [{name: (value.double(), weight.double()) for name, (value, weight) in part.items()} for part in pairs]
+    found = {}
+    for name, (value, weight) in merge_pairs(wide).items():
+        is_mean = METRICS.get(name, ("mean",))[0] == "mean"
+        found[name] = float(value / weight) if is_mean else float(value)
+    return finalize(found)
+
+
+def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], top: int) -> dict[str, Any]:
+    """What ``--json`` writes: the dump, each objective, and the ``top`` documents by the first one's gradient share."""
+    found = dump.metadata
+    order = scores[0].gradient.argsort(descending=True, stable=True)[:top].tolist()
+    answer = {
+        "file": str(file),
+        **{key: found[key] for key in ("step", "num_documents", "num_label_tokens", "sampling", "seed")},
+        "advantages": found["config"]["advantages"]["estimator"],
+        "documents_in_file": len(documents.rows),
+        "tokens_in_file": int(documents.lengths.sum()),
+        "logged": found["metrics"],
+        "quarantined": [row for row in documents.rows if row["not_finite"]],
+        "objectives": [
+            {
+                "name": s.name,
+                "loss": s.loss,
+                "advantages": s.advantages or found["config"]["advantages"]["estimator"],
+                "denominator": s.denominator,
+                "metrics": s.metrics,
+                "clip": _clip(documents, s, documents.valid),
+                "by_length": _by_length(documents, s),
+            }
+            for s in scores
+        ],
+        "documents": [
+            documents.rows[d] | {"objectives": [_of_document(documents, s, d) for s in scores]} for d in order
+        ],
+    }
+    return _finite(answer)
+
+
+def _finite(value: Any) -> Any:
+    """With null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _clip(documents: Documents, s: Score, chosen: Tensor) -> dict[str, dict[str, float]] | None:
+    """Shares of the chosen documents with a clipped ratio, and of their tokens that are in one.
+
+    ``any`` is outside the band, ``binding`` only where the clip stops the gradient.
+    """
+    if s.clipped is None:
+        return None
+    tokens = s.clipped[chosen]
+    shares = {
+        "documents": (tokens > 0).sum(0) / max(len(tokens), 1),
+        "tokens": tokens.sum(0) / documents.lengths[chosen].sum().clamp(min=1),
+    }
+    return {of: dict(zip(_CLIPS, values.tolist(), strict=True)) for of, values in shares.items()}
+
+
+def _by_length(documents: Documents, s: Score) -> list[dict[str, Any]]:
+    found, longest_before = [], 0.0
+    for name, longest in LENGTH_BINS.items():
+        chosen = documents.valid & (documents.lengths > longest_before) & (documents.lengths <= longest)
+        counts = {"documents": int(chosen.sum()), "tokens": int(documents.lengths[chosen].sum())}
+        share = float(s.gradient[chosen].sum())
+        found.append({"length": name, **counts, "gradient": share, "clip": _clip(documents, s, chosen)})
+        longest_before = longest
+    return found
+
+
+def _of_document(documents: Documents, s: Score, d: int) -> dict[str, Any]:
+    """What an objective makes of a document; tokens that are in a clipped ratio, by how."""
+    clipped = None if s.clipped is None else {k: int(n) for k, n in zip(_CLIPS, s.clipped[d].tolist(), strict=True)}
+    known = s.ratio is not None and bool(documents.valid[d])
+    return {
+        "ratio": float(s.ratio[d]) if known else None,  # type: ignore[index]
+        "clipped_tokens": clipped,
+        "gradient": float(s.gradient[d]),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The result in lines for people."""
+    file, step, objectives = found["file"], found["step"], found["objectives"]
+    lines = [
+        f"{file}: step {step}, {found['documents_in_file']} documents of {found['tokens_in_file']} tokens; the "
+        f"denominators count {found['num_documents']} and {found['num_label_tokens']}"
+    ]
+    for row in found["quarantined"]:
+        lines.append(
+            f"quarantined, in no sum and no denominator: prompt {row['prompt_id']}, group {row['group_id']}, rank "
+            f"{row['rank']}, not finite: {', '.join(row['not_finite'])}"
+        )
+    for objective in objectives:
+        settings = [f"{k} {v}" for k, v in objective["loss"].items() if k != "_component_"]
+        component = objective["loss"]["_component_"]
+        lines.append(f"{objective['name']}: {component}, {', '.join(settings)}; over {objective['denominator']:g}")
+        if objective["advantages"] != found["advantages"]:
+            lines.append(
+                f"  with the file's advantages ({found['advantages']}), not its own ({objective['advantages']})"
+            )
+    names = sorted(set().union(*(o["metrics"] for o in objectives)))
+    table = [["", "logged", *(o["name"] for o in objectives)]]
+    for name in names:
+        table.append([name, *(_number(of.get(name)) for of in (found["logged"], *(o["metrics"] for o in objectives)))])
+    lines += ["", *_aligned(table)]
+    for objective in objectives:
+        lines += ["", *_aligned(list(_length_lines(objective)))]
+    lines += ["", *_aligned(list(_document_lines(found)))]
+    return "\n".join(lines)
+
+
+def _length_lines(objective: dict[str, Any]) -> Iterator[list[str]]:
+    clips = ["documents: any", "binding", "low", "high", "tokens: any", "binding", "low", "high"]
+    yield [f"{objective['name']}: length", "documents", "tokens", "gradient", *clips]
+    keys = [(of, key) for of in ("documents", "tokens") for key in ("any", "binding", "binding_low", "binding_high")]
+    every = {key: sum(row[key] for row in objective["by_length"]) for key in ("documents", "tokens", "gradient")}
+    rows = [row for row in objective["by_length"] if row["documents"]]
+    for row in (*rows, {"length": "all", **every, "clip": objective["clip"]}):
+        shares = ["" if row["clip"] is None else f"{row['clip'][of][key]:.3f}" for of, key in keys]
+        yield [row["length"], str(row["documents"]), str(row["tokens"]), f"{row['gradient']:.3f}", *shares]
+
+
+def _document_lines(found: dict[str, Any]) -> Iterator[list[str]]:
+    names = [o["name"] for o in found["objectives"]]
+    of_objective = [f"{name}: {what}" for name in names for what in ("ratio", "clipped", "gradient")]
+    yield ["prompt", "group", "length", "advantage", "reward", "log-ratio", *of_objective]
+    for row in found["documents"]:
+        numbers = [_number(row[key]) for key in ("advantage", "reward", "mean_log_ratio")]
+        cells = [row["prompt_id"], str(row["group_id"]), str(row["length"]), *numbers]
+        for o in row["objectives"]:
+            how = "quarantined" if row["not_finite"] else _how(o["clipped_tokens"], row["length"])
+            cells += [_number(o["ratio"]), how, f"{o['gradient']:.4f}"]
+        yield cells
+
+
+def _how(tokens: dict[str, int] | None, length: int) -> str:
+    """``low``, ``high``, or how many tokens are; ``outside`` is a ratio outside the band that keeps its gradient."""
+    if not tokens:
+        return ""
+    kinds = {"low": tokens["binding_low"], "high": tokens["binding_high"]}
+    kinds["outside"] = tokens["any"] - sum(kinds.values())
+    return " ".join(kind if n == length else f"{kind} {n}/{length}" for kind, n in kinds.items() if n) or "no"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
+@show_errors
+def main(arguments: list[str]) -> None:
+    """Score a dumped step again, under the run's own objective, a preset, or two next to each other.
+
+    Raises:
+        InputError: an option, an override or the file.
+    """
+    parser = argparse.ArgumentParser(prog="python -m gspo replay", description=(main.__doc__ or "").splitlines()[0])
+    parser.add_argument("file", help="a file of a run's folder dumps, see dump_every_n_steps")
+    parser.add_argument("--preset", help="an objective of `python -m gspo presets`; default: the run's own")
+    parser.add_argument("--against", metavar="PRESET", help="another beside it; overrides are for the first")
+    parser.add_argument("--top", type=int, default=20, help="documents to list; default %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the output")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the objective, as loss.clip_high=0.3")
+    args = parser.parse_intermixed_args(arguments)
+    require(args.top >= 0, "--top", args.top, "must be 0 or more", "give the number of documents to list")
+    dump = read(Path(args.file))
+    scores = [score(dump, args.preset, args.overrides)] + ([score(dump, args.against)] if args.against else [])
+    found = result(Path(args.file), dump, find_documents(dump), scores, args.top)
+    if args.json is None:
+        print(report(found))
+    elif args.json == "-":
+        print(json.dumps(found))
+    else:
+        with refusals("--json", "choose another file"):
+            Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
