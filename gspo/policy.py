@@ -207,6 +207,7 @@ class Policy(nn.Module):
 
 
 def row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
+    """What an objective gets of a microbatch: the rows that have a label, on this rank."""
     batch, rows, segments = microbatch.batch, microbatch.label_rows, microbatch.segments
     spanning: dict[str, Any] = {} if context is None else {"counted": microbatch.counted, "complete": context.complete}
     given = batch.segment_advantages
