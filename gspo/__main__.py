@@ -18,8 +18,10 @@ def main() -> None:
     """Run the command named by the first argument."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
+        from gspo.config import show_errors
+
         module, function = COMMANDS[command].split(":")
-        sys.exit(getattr(importlib.import_module(module), function)(sys.argv[2:]))
+        sys.exit(show_errors(getattr(importlib.import_module(module), function))(sys.argv[2:]))
     if command in TUNE_COMMANDS:
         tune()
     elif command in ("-h", "--help"):

@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchdata.nodes import BaseNode
 from torchtune.modules import TransformerDecoder
 
+from gspo.errors import InputError
 from gspo.types import PackedBatch
 
 # Differentiable, and known to torch.compile; torch 2.13 has it by a new name.
@@ -233,9 +234,17 @@ def gather_keys(decoder: TransformerDecoder, axis: ContextAxis) -> None:
     """Lets every layer of ``decoder`` attend to the keys and values of all ranks of the axis.
 
     Masks then are [S / C, S]: keys come rank by rank, as the rows of ``places`` do.
+
+    Raises:
+        InputError: a layer has an attention of its own.
     """
     for layer in decoder.layers:
         attention = layer.attn
+        if not hasattr(attention, "_attention_call"):
+            raise InputError(
+                f"model: {type(attention).__name__} cannot gather keys, which context_parallel_size above 1 asks for: "
+                "set that to 1, or build a model with torchtune's MultiHeadAttention."
+            )
         repeats = attention.num_heads // attention.num_kv_heads
         attention._attention_call = _gathered(attention._attention_call, repeats, axis)
 

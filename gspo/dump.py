@@ -40,7 +40,6 @@ _AXES = {  # what each tensor of a batch has one value of
     "segment_advantages": "segments",
 }
 _NUMBERS = {"document_index": "documents", "prefix_index": "documents", "segment_index": "segments"}  # of what
-_SET_LATER = ("old_logps", "ref_logps", "sampler_logps")  # by the recipe, in a rank's part of the batch
 _PLAIN = ("num_bins", "num_documents", "num_label_tokens", "ids", "stats", "rollout_continues")
 
 
@@ -72,11 +71,8 @@ def collect(
     """The step's microbatches with the log-probabilities under the weights of now: one forward. Collective."""
     mine = []
     for microbatch in microbatches:
-        part, shard = microbatch.batch, microbatch.shard
-        given = {name: getattr(part, name) for name in _SET_LATER if getattr(part, name) is not None}
-        given |= {"new_logps": policy.logps(microbatch)}
-        whole: dict[str, Any] = {name: shard.collect(values, context).cpu() for name, values in given.items()}
-        mine.append((whole.pop("new_logps"), replace(shard.whole, **whole)))
+        new_logps = microbatch.shard.collect(policy.logps(microbatch), context).cpu()
+        mine.append((new_logps, microbatch.whole(context)))
     ranks: list[Any] = [None] * dist.get_world_size()
     # Over the CPU's backend, which torch prefers for objects; the ranks of a context axis have the same.
     dist.gather_object(mine if context.rank == 0 else [], ranks if dist.get_rank() == 0 else None)

@@ -202,12 +202,14 @@ def batch_pairs(batch: PackedBatch, version: int) -> dict[str, tuple[Tensor, Ten
 
 def not_finite_documents(batch: PackedBatch, logps: Tensor) -> dict[int, dict[str, Any]]:
     """By document index, ids and values of the documents with a value that is not finite; ``logps`` is [T]."""
-    bad = ~(logps + batch.old_logps).isfinite() & batch.loss_mask
+    others = {name: x for name in ("ref_logps", "sampler_logps") if (x := getattr(batch, name)) is not None}
+    bad = ~sum(others.values(), logps + batch.old_logps).isfinite() & batch.loss_mask
     records = {}
     for d in batch.document_index[bad].unique().tolist():
         rows = (batch.document_index == d) & batch.loss_mask
         prompt_id, group_id = batch.ids[d]
         values = {"labels": batch.labels[rows], "logps": logps[rows], "old_logps": batch.old_logps[rows]}
+        values |= {name: x[rows] for name, x in others.items()}
         ids = {"prompt_id": prompt_id, "group_id": group_id, "advantage": float(batch.advantages[d])}
         records[d] = ids | {name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()}
     return records

@@ -9,7 +9,7 @@ Not here: which model is built and where its weights come from (the config), the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,14 @@ class Microbatch:
             attention_mask=document_mask(shard, device),
             segments=batch_segments(packed, shard.part, rows, device),
         )
+
+    def whole(self, context: ContextAxis | None) -> PackedBatch:
+        """The whole batch on the CPU, with the log-probabilities that were set since it was packed. Collective."""
+        set_later = {name: getattr(self.batch, name) for name in ("old_logps", "ref_logps", "sampler_logps")}
+        found: dict[str, Any] = {
+            name: self.shard.collect(values, context).cpu() for name, values in set_later.items() if values is not None
+        }
+        return replace(self.shard.whole, **found)
 
 
 def batch_segments(packed: PackedBatch, part: PackedBatch, rows: Tensor, device: torch.device) -> Segments | None:
@@ -298,7 +306,7 @@ def shard_policy(
         training.set_activation_checkpointing(policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in policy.decoder.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(policy, **options)

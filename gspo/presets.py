@@ -29,6 +29,7 @@ from gspo.functional import LossInputs, Segments
 
 logger = logging.getLogger(__name__)
 
+_BESIDE = ("kl_coef", "kl_estimator", "entropy_coef", "correction", "correction_low", "correction_high")
 LENGTHS = (8, 64, 256, 1024)  # of the documents that the table and the recipe's log speak of
 
 
@@ -138,11 +139,16 @@ def preset_keys(cfg: DictConfig) -> dict[str, Any]:
 
 
 def make_room(from_file: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Takes what a preset sets out of a config file's keys where the command line names the preset: it comes later."""
+    """Takes what a preset sets out of a config file's keys where the command line names the preset: it comes later.
+
+    Of the file's ``loss`` its penalties and its correction stay; the rest is another objective's.
+    """
     name = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("preset=")), None)
     for key, value in PRESETS[name].config.items() if name in PRESETS else ():
         given = from_file.get(key)
-        if key == "loss" or not isinstance(given, dict):
+        if key == "loss" and isinstance(given, dict):
+            from_file[key] = {k: v for k, v in given.items() if k in _BESIDE}
+        elif key == "loss" or not isinstance(given, dict):
             from_file.pop(key, None)
         else:
             from_file[key] = {k: v for k, v in given.items() if k not in value}
@@ -232,8 +238,14 @@ _LEGEND = (
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, or with ``--json FILE`` write it, ``-`` being the output."""
-    parser = argparse.ArgumentParser(prog="python -m gspo presets", description=main.__doc__)
+    """Print the table, or with ``--json FILE`` write it, ``-`` being the output.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo presets", description="The objectives that a config can name."
+    )
     parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the output")
     to = parser.parse_args(arguments).json
     found = rows()
@@ -241,4 +253,7 @@ def main(arguments: list[str]) -> None:
     if to in (None, "-"):
         sys.stdout.write(text + "\n")
     else:
-        Path(to).write_text(text + "\n")
+        try:
+            Path(to).write_text(text + "\n")
+        except OSError as error:
+            raise InputError(f"--json: {to!r} cannot be written: {error.strerror}; choose another file") from error

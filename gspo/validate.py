@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from gspo.config import check_config, read_command_line, show_errors
+from gspo.errors import InputError
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
 
 
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: from torchtune, in a config that is for a recipe of its own.
     """
+    if not arguments:
+        raise InputError("validate: no config; name a file or a registered config, python -m gspo validate tiny/gspo")
     if not CONFIGS_OF_OTHER_RECIPES.keys().isdisjoint(arguments):
         config.validate(OmegaConf.load(shipped_configs().get(arguments[0], arguments[0])))
     else:

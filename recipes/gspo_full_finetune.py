@@ -345,7 +345,8 @@ class GSPOFullFinetuneRecipe:
                 begin = time.perf_counter()
                 step = next(self._steps, None)
                 if step is None:
-                    log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
+                    if self._rank == 0:
+                        log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
                     break
                 rollout_stats = [{"time/data_wait": (time.perf_counter() - begin, 1.0)}]
                 if self._draws:
@@ -445,7 +446,8 @@ class GSPOFullFinetuneRecipe:
         values["loss"] *= factor
         for i, microbatch in enumerate(microbatches):
             logps = microbatch.shard.collect(self._policy.logps(microbatch), self._context)
-            found = metrics.not_finite_documents(microbatch.shard.whole, logps.cpu()) if self._draws else {}
+            whole = microbatch.whole(self._context)
+            found = metrics.not_finite_documents(whole, logps.cpu()) if self._draws else {}
             for document, record in found.items():
                 if (i, document) not in self._quarantined:  # else an earlier one of ppo_epochs has written it
                     self._quarantined.add((i, document))

@@ -80,14 +80,15 @@ def test_batch_pairs_of_padding_alone_count_nothing():
     assert float(pairs["staleness/mean"][1]) == 0
 
 
-@pytest.mark.parametrize("spoil", ["logps", "old_logps"])
+@pytest.mark.parametrize("spoil", ["logps", "old_logps", "ref_logps"])
 def test_not_finite_documents_are_named_with_their_values(spoil):
     documents = tiny_policy.documents(6)
     batch = pack_documents(documents, 128)
     logps = torch.full_like(batch.old_logps, -2.0)
     where = int((batch.loss_mask & (batch.document_index == 2)).nonzero()[0])
     outside = int((~batch.loss_mask).nonzero()[0])
-    (logps if spoil == "logps" else batch.old_logps)[where] = -torch.inf
+    batch.ref_logps = batch.old_logps - 0.1
+    (logps if spoil == "logps" else getattr(batch, spoil))[where] = -torch.inf
     logps[outside] = torch.nan  # not a label: no document's fault
     ((document, record),) = metrics.not_finite_documents(batch, logps).items()
     assert document == 2

@@ -200,6 +200,14 @@ def test_activation_checkpointing_changes_nothing(run, tmp_path):
         assert b["reward/mean"] == a["reward/mean"]
 
 
+def test_offload_to_the_cpu_changes_nothing(run, tmp_path):
+    plain = finish(run())
+    code, _ = run("fsdp_cpu_offload=true", f"output_dir={tmp_path / 'again'}")
+    assert code is None
+    for one, other in zip(plain, steps(tmp_path / "again"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"]) and other["grad_norm"] == pytest.approx(one["grad_norm"])
+
+
 def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
     schedule = ("lr_scheduler.num_warmup_steps=2", "lr_scheduler.num_cycles=0.5")
     profiler = (
