@@ -233,7 +233,7 @@ def test_segments_of_a_batch_go_through_the_head(one_rank, name):
 
     (metrics, grads), (expected, wanted) = found("compile", chunk_size=40), found("reference")
     for key, value in expected.items():
-        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
     for grad, want in zip(grads, wanted, strict=True):
         assert 0 < want.norm() and (grad - want).norm() <= 1e-5 * want.norm()
     batch.segment_advantages = torch.ones(num_segments)
