@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torchtune import config
 
 from gspo.errors import InputError, did_you_mean
 from gspo.functional import LossInputs, Segments
+from gspo.report import aligned, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -223,10 +223,8 @@ def _text(found: list[dict[str, Any]]) -> str:
         names = [row[k] for k in ("preset", "ratio", "surrogate")]
         numbers = [*row["weights"], row["gradient_aligned"], row["gradient_independent"]]
         table.append([*names, band, row["aggregation"], row["advantage"], *(f"{x:.3g}" for x in numbers)])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in table]
     sources = [f"{row['preset']}: {row['source']}" + (f"; {row['note']}" if row["note"] else "") for row in found]
-    return "\n".join([*lines, "", *_LEGEND, "", *sources])
+    return "\n".join([*aligned(table), "", *_LEGEND, "", *sources])
 
 
 _LEGEND = (
@@ -253,7 +251,4 @@ def main(arguments: list[str]) -> None:
     if to in (None, "-"):
         sys.stdout.write(text + "\n")
     else:
-        try:
-            Path(to).write_text(text + "\n")
-        except OSError as error:
-            raise InputError(f"--json: {to!r} cannot be written: {error.strerror}; choose another file") from error
+        write_json(to, text)

@@ -26,13 +26,13 @@ from gspo.config import check_config, refusals, require, show_errors
 from gspo.context import split
 from gspo.dump import Dump, DumpedMicrobatch, read
 from gspo.errors import InputError, did_you_mean
-from gspo.functional import MetricSums, RatioTerms, SurrogateTerms
+from gspo.functional import LENGTH_BINS, MetricSums, RatioTerms, SurrogateTerms
 from gspo.metrics import METRICS, finalize, merge_pairs, public
 from gspo.policy import Microbatch, batch_segments, row_inputs
 from gspo.presets import PRESETS
+from gspo.report import aligned
 from gspo.types import PackedBatch
 
-LENGTH_BINS = {"1-64": 64, "65-256": 256, "257-1024": 1024, ">1024": math.inf}  # by the longest, in labelled tokens
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
 _COUNTS = {"num_documents": "_late_documents", "num_label_tokens": "_late_tokens"}  # and the quarantined in them
 _CLIPS = ("any", "any_low", "any_high", "binding", "binding_low", "binding_high")
@@ -268,13 +268,16 @@ def _clip(documents: Documents, s: Score, chosen: Tensor) -> dict[str, dict[str,
 
 
 def _by_length(documents: Documents, s: Score) -> list[dict[str, Any]]:
-    found, longest_before = [], 0.0
-    for name, longest in LENGTH_BINS.items():
-        chosen = documents.valid & (documents.lengths > longest_before) & (documents.lengths <= longest)
+    found, before = [], 0
+    for longest in (*LENGTH_BINS, None):
+        chosen = documents.valid & (documents.lengths > before)
+        if longest is not None:
+            chosen &= documents.lengths <= longest
+        name = f">{before}" if longest is None else f"{before + 1}-{longest}"
         counts = {"documents": int(chosen.sum()), "tokens": int(documents.lengths[chosen].sum())}
         share = float(s.gradient[chosen].sum())
         found.append({"length": name, **counts, "gradient": share, "clip": _clip(documents, s, chosen)})
-        longest_before = longest
+        before = longest or before
     return found
 
 
@@ -313,10 +316,10 @@ def report(found: dict[str, Any]) -> str:
     table = [["", "logged", *(o["name"] for o in objectives)]]
     for name in names:
         table.append([name, *(_number(of.get(name)) for of in (found["logged"], *(o["metrics"] for o in objectives)))])
-    lines += ["", *_aligned(table)]
+    lines += ["", *aligned(table)]
     for objective in objectives:
-        lines += ["", *_aligned(list(_length_lines(objective)))]
-    lines += ["", *_aligned(list(_document_lines(found)))]
+        lines += ["", *aligned(list(_length_lines(objective)))]
+    lines += ["", *aligned(list(_document_lines(found)))]
     return "\n".join(lines)
 
 
@@ -355,11 +358,6 @@ def _how(tokens: dict[str, int] | None, length: int) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
 @show_errors

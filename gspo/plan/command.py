@@ -9,13 +9,13 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from gspo.config import require, show_errors
 from gspo.errors import InputError
 from gspo.plan.estimate import DEFAULT_RATES, GIB, Machine, Planner
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES
+from gspo.report import write_json
 from gspo.validate import read_checked
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "TIB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> None:
     elif args.json == "-":
         print(json.dumps(plan))
     else:
-        _write(Path(args.json), plan)
+        write_json(args.json, json.dumps(plan, indent=2))
+        print(f"wrote {args.json}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -83,14 +84,6 @@ def parse_memory(text: str) -> int:
     if not found or found[2].upper() not in _UNITS or not float(found[1]):
         raise InputError(f"--gpu-memory: {text!r} is not an amount of memory; write one such as 80GiB or 80GB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _write(path: Path, plan: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(plan, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--json: {str(path)!r} cannot be written: {error.strerror}; choose another file") from error
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def report(plan: dict[str, Any]) -> str:

@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from gspo.kernels import linear_logps
+from tests.kernels.heads import inputs
 
 SIZES = {"one": (1, 3, 2), "odd": (63, 16, 61), "long": (257, 8, 129)}  # T, H, V
 each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-
-
-def inputs(size, *, dtype=torch.float32, scale=1.0):
-    num_tokens, hidden_size, vocab_size = size
-    generator = torch.Generator().manual_seed(sum(size))
-    hidden = torch.randn(num_tokens, hidden_size, generator=generator)
-    weight = scale * torch.randn(vocab_size, hidden_size, generator=generator)
-    labels = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
-    temperature = 0.5 + torch.rand(num_tokens, generator=generator)
-    return hidden.to(dtype), weight.to(dtype), labels, temperature
 
 
 def restated(hidden, weight, labels, temperature):
