@@ -5,8 +5,8 @@
         --picture benchmarks/results/DATE-learning.png
 
 Every objective trains the same base policies (``python -m gspo.demo --base-only``, one for each seed) on the same
-prompts, with as many completions and optimizer steps, through ``tune run`` and the config ``tiny/gspo``: 32 prompts of
-8 completions a rollout, two updates on each. What is not the same:
+prompts, with as many completions and optimizer steps, through ``tune run`` and the config ``tiny/gspo`` with rollouts
+of half its size: 16 prompts of 8 completions, two updates on each. What is not the same:
 
 - The objective: ``preset`` of that name. ``dapo`` does not refill dead groups, which would draw more completions.
   ``ppo`` (``learning_parts.py``) has a value head, and trains on groups of equal rewards too, which tell it something.
@@ -15,7 +15,7 @@ prompts, with as many completions and optimizer steps, through ``tune run`` and 
   GSPO paper's, that of ``tiny/gspo``, and a wide one: the preset's own, or 0.2 for a document's ratio, as in TRL and
   verl.
 
-Conditions: ``plain`` is ``tiny/gspo``; ``stale`` syncs the sampler every 8 updates and trains on rollouts drawn two
+Conditions: ``plain`` is that; ``stale`` syncs the sampler every 8 updates and trains on rollouts drawn two
 ahead, so that a document is 4 to 11 optimizer steps old, 7.5 in the mean; ``noise`` errs by 0.03 nats (Gaussian) in
 every log-probability of the sampler. ``staleness/mean`` and ``mismatch/rms_token`` of each run are in its JSON.
 
@@ -51,7 +51,8 @@ from hardware import hardware
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-STEPS, EVERY = 600, 40  # optimizer steps, and those between evaluations: a multiple of every sync_every_steps
+STEPS, EVERY = 400, 40  # optimizer steps, and those between evaluations: a multiple of every sync_every_steps
+DOCUMENTS, GROUP = 128, 8  # of a rollout; tiny/gspo's group_size
 SEEDS, SWEEP_SEED = (0, 1, 2, 3, 4), 5
 LRS = (1e-4, 3e-4, 1e-3)
 BANDS = {"paper": (3e-4, 4e-4), "tiny": (0.03, 0.04), "wide": (0.2, 0.2)}
@@ -114,6 +115,8 @@ class Run:
             "seed": self.seed,
             "optimizer.lr": self.lr,
             "num_steps": self.steps,
+            "prompts_per_rollout": DOCUMENTS // GROUP,
+            "docs_per_step": DOCUMENTS,
             "eval.every_n_steps": EVERY,
             "log_completions": 0,
             "loss.clip_high": high,

@@ -229,8 +229,9 @@ def segment_ratio(
     """
     if inputs.segments is None:
         raise InputError(
-            "loss._component_ names an objective with a ratio per segment, but the documents have none: give them a "
-            "segment_index, or name gspo.losses.GSPOLoss."
+            "loss._component_ names an objective with a ratio per segment, but the documents have none: let the run "
+            "cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter (a batch of your own needs a "
+            "segment_index), or name gspo.losses.GSPOLoss."
         )
     units = segment_units(drift, weights, inputs, inputs.segments)
     return _bounded(units, units.log_ratio, -bound, bound)

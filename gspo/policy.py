@@ -76,6 +76,8 @@ class Microbatch:
 
 def batch_segments(packed: PackedBatch, part: PackedBatch, rows: Tensor, device: torch.device) -> Segments | None:
     """The segments of a batch, with the index of the label rows of a rank's part of it."""
+    if not packed.loss_mask.any():  # padding, which has none whether the run cuts completions or not
+        return Segments(*torch.zeros(3, 0, dtype=torch.int64, device=device))
     if packed.segment_index is None or part.segment_index is None:
         return None
     whole = find_segments(packed.segment_index, packed.document_index, packed.loss_mask)

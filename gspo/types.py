@@ -51,6 +51,8 @@ class Completion:
     rewards: dict[str, float] = field(default_factory=dict)  # by reward name, before weights
     reward: float = 0.0  # weighted sum
     advantage: float = 0.0
+    segments: list[int] = field(default_factory=list)  # segment of each token, a number from 0; empty: not cut
+    segment_advantages: list[float] = field(default_factory=list)  # of each segment; empty: the completion's
 
 
 @dataclass(slots=True)

@@ -54,6 +54,7 @@ OPTIONAL_KEYS = {
     "lr_scheduler": None,
     "clip_grad_norm": None,
     "advantages": {"estimator": "group_mean_std", "drop_dead_groups": True, "refill_dead_groups": False},
+    "segments": None,
     "reward_pool": {},
     "old_logps": "sampler",
     "sync_every_steps": 1,
@@ -89,6 +90,7 @@ PASSED = {  # arguments that the recipe gives to a component itself
     "eval_prompts": ("tokenizer", "shuffle", "rank", "world_size", "num_epochs"),
     "reward_pool": ("rewards",),
     "sampler": ("model", "tokenizer"),
+    "segments": ("tokenizer",),
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps"),
 }
@@ -277,6 +279,7 @@ class GSPOFullFinetuneRecipe:
             world_size=data_size,
             tokenizer=tokenizer_fingerprint(self._tokenizer),
             on_quarantine=self._write_quarantined,
+            splitter=None if cfg.segments is None else self._component("segments", self._tokenizer),
             record=partial(
                 Record,
                 path=self._completions_file,

@@ -240,6 +240,17 @@ def test_segments_of_a_batch_go_through_the_head(one_rank, name):
     assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(found("reference")[1], wanted, strict=True))
 
 
+@pytest.mark.parametrize("kernel", ["reference", "compile"])
+@pytest.mark.parametrize("name", ["segment", "grpo"])
+def test_padding_alone_needs_no_segments(one_rank, name, kernel):
+    """A rank whose documents have ended goes along with it."""
+    microbatch = Microbatch.prepare(pack_documents([]), torch.device("cpu"))
+    policy = build_policy(LOSSES[name](), kernel=kernel)
+    loss, _ = policy(microbatch)
+    loss.backward()
+    assert loss == 0 and not any(p.grad.full_tensor().any() for p in policy.parameters())
+
+
 TOKEN_LEVEL = {"grpo", "gspo_token", "dual", "multi_scale", "cispo"}
 
 

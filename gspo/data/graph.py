@@ -1,4 +1,4 @@
-"""The data graph, from prompts to microbatches: reader, sample, score, advantage, pack, prefetch.
+"""The data graph, from prompts to microbatches: reader, sample, score, advantage, segment, pack, prefetch.
 
 One torchdata.nodes graph, stateful end to end: ``state_dict()`` between two microbatches and ``reset(state)`` on a
 graph built alike give the same microbatches as going on, as long as the sampler holds the same weights.
@@ -17,6 +17,7 @@ from gspo.data.advantage import Advantage, log_quarantine
 from gspo.data.packing import Pack
 from gspo.data.sample import Sample
 from gspo.data.score import Score
+from gspo.data.segments import Segment, Splitter
 from gspo.errors import InputError
 from gspo.rewards.pool import RewardPool
 from gspo.sampling import Sampler
@@ -56,6 +57,7 @@ def build_graph(
     world_size: int = 1,
     tokenizer: str | None = None,
     on_quarantine: Callable[[dict[str, Any]], None] = log_quarantine,
+    splitter: Splitter | None = None,
     record: Callable[[BaseNode[Rollout]], BaseNode[Rollout]] | None = None,
 ) -> BaseNode[PackedBatch]:
     """The nodes, composed.
@@ -69,6 +71,7 @@ def build_graph(
         world_size: data-parallel ranks.
         tokenizer: the trainer's tokenizer fingerprint, which completions must carry; None does not compare.
         on_quarantine: see :class:`~gspo.data.advantage.Advantage`.
+        splitter: cuts completions into segments, see :class:`~gspo.data.segments.Segment`; None leaves them whole.
         record: puts a node that looks at rollouts between advantages and packing.
 
     Raises:
@@ -96,6 +99,8 @@ def build_graph(
         refill_dead_groups=options.refill_dead_groups,
         on_quarantine=on_quarantine,
     )
+    if splitter is not None:
+        node = Segment(node, splitter)
     node = Pack(
         node if record is None else record(node),
         tokens_per_microbatch=options.tokens_per_microbatch,

@@ -18,8 +18,8 @@ What is not here: masks, ``ref_logps``, staleness; they need the model, or the v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from itertools import chain
+from dataclasses import dataclass, field, fields
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class Document:
     policy_version: int
     prompt_id: str
     group_id: int
+    segments: list[int] = field(default_factory=list)  # of each token of the completion; empty: it is not cut
+    segment_advantages: list[float] = field(default_factory=list)  # of each segment; empty: the document's
 
     @property
     def num_places(self) -> int:
@@ -72,6 +74,8 @@ def rollout_documents(rollout: Rollout) -> list[Document]:
             policy_version=completion.policy_version,
             prompt_id=group.prompt.id,
             group_id=group.id,
+            segments=completion.segments,
+            segment_advantages=completion.segment_advantages,
         )
         for group in rollout.groups
         for completion in group.completions
@@ -200,6 +204,7 @@ def build_batch(
     def per_document(values: list[Any], other: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([*values, *[other] * (leaders.size + 1)], dtype=dtype)
 
+    numbers, segment_advantages = _number_segments(documents)
     return PackedBatch(
         num_bins=num_bins,
         tokens=spread(flat[token], 0, np.int64),
@@ -216,9 +221,25 @@ def build_batch(
         prefix_index=torch.from_numpy(prefix_index) if leaders.size else None,
         num_documents=num_documents,
         num_label_tokens=int(label_counts.sum()),
+        segment_index=None if numbers is None else spread(numbers, 0, np.int64, at=places[sampled]),
+        segment_advantages=segment_advantages,
         ids=[(d.prompt_id, d.group_id) for d in documents],
         stats={"packing_efficiency": (float(piece.size), float(num_bins * bin_length))},
     )
+
+
+def _number_segments(documents: list[Document]) -> tuple[IntArray | None, torch.Tensor | None]:
+    """For each labelled token its segment, numbered through the batch; [K] advantages. None where nothing is cut."""
+    if not any(d.segments for d in documents):
+        return None, None
+    counts = [max(d.segments, default=0) + 1 for d in documents]
+    starts = accumulate(counts[:-1], initial=0)
+    own = (d.segments or [0] * len(d.logps) for d in documents)
+    index = np.array([start + n for start, ns in zip(starts, own, strict=True) for n in ns], dtype=np.int64)
+    if not any(d.segment_advantages for d in documents):
+        return index, None
+    given = (d.segment_advantages or [d.advantage] * n for d, n in zip(documents, counts, strict=True))
+    return index, torch.tensor(list(chain.from_iterable(given)), dtype=torch.float32)
 
 
 def _lay_out(

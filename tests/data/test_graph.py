@@ -7,13 +7,14 @@ import pytest
 from gspo.data.graph import GraphOptions, build_graph, prefetched
 from gspo.data.record import Record
 from gspo.errors import InputError
+from gspo.functional import find_segments
 from tests.data.fakes import PARAMS, FakePool, FakeSampler, Items, exact, prompt
 from tests.data.law import assert_resumes_anywhere
 
 OPTIONS = GraphOptions(prompts_per_rollout=3, group_size=4, params=PARAMS, seed=5, tokens_per_microbatch=64)
 
 
-def graph(num_prompts=10, sampler=None, rank=0, record=None, **changes):
+def graph(num_prompts=10, sampler=None, rank=0, record=None, splitter=None, **changes):
     return build_graph(
         Items(prompt, num_prompts),
         sampler=sampler or FakeSampler(),
@@ -21,6 +22,7 @@ def graph(num_prompts=10, sampler=None, rank=0, record=None, **changes):
         options=replace(OPTIONS, **changes),
         rank=rank,
         record=record,
+        splitter=splitter,
     )
 
 
@@ -34,6 +36,43 @@ def test_graph_turns_prompts_into_microbatches():
         assert ((batch.advantages[:-1] > 0) == odd).all()
     names = {"length/mean", "reward/mean", "dead_groups", "quarantined_documents", "packing_efficiency", "time/score"}
     assert names <= batches[0].stats.keys()
+
+
+def cut(batches):
+    """Those with documents; every one of them has segments."""
+    found = [batch for batch in batches if batch.ids]
+    assert found and all(batch.segment_index is not None for batch in found)
+    return found
+
+
+def test_graph_cuts_completions_into_segments():
+    def in_threes(completion):
+        if completion.advantage > 0:  # the others keep that of their document
+            completion.segment_advantages = [float(i) for i in range((len(completion.tokens) + 2) // 3)]
+        return [i // 3 for i in range(len(completion.tokens))]
+
+    for batch in cut(graph(splitter=in_threes)):
+        owners = {}
+        for d, count in enumerate(batch.label_counts.tolist()):
+            index = batch.segment_index[batch.loss_mask & (batch.document_index == d)]
+            first = int(index.min()) if count else 0
+            assert (index - first).tolist() == [i // 3 for i in range(count)]
+            given = batch.segment_advantages[index.unique()].tolist()
+            own = count and batch.advantages[d] > 0
+            assert given == (list(range(len(given))) if own else [batch.advantages[d].item()] * len(given))
+            owners |= dict.fromkeys(index.tolist(), d)
+        numbered = batch.segment_index[batch.loss_mask]
+        assert len(owners) == len(numbered.unique()) <= batch.segment_advantages.numel()
+        assert find_segments(batch.segment_index, batch.document_index, batch.loss_mask).label_counts.max() <= 3
+    assert all(batch.segment_index is None and batch.segment_advantages is None for batch in graph())
+
+
+def test_documents_that_are_not_cut_are_segments():
+    batches = graph(splitter=lambda c: [0, *[1] * (len(c.tokens) - 1)] if len(c.tokens) > 5 else [])
+    for batch in cut(batches):
+        segments = find_segments(batch.segment_index, batch.document_index, batch.loss_mask)
+        wanted = sum(2 if count > 5 else 1 for count in batch.label_counts.tolist() if count)
+        assert len(segments.label_counts) == wanted and batch.segment_advantages is None
 
 
 def test_graph_refills_dead_groups_by_not_counting_them():

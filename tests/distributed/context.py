@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo.context import ContextAxis, ShareOverContext, split
 from gspo.data.packing import Document, pack_documents
-from gspo.losses import GRPOLoss, GSPOLoss
+from gspo.losses import GRPOLoss, GSPOLoss, SegmentLoss
 from gspo.metrics import MetricSums
 from gspo.parallel import build_mesh, data_parallel_rank
 from gspo.policy import Microbatch, Policy, accumulate_gradients
@@ -26,6 +26,7 @@ LOSSES = {
     "gspo": lambda: GSPOLoss(clip_low=0.05, clip_high=0.05, kl_coef=0.1, entropy_coef=0.01),
     "grpo": lambda: GRPOLoss(clip_low=0.05, clip_high=0.05, aggregation="token"),
 }
+OF_CASES = (*LOSSES.items(), ("segment", lambda: SegmentLoss(clip_low=0.05, clip_high=0.05)))
 BIN_LENGTH = 64  # of the measurements below
 
 
@@ -76,19 +77,22 @@ def random_batch(rng):
 def random_case(mesh, seed):
     """The largest error of any gradient and of the loss, relative to a policy that is not split."""
     axis, (data_rank, _) = ContextAxis.of(mesh), data_parallel_rank(mesh)
-    loss, heads = LOSSES[("gspo", "grpo")[seed % 2]](), {"num_kv_heads": (1, 2, 4)[seed % 3]}
+    name, build_loss = OF_CASES[seed // 3 % 3]
+    loss, heads = build_loss(), {"num_kv_heads": (1, 2, 4)[seed % 3]}
     batches = [random_batch(random.Random(100 * seed + rank)) for rank in range(data_parallel_rank(mesh)[1])]
     denominator = loss.denominator(7, 50)
     for batch in batches:
-        batch.ref_logps = batch.old_logps - 0.2 if seed % 2 == 0 else None
+        batch.ref_logps = batch.old_logps - 0.2 if name == "gspo" else None
+        if name == "segment":  # their places as they come, some segments empty, over both ends of a rank's part
+            draw = torch.Generator().manual_seed(seed)
+            batch.segment_index = 4 * batch.document_index + torch.randint(4, batch.tokens.shape, generator=draw)
+            batch.segment_advantages = torch.randn(4 * batch.advantages.numel(), generator=draw)
     plain = Policy(tiny_policy.build_decoder(**heads), loss, kernel="reference")
     plain.decoder.load_state_dict(tiny_policy.weights(**heads))
     expected_loss = sum(plain(Microbatch.prepare(batch, CPU))[0] for batch in batches) / denominator
     expected_loss.backward()
 
-    policy = build_policy(
-        LOSSES[("gspo", "grpo")[seed % 2]](), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads
-    )
+    policy = build_policy(build_loss(), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads)
     (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator)
     sums = MetricSums()
     sums.add(pairs)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2_tokenizer
 from torchtune.training import FullModelHFCheckpointer
 
+from gspo import dump
+from gspo.functional import find_segments
 from gspo.policy import accumulate_gradients
 from gspo.tiny import tiny_qwen2
 from tests.recipes.runs import lines, steps
@@ -163,6 +165,31 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
         assert 0.1 < record["mismatch/rms_token"] < 0.2 and 0.1 < record["correction/changed"] < 0.5
         assert record["correction/weight_mean"] < record["correction/ratio_mean"] < record["correction/ratio_max"]
         assert record["correction/ratio_ess"] < record["correction/weight_ess"] < 1
+
+
+def test_completions_are_cut_into_segments(run):
+    """Where the tokenizer says that a delimiter ends; each has a ratio of its own."""
+    options = ("loss._component_=gspo.losses.SegmentLoss", "loss.clip_low=0.02", "loss.clip_high=0.02")
+    cut = ("segments._component_=gspo.data.segments.AtDelimiter", "segments.delimiter=e", "dump_every_n_steps=2")
+    updates = ("ppo_epochs=2", "sampling.max_new_tokens=40", "optimizer.lr=3e-4")
+    code, output = run(*options, *cut, *updates)
+    finish((code, output))
+    (microbatch,) = dump.read(output / "dumps" / "step_2.safetensors").microbatches
+    batch = microbatch.batch
+    segments = find_segments(batch.segment_index, batch.document_index, batch.loss_mask)
+    per_document = torch.bincount(segments.document[segments.label_counts > 0])
+    assert per_document.max() > 1
+    log_ratio = torch.where(batch.loss_mask, microbatch.new_logps - batch.old_logps, 0.0)
+    means = torch.zeros(len(segments.document)).index_add(0, segments.index, log_ratio) / segments.label_counts
+    outside = ((means.exp() - 1).abs() > 0.02)[segments.index][batch.loss_mask].float().mean()
+    assert 0 < outside < 1
+    (record,) = [r for r in steps(output) if r["step"] == 2]
+    assert record["ratio/max"] == pytest.approx(float(means.exp().nan_to_num(0).max()), rel=1e-4)
+
+
+def test_a_segment_objective_without_segments_names_the_remedy(run, capsys):
+    code, _ = run("loss._component_=gspo.losses.SegmentLoss")
+    assert code == 1 and "segments._component_=gspo.data.segments.AtDelimiter" in capsys.readouterr().err
 
 
 def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypatch):
