@@ -145,6 +145,11 @@ class MetricSums:
                     totals[name] = combine(how, totals[name], (value, weight)) if name in totals else (value, weight)
         return finalize({name: _number(self._how[name], *pair) for name, pair in totals.items()})
 
+    def alone(self) -> dict[str, float]:
+        """Numbers of this rank by itself; of one that is alone, what :meth:`reduce` gives."""
+        self._fetch()
+        return finalize({name: _number(self._how[name], *pair) for name, pair in self._pairs.items()})
+
     def _fetch(self) -> None:
         if self._tensors:
             values = torch.stack([x.double() for _, *pair in self._tensors for x in pair]).tolist()

@@ -26,11 +26,11 @@ from gspo.config import check_config, refusals, require, show_errors
 from gspo.context import split
 from gspo.dump import Dump, DumpedMicrobatch, read
 from gspo.errors import InputError, did_you_mean
-from gspo.functional import LENGTH_BINS, MetricSums, RatioTerms, SurrogateTerms
-from gspo.metrics import METRICS, finalize, merge_pairs, public
+from gspo.functional import LENGTH_BINS, RatioTerms, SurrogateTerms
+from gspo.metrics import MetricSums, public
 from gspo.policy import Microbatch, batch_segments, row_inputs
 from gspo.presets import PRESETS
-from gspo.report import aligned
+from gspo.report import aligned, write_json
 from gspo.types import PackedBatch
 
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
@@ -129,13 +129,13 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
                 f"loss.{key}: {getattr(loss, key)!r} needs {needed}, which the file lacks; drop it with ~loss.{key}"
             )
     heard = _listen(loss)
-    totals, pairs, gradients = [], [], []
+    sums, totals, gradients = MetricSums(), [], []
     for m in dump.microbatches:
         total, found, gradient = _backward(loss, m)
         totals.append(total)
-        pairs.append(found)
+        sums.add(found)
         gradients.append(_sums(gradient.abs(), m.batch)[: len(m.batch.ids)])
-    metrics = _numbers(pairs)
+    metrics = sums.alone()
     counts = (dump.metadata[key] - int(metrics.get(late, 0)) for key, late in _COUNTS.items())
     denominator = max(loss.denominator(*counts), 1.0)
     metrics["loss"] = sum(float(total / denominator) for total in totals)
@@ -155,7 +155,7 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     )
 
 
-def _backward(loss: Any, m: DumpedMicrobatch) -> tuple[Tensor, MetricSums, Tensor]:
+def _backward(loss: Any, m: DumpedMicrobatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
     """The undivided loss sum of a microbatch, its metric sums, and the gradient by log-probability, [T]."""
     batch = m.batch
     rows = batch.loss_mask.nonzero().squeeze(-1)
@@ -200,16 +200,6 @@ def _clipped(terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch) -> tu
     totals.index_add_(1, units.document, torch.where(units.valid, values * units.num_tokens, 0.0))
     *clips, ratios = totals[:, : len(batch.ids)]
     return torch.stack(clips, 1), ratios / batch.label_counts[: len(batch.ids)].clamp(min=1)
-
-
-def _numbers(pairs: list[MetricSums]) -> dict[str, float]:
-    """The metrics of the step, as :class:`gspo.metrics.MetricSums` makes them over ranks."""
-    wide = [{name: (value.double(), weight.double()) for name, (value, weight) in part.items()} for part in pairs]
-    found = {}
-    for name, (value, weight) in merge_pairs(wide).items():
-        is_mean = METRICS.get(name, ("mean",))[0] == "mean"
-        found[name] = float(value / weight) if is_mean else float(value)
-    return finalize(found)
 
 
 def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], top: int) -> dict[str, Any]:
@@ -384,5 +374,4 @@ def main(arguments: list[str]) -> None:
     elif args.json == "-":
         print(json.dumps(found))
     else:
-        with refusals("--json", "choose another file"):
-            Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.json, json.dumps(found, indent=2))
