@@ -62,6 +62,8 @@ def read_command_line(description: str | None = None) -> DictConfig:
             delattr(from_file, override[1:])  # torchtune itself removes no key with a _component_
             overrides.remove(override)
         make_room(vars(from_file), overrides)
+        if "_component_" not in (vars(from_file).get("loss") or {}):  # a preset's, which torchtune's merge cannot see
+            overrides = [f"loss._component_{o[4:]}" if o.startswith("loss=") else o for o in overrides]
         cfg = _merge_yaml_and_cli_args(from_file, overrides)
         vars(cfg)[_FILE_VARIABLES] = variables  # beside the config's keys, for check_config
         return cfg

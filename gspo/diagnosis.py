@@ -6,6 +6,7 @@ Not here: the metrics themselves (:mod:`gspo.metrics`, :mod:`gspo.functional`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -21,7 +22,7 @@ NOISY_CLIP = 0.1  # clip fraction of a policy that has not moved
 
 
 class UpdateAudit:
-    """The share of weights that an optimizer step really changes, from up to 65,536 of each parameter's shard.
+    """The share of weights that an optimizer step really changes, from 65,536 to twice as many of each large shard.
 
     bf16 has eight bits of precision: an update of less than a 512th of a weight is rounded away, and with a small
     learning rate that is most of them.
@@ -50,16 +51,21 @@ def _sampled(parameter: Tensor) -> Tensor:
 
 
 class Advisor:
-    """Warns, once for each cause, where a run's own metrics show that a setting does not do what it is there for."""
+    """Warns, once for each cause, where a run's own metrics show that a setting does not do what it is there for.
 
-    def __init__(self) -> None:
+    Args:
+        has_band: the objective clips, so that a ratio can be outside.
+    """
+
+    def __init__(self, *, has_band: bool = True) -> None:
+        self._has_band = has_band
         self._given: set[str] = set()
         self._quiet_steps = 0
 
     def look(self, values: Mapping[str, float]) -> None:
         """Takes the metrics of a step, on the rank that logs."""
         moved = values.get("update/changed_fraction")
-        if moved is not None and moved < FEW_CHANGED and values["lr"] > 0 and values["grad_norm"] > 0:
+        if moved is not None and moved < FEW_CHANGED and values["lr"] > 0 and 0 < values["grad_norm"] < math.inf:
             self._warn(
                 "update",
                 "The step changed %.2g of the weights: the rest of the update was rounded away. Use "
@@ -76,8 +82,10 @@ class Advisor:
                 noise,
                 values.get("log_ratio/abs_document", float("nan")),
             )
-        self._quiet_steps = 0 if values.get("clip/any_document", 1.0) > 0 else self._quiet_steps + 1
-        if self._quiet_steps == _INERT_STEPS:
+        outside = values.get("clip/any_document", 1.0)
+        if not math.isnan(outside):  # as it is in a step without documents
+            self._quiet_steps = 0 if outside > 0 else self._quiet_steps + 1
+        if self._quiet_steps == _INERT_STEPS and self._has_band:
             self._warn(
                 "inert",
                 "No ratio has been outside the band for %d steps, so the clip does nothing (ratio/max %.6g): make more "

@@ -40,6 +40,10 @@ _AXES = {  # what each tensor of a batch has one value of
     "segment_advantages": "segments",
 }
 _NUMBERS = {"document_index": "documents", "prefix_index": "documents", "segment_index": "segments"}  # of what
+_METADATA = {
+    **dict.fromkeys(("step", "num_documents", "num_label_tokens", "seed"), int),
+    **dict.fromkeys(("sampling", "config", "metrics"), dict),
+}
 _PLAIN = ("num_bins", "num_documents", "num_label_tokens", "ids", "stats", "rollout_continues")
 
 
@@ -116,10 +120,18 @@ def _filled(batch: PackedBatch, all_batches: list[PackedBatch]) -> PackedBatch:
     default: dict[str, Any] = {
         "prefix_index": torch.arange(batch.label_counts.numel()),
         "segment_index": batch.document_index,
-        "segment_advantages": batch.advantages,
+        "segment_advantages": batch.advantages if batch.segment_index is None else _of_segments(batch),
     }
     absent = [name for name in default if getattr(batch, name) is None]
     return replace(batch, **{n: default[n] for n in absent if any(getattr(b, n) is not None for b in all_batches)})
+
+
+def _of_segments(batch: PackedBatch) -> Tensor:  # [K]
+    """The advantage of each segment's document."""
+    assert batch.segment_index is not None
+    index, document = batch.segment_index[batch.loss_mask], batch.document_index[batch.loss_mask]
+    advantages = batch.advantages.new_zeros(int(batch.segment_index.max()) + 1)
+    return advantages.index_put((index,), batch.advantages[document])
 
 
 def _layout(batch: PackedBatch) -> dict[str, int]:
@@ -137,15 +149,18 @@ def read(path: Path) -> Dump:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = _metadata(path, (file.metadata() or {}).get(_KEY))
+            text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path}: cannot be read: {error}; give a whole file of a run's folder dumps, see dump_every_n_steps"
         ) from error
     try:
+        metadata = _metadata(path, text)
         return Dump(_split(tensors, metadata.pop("microbatches")), metadata)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: is damaged: {error!r}; dump the step again") from error
 
 
@@ -160,6 +175,9 @@ def _metadata(path: Path, text: str | None) -> dict[str, Any]:
             f"{path}: is a dump of version {found['version']}, and this gspo reads version {VERSION}; "
             f"replay it with gspo {found['gspo']}, which wrote it"
         )
+    for key, kind in _METADATA.items():
+        if not isinstance(found[key], kind):
+            raise ValueError(f"{key} is {found[key]!r}")
     return found
 
 
@@ -176,5 +194,20 @@ def _split(tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> list[Dumpe
         stats = {name: (value, weight) for name, (value, weight) in row["fields"].pop("stats").items()}
         new_logps = values.pop("new_logps")
         batch = PackedBatch(**values, **row["fields"], ids=ids, stats=stats)
+        _check(batch, new_logps)
         found.append(DumpedMicrobatch(row["rank"], batch, new_logps))
     return found
+
+
+def _check(batch: PackedBatch, new_logps: Tensor) -> None:
+    """Raises ValueError where what the scoring relies on does not hold."""
+    sizes = _layout(batch)
+    for name, of in _NUMBERS.items():
+        numbers = getattr(batch, name)
+        if numbers is not None and numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < sizes[of]:
+            raise ValueError(f"{name} has a number beyond its {sizes[of]} {of}")
+    if batch.loss_mask.dtype != torch.bool or not new_logps.is_floating_point():
+        raise ValueError(f"loss_mask is {batch.loss_mask.dtype}, new_logps is {new_logps.dtype}")
+    counts = torch.bincount(batch.document_index[batch.loss_mask], minlength=sizes["documents"])
+    if not torch.equal(counts, batch.label_counts):
+        raise ValueError("label_counts are not those of loss_mask")

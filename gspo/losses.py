@@ -26,7 +26,7 @@ and raise an :class:`~gspo.errors.InputError` that names the key for a value out
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar
 
@@ -59,6 +59,7 @@ class _PolicyLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._check_types()
         _one_of("aggregation", self.aggregation, F.AGGREGATIONS)
         _one_of("kl_estimator", self.kl_estimator, F.KL_ESTIMATORS)
         for key in ("kl_coef", "entropy_coef"):
@@ -82,6 +83,17 @@ class _PolicyLoss(nn.Module):
             entropy_coef=self.entropy_coef,
             correction=self._correction(),
         )
+
+    def _check_types(self) -> None:
+        """YAML and the command line give whatever was typed: a text is true, true is 1, and .inf a number."""
+        for field in fields(self):
+            key, value, kinds = field.name, getattr(self, field.name), str(field.type).split(" | ")
+            if "bool" in kinds:
+                _require(isinstance(value, bool), key, repr(value), "must be true or false")
+            elif "str" not in kinds and (value is not None or "None" not in kinds):
+                number = type(value) is int or (type(value) is float and "float" in kinds and math.isfinite(value))
+                whole = " whole" if "int" in kinds else ""
+                _require(number, key, repr(value), f"must be a finite{whole} number" + ", or null" * ("None" in kinds))
 
     def _constant(self) -> dict[str, int]:
         """What the denominator needs beside the step's counts."""
@@ -152,7 +164,8 @@ class GSPOLoss(_ClippedLoss):
         clip_low: lower width of the band around 1, in [0, 1]; null for none. The paper's is 3e-4.
         clip_high: upper width, >= 0; null for none. The paper's is 4e-4.
         dual_clip: c > 1; where A < 0 the loss is at most ``-c A`` (arXiv 1912.09729). Null for none.
-        length_exponent: g of the ratio ``exp(sum of log-ratios / N^g)``. 1 is the paper's, 0 the product of the ratios.
+        length_exponent: g of the ratio ``exp(sum of log-ratios / N^g)``, in [0, 1]. 1 is the paper's, 0 the product of
+            the ratios, whose ``log_ratio_bound`` wants to be as much larger.
     """
 
     ratio_level: ClassVar[str] = "document"
@@ -162,7 +175,7 @@ class GSPOLoss(_ClippedLoss):
     length_exponent: float = 1.0
 
     def _ratio(self) -> F.RatioLevel:
-        _require(math.isfinite(self.length_exponent), "length_exponent", self.length_exponent, "must be finite")
+        _require(0 <= self.length_exponent <= 1, "length_exponent", self.length_exponent, "must lie in [0, 1]")
         return partial(F.document_ratio, bound=self.log_ratio_bound, length_exponent=self.length_exponent)
 
 
@@ -290,6 +303,7 @@ class FSPOLoss(_PolicyLoss):
     ratio_level: ClassVar[str] = "document, product"
     surrogate_name: ClassVar[str] = "length-fair"
 
+    log_ratio_bound: float = 40.0  # of a sum; the band of 0.2 reaches 10 at 2,500 tokens
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
 
@@ -311,7 +325,7 @@ def _width(key: str, value: float | None, largest: float = math.inf) -> float:
 
 
 def _one_of(key: str, value: str, choices: dict) -> None:
-    _require(value in choices, key, repr(value), f"must be one of {', '.join(choices)}")
+    _require(isinstance(value, str) and value in choices, key, repr(value), f"must be one of {', '.join(choices)}")
 
 
 def _require(condition: bool, key: str, value: object, must: str) -> None:

@@ -207,7 +207,8 @@ def batch_pairs(batch: PackedBatch, version: int) -> dict[str, tuple[Tensor, Ten
 
 def not_finite_documents(batch: PackedBatch, logps: Tensor) -> dict[int, dict[str, Any]]:
     """By document index, ids and values of the documents with a value that is not finite; ``logps`` is [T]."""
-    others = {name: x for name in ("ref_logps", "sampler_logps") if (x := getattr(batch, name)) is not None}
+    names = ("ref_logps", "sampler_logps", "token_advantages")
+    others = {name: x for name in names if (x := getattr(batch, name)) is not None}
     bad = ~sum(others.values(), logps + batch.old_logps).isfinite() & batch.loss_mask
     records = {}
     for d in batch.document_index[bad].unique().tolist():

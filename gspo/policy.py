@@ -194,6 +194,12 @@ class Policy(nn.Module):
         rows, _ = linear_logps(*self._rows(microbatch), **self._options)
         return rows.new_zeros(microbatch.batch.tokens.numel()).index_put((microbatch.label_rows,), rows)
 
+    @torch.no_grad()
+    def take_weights(self, other: Policy) -> None:
+        """Those of a policy that is sharded alike."""
+        for mine, given in zip(self.parameters(), other.parameters(), strict=True):
+            mine.copy_(given)
+
     def full_state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """The decoder's parameters by torchtune's names, each gathered in turn on every rank. Collective."""
         for name, value in self.decoder.state_dict().items():

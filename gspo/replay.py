@@ -73,6 +73,8 @@ def build_loss(run: dict[str, Any], preset: str | None, overrides: Sequence[str]
         key = override.lstrip("~").partition("=")[0]
         remedy = "change the objective alone, as loss.clip_high=0.3 does"
         require(key.split(".")[0] == "loss", key, override, "is not a key of the objective", remedy)
+    absent = {"loss", "advantages", "docs_per_step", "sampling"} - run.keys()
+    require(not absent, "config", sorted(run), f"of the file lacks {', '.join(sorted(absent))}", "dump the step again")
     keys = {"docs_per_step": run["docs_per_step"], "sampling": run["sampling"]}  # to which presets refer
     keys["loss"] = dict(run["loss"] if preset is None else PRESETS[preset].config["loss"])
     with refusals("overrides", "write key=value, as loss.clip_high=0.3"):
@@ -86,11 +88,13 @@ def find_documents(dump: Dump) -> Documents:
     for m in dump.microbatches:
         batch, num = m.batch, len(m.batch.ids)
         found = {"new_logps": m.new_logps, "old_logps": batch.old_logps}
-        found |= {n: x for n in ("ref_logps", "sampler_logps") if (x := getattr(batch, n)) is not None}
+        others = ("ref_logps", "sampler_logps", "token_advantages")
+        found |= {n: x for n in others if (x := getattr(batch, n)) is not None}
         bad = {name: _sums(~x.isfinite() & batch.loss_mask, batch)[:num] > 0 for name, x in found.items()}
         bad["advantage"] = ~batch.advantages[:num].isfinite()
-        drift = torch.where(batch.loss_mask, m.new_logps - batch.old_logps, 0.0)
-        means = _sums(drift.double(), batch)[:num] / batch.label_counts[:num].clamp(min=1)
+        means = _means(m.new_logps - batch.old_logps, batch)
+        own = batch.token_advantages
+        advantages = batch.advantages if own is None else _means(own, batch)  # those of segments, by their tokens
         for d, (prompt_id, group_id) in enumerate(batch.ids):
             rows.append(
                 {
@@ -99,7 +103,7 @@ def find_documents(dump: Dump) -> Documents:
                     "rank": m.rank,
                     "policy_version": int(batch.policy_version[d]),
                     "length": int(batch.label_counts[d]),
-                    "advantage": float(batch.advantages[d]),
+                    "advantage": float(advantages[d]),
                     "reward": float(batch.rewards[d]),
                     "mean_log_ratio": float(means[d]),
                     "not_finite": [name for name, flags in bad.items() if flags[d]],
@@ -112,6 +116,11 @@ def find_documents(dump: Dump) -> Documents:
 def _sums(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
     totals = torch.zeros(batch.label_counts.numel(), dtype=torch.float64)
     return totals.index_add(0, batch.document_index, values.double())
+
+
+def _means(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
+    """Over labelled tokens."""
+    return _sums(torch.where(batch.loss_mask, values, 0.0), batch) / batch.label_counts.clamp(min=1)
 
 
 def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) -> Score:
@@ -317,11 +326,13 @@ def _length_lines(objective: dict[str, Any]) -> Iterator[list[str]]:
     clips = ["documents: any", "binding", "low", "high", "tokens: any", "binding", "low", "high"]
     yield [f"{objective['name']}: length", "documents", "tokens", "gradient", *clips]
     keys = [(of, key) for of in ("documents", "tokens") for key in ("any", "binding", "binding_low", "binding_high")]
-    every = {key: sum(row[key] for row in objective["by_length"]) for key in ("documents", "tokens", "gradient")}
+    every = {key: sum(row[key] for row in objective["by_length"]) for key in ("documents", "tokens")}
+    shares = [row["gradient"] for row in objective["by_length"]]
+    every["gradient"] = None if None in shares else sum(shares)
     rows = [row for row in objective["by_length"] if row["documents"]]
     for row in (*rows, {"length": "all", **every, "clip": objective["clip"]}):
-        shares = ["" if row["clip"] is None else f"{row['clip'][of][key]:.3f}" for of, key in keys]
-        yield [row["length"], str(row["documents"]), str(row["tokens"]), f"{row['gradient']:.3f}", *shares]
+        clips_of_row = [_share(row["clip"] and row["clip"][of][key], 3) for of, key in keys]
+        yield [row["length"], str(row["documents"]), str(row["tokens"]), _share(row["gradient"], 3), *clips_of_row]
 
 
 def _document_lines(found: dict[str, Any]) -> Iterator[list[str]]:
@@ -333,7 +344,7 @@ def _document_lines(found: dict[str, Any]) -> Iterator[list[str]]:
         cells = [row["prompt_id"], str(row["group_id"]), str(row["length"]), *numbers]
         for o in row["objectives"]:
             how = "quarantined" if row["not_finite"] else _how(o["clipped_tokens"], row["length"])
-            cells += [_number(o["ratio"]), how, f"{o['gradient']:.4f}"]
+            cells += [_number(o["ratio"]), how, _share(o["gradient"], 4)]
         yield cells
 
 
@@ -344,6 +355,10 @@ def _how(tokens: dict[str, int] | None, length: int) -> str:
     kinds = {"low": tokens["binding_low"], "high": tokens["binding_high"]}
     kinds["outside"] = tokens["any"] - sum(kinds.values())
     return " ".join(kind if n == length else f"{kind} {n}/{length}" for kind, n in kinds.items() if n) or "no"
+
+
+def _share(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _number(value: float | None) -> str:

@@ -113,6 +113,13 @@ class PackedBatch:
     segment_advantages: torch.Tensor | None = None  # [K] float32, in place of ``advantages``
 
     @property
+    def token_advantages(self) -> torch.Tensor | None:  # [T] float32
+        """Those of the labelled tokens' segments, whatever elsewhere; None where segments have none of their own."""
+        if self.segment_index is None or self.segment_advantages is None:
+            return None
+        return self.segment_advantages[self.segment_index.where(self.loss_mask, 0)]
+
+    @property
     def bin_length(self) -> int:
         """S, tokens in a bin."""
         return self.tokens.numel() // max(self.num_bins, 1)

@@ -11,7 +11,7 @@ import sys
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
-from gspo.config import check_config, read_command_line, show_errors
+from gspo.config import check_config, read_command_line, refusals, show_errors
 from gspo.errors import InputError
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
 
@@ -49,4 +49,6 @@ def read_checked(arguments: list[str]) -> DictConfig:
         passed=recipe["PASSED"],
     )
     recipe["GSPOFullFinetuneRecipe"]._check_values(cfg)
+    with refusals("loss", "correct its arguments"):
+        config.instantiate(cfg.loss)
     return cfg

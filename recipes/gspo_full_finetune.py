@@ -94,6 +94,10 @@ PASSED = {  # arguments that the recipe gives to a component itself
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps"),
 }
+COMPONENTS = (
+    "model", "tokenizer", "checkpointer", "loss", "optimizer", "prompts", "sampler", "reference_checkpointer",
+    "lr_scheduler", "segments", "eval_prompts", "metric_logger",
+)  # fmt: skip
 _GET_MODEL = "correct the path, or get the model first: the head of a copy made with `tune cp` has the commands"
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
 AT_LEAST_1 = (
@@ -171,9 +175,14 @@ class GSPOFullFinetuneRecipe:
         self._held_out: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._last_evaluation = -1
+        self._told_of_older = False
 
     @staticmethod
     def _check_values(cfg: DictConfig) -> None:
+        for key in COMPONENTS:
+            value = cfg[key]
+            named = value is None or (isinstance(value, DictConfig) and "_component_" in value)
+            require(named, key, value, "must be a mapping with a _component_", f"write {key}: {{_component_: ...}}")
         for keys, fits, must in VALUES:
             for key in keys:
                 value = OmegaConf.select(cfg, key)
@@ -228,16 +237,24 @@ class GSPOFullFinetuneRecipe:
 
         loss = self._component("loss")
         if self._rank == 0:
-            weights = ", ".join(f"{weight:.3g}" for weight in effective_weights(loss))
-            log.info("In a step of documents of %s tokens, each weighs %s.", ", ".join(map(str, LENGTHS)), weights)
+            lengths = ", ".join(map(str, LENGTHS))
+            try:
+                weights = ", ".join(f"{weight:.3g}" for weight in effective_weights(loss))
+                log.info("In a step of documents of %s tokens, each weighs %s.", lengths, weights)
+            except Exception as error:  # a loss of the user's, which may need more than it is given here
+                log.info("What documents of %s tokens weigh could not be found: %r", lengths, error)
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss=loss)
         self._reference = None
         if cfg.reference_checkpointer is not None:
             key = "reference_checkpointer"
             self._reference = self._build_policy(key, self._component(key), loss=None)
+        self._sampled = None  # the policy as the sampler has it, where optimizer steps move on from that
+        if cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs:
+            self._sampled = self._build_policy("checkpointer", self._checkpointer, loss=None)
         mend_stochastic_rounding()
         self._optimizer = self._component("optimizer", self._policy.parameters())
-        self._audit, self._advisor = UpdateAudit(self._policy.parameters()), Advisor()
+        self._audit = UpdateAudit(self._policy.parameters())
+        self._advisor = Advisor(has_band=any(getattr(loss, key, 1) is not None for key in ("clip_low", "clip_high")))
         self._lr_scheduler = None
         if cfg.lr_scheduler is not None:
             self._lr_scheduler = self._component("lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps)
@@ -356,22 +373,36 @@ class GSPOFullFinetuneRecipe:
                     rollout_stats += [batch.stats for batch in step.batches]
                 microbatches = [self._prepare(batch) for batch in step.batches]
                 self._quarantined.clear()
-                for _ in range(min(cfg.ppo_epochs, cfg.num_steps - self._step)):
+                for left in reversed(range(min(cfg.ppo_epochs, cfg.num_steps - self._step))):
                     values = self._update(microbatches, step, rollout_stats)
                     rollout_stats = []  # counted once, with the first update that uses them
-                    if values.get("ratio/ess", 1.0) < (cfg.min_ess or 0.0):
-                        break  # the same on all ranks
+                    if left and values.get("ratio/ess", 1.0) < (cfg.min_ess or 0.0):  # the same on all ranks
+                        self._sync_sampler()  # or the next rollout would be as far away
+                        break
         self._bar.close()
         self._finish(time.perf_counter() - started)
 
     def _prepare(self, batch: PackedBatch) -> Microbatch:
         microbatch = Microbatch.prepare(batch, self._device, self._context)
         if self._cfg.old_logps == "recompute":
+            self._look_for_older(batch)
             microbatch.batch.sampler_logps = microbatch.batch.old_logps
-            microbatch.batch.old_logps = self._policy.logps(microbatch)
+            microbatch.batch.old_logps = (self._sampled or self._policy).logps(microbatch)
         if self._reference is not None:
             microbatch.batch.ref_logps = self._reference.logps(microbatch)
         return microbatch
+
+    def _look_for_older(self, batch: PackedBatch) -> None:
+        oldest = int(batch.policy_version[batch.label_counts > 0].amin()) if batch.ids else self._version
+        if oldest < self._version and self._rank == 0 and not self._told_of_older:
+            self._told_of_older = True
+            log.warning(
+                "old_logps: recompute takes the weights that the sampler has, of step %d, and documents came from "
+                "those of step %d. What lies between is in mismatch/*, and in no ratio: set loss.correction to weigh "
+                "it, or sync when a rollout is used up (sync_every_steps) and do without prefetch.",
+                self._version,
+                oldest,
+            )
 
     def _update(
         self, microbatches: list[Microbatch], step: parallel.StepBatches, stats: list[dict]
@@ -501,6 +532,8 @@ class GSPOFullFinetuneRecipe:
         if self._version != self._step:
             self._version = self._step
             self._sampler.update(self._policy, self._version)
+            if self._sampled is not None:
+                self._sampled.take_weights(self._policy)
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out metrics of the weights that the sampler holds, over all ranks."""

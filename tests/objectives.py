@@ -177,7 +177,7 @@ def cispo(documents, *, low, high, aggregation="token", bound=10.0, per_token=Fa
     return total
 
 
-def fspo(documents, *, low, high, aggregation="document", bound=10.0, per_token=False):
+def fspo(documents, *, low, high, aggregation="document", bound=40.0, per_token=False):
     """The undivided FSPO sum."""
     total = 0.0
     for d, log_ratio in trained(documents):

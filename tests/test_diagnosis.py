@@ -1,6 +1,7 @@
 """What a run is told about its own settings."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ GOOD = {
 }  # fmt: skip
 
 
-def warnings_of(caplog, *steps):
-    advisor = Advisor()
+def warnings_of(caplog, *steps, has_band=True):
+    advisor = Advisor(has_band=has_band)
     with caplog.at_level(logging.WARNING, logger="gspo.diagnosis"):
         for values in steps:
             advisor.look(GOOD | values)
@@ -63,6 +64,15 @@ def test_a_band_that_nothing_leaves_is_named(caplog):
     assert "for 50 steps" in message and "ppo_epochs, sync_every_steps" in message
 
 
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"grad_norm": 0.0}], ids=["warm-up", "no gradient"])
+def test_an_objective_without_a_band_and_steps_without_documents_are_no_cause(caplog):
+    quiet, empty = {"clip/any_document": 0.0}, {"clip/any_document": math.nan}
+    assert not warnings_of(caplog, *[quiet] * 60, has_band=False)
+    assert not warnings_of(caplog, *[quiet] * 49, *[empty] * 60)
+    assert warnings_of(caplog, *[quiet] * 49, empty, quiet)
+
+
+@pytest.mark.parametrize(
+    "values", [{"lr": 0.0}, {"grad_norm": 0.0}, {"grad_norm": math.inf}], ids=["warm-up", "no gradient", "skipped"]
+)
 def test_a_step_that_should_move_nothing_is_no_cause(caplog, values):
     assert not warnings_of(caplog, {"update/changed_fraction": 0.0} | values)

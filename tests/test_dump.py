@@ -14,7 +14,10 @@ from gspo.errors import InputError
 from gspo.types import PackedBatch
 from tests import tiny_policy
 
-METADATA = {"step": 7, "num_documents": 40, "num_label_tokens": 400, "seed": 3, "config": {"loss": {"a": None}}}
+METADATA = {
+    **{"step": 7, "num_documents": 40, "num_label_tokens": 400, "seed": 3},
+    **{"sampling": {}, "config": {"loss": {"a": None}}, "metrics": {}},
+}
 
 
 def microbatches():
@@ -65,6 +68,19 @@ def test_every_field_comes_back(path):
         absent = {name: value for name, value in segments.items() if getattr(one.batch, name) is None}
         for field in fields(PackedBatch):
             assert same(getattr(replace(one.batch, **absent), field.name), getattr(two.batch, field.name)), field.name
+
+
+def test_segments_without_advantages_get_their_documents(path):
+    """Where another microbatch has some."""
+    (first, second, _), draw = microbatches(), torch.Generator().manual_seed(0)
+    index = 3 * second.batch.document_index + torch.randint(3, second.batch.tokens.shape, generator=draw)
+    batch = replace(second.batch, segment_index=index)
+    dump.write(path, Dump([first, DumpedMicrobatch(0, batch, second.new_logps)], METADATA))
+    found = dump.read(path).microbatches[1].batch
+    assert torch.equal(found.segment_index, index)
+    labelled = batch.loss_mask
+    expected = batch.advantages[batch.document_index[labelled]]
+    assert torch.equal(found.segment_advantages[index[labelled]], expected) and expected.unique().numel() > 1
 
 
 def test_fields_that_no_microbatch_has_are_left_out(path):
@@ -130,6 +146,26 @@ def shorter(path):
     rewrite(path, {"tokens": torch.zeros(3, dtype=torch.int64)}, {})
 
 
+def beyond(path):
+    rewrite(path, {"document_index": load_file(path)["document_index"] + 1000}, {})
+
+
+def of_floats(path):
+    rewrite(path, {"loss_mask": load_file(path)["loss_mask"].float()}, {})
+
+
+def miscounted(path):
+    rewrite(path, {"label_counts": 0 * load_file(path)["label_counts"]}, {})
+
+
+def with_metadata(**changes):
+    return lambda path: rewrite(path, {}, changes)
+
+
+def of_metadata(text):
+    return lambda path: save_file(load_file(path), path, {dump._KEY: text})
+
+
 def rewrite(path, tensors, metadata):
     with dump.safe_open(path, framework="pt") as file:
         found = json.loads(file.metadata()[dump._KEY]) | metadata
@@ -146,9 +182,18 @@ def rewrite(path, tensors, metadata):
         (model, "is not a dump of a step; give a file of a run's folder dumps, see dump_every_n_steps"),
         (of_another_version, "is a dump of version 2, and this gspo reads version 1; replay it with gspo 9.9, which"),
         (without_labels, "is damaged: "),
+        (beyond, "is damaged: ValueError('document_index has a number beyond its "),
+        (of_floats, "is damaged: "),
+        (miscounted, "is damaged: ValueError('label_counts are not those of loss_mask')"),
+        (with_metadata(num_documents="x"), "is damaged: ValueError(\"num_documents is 'x'\")"),
+        (with_metadata(config=None), "is damaged: ValueError('config is None')"),
+        (with_metadata(microbatches=[]), "is damaged: "),
+        (of_metadata("{"), "is damaged: "),
+        (of_metadata("[]"), "is damaged: "),
+        (of_metadata("{}"), "is damaged: KeyError('version')"),
         (shorter, "is damaged: "),
     ],
-    ids=["absent", "truncated", "text", "model", "version", "without_labels", "shorter"],
+    ids=lambda value: value.partition(":")[0] if isinstance(value, str) else value.__name__.strip("<>"),
 )
 def test_bad_file_is_one_message(path, spoil, message):
     dump.write(path, Dump(microbatches(), METADATA))

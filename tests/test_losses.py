@@ -413,6 +413,16 @@ def test_bound_on_the_mean_log_ratio_is_counted():
     assert value.isfinite()
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_long_documents_inside_the_length_fair_band_keep_their_gradient(advantage):
+    (document,) = objectives.random_documents([10_000])
+    document["new"] = document["old"] + 1.5e-3  # a sum of 15, in a band of 20
+    document["advantage"] = torch.tensor(advantage, dtype=torch.float64)
+    _, grads, metrics = gradients(FSPOLoss(), [document])
+    torch.testing.assert_close(grads[0][document["mask"]], torch.full((10_000,), -advantage * math.exp(15)).double())
+    assert metrics["bounded_documents"][0] == 0
+
+
 @each_loss
 def test_metrics_do_not_disturb_the_loss(name):
     new, entropy, inputs = pack(name, objectives.random_documents([5, 8]))
@@ -481,6 +491,14 @@ def test_normalize_by_documents_keeps_the_token_weights():
         ({"clip_low": 1.5}, "loss.clip_low"),
         ({"clip_high": -0.1}, "loss.clip_high"),
         ({"aggregation": "mean"}, "loss.aggregation"),
+        ({"aggregation": ["document"]}, "loss.aggregation"),
+        ({"normalize_by_documents": "flase"}, "loss.normalize_by_documents is 'flase': it must be true or false"),
+        ({"clip_high": True}, "loss.clip_high is True: it must be a finite number, or null"),
+        ({"clip_high": "0.2"}, "loss.clip_high"),
+        ({"kl_coef": torch.inf}, "loss.kl_coef is inf: it must be a finite number"),
+        ({"kl_coef": None}, "loss.kl_coef is None: it must be a finite number"),
+        ({"log_ratio_bound": torch.inf}, "loss.log_ratio_bound"),
+        ({"aggregation": "constant", "constant_length": 1.5}, "loss.constant_length is 1.5: it must be a finite whole"),
         ({"aggregation": "constant"}, "loss.constant_length"),
         ({"aggregation": "constant", "constant_length": 0}, "loss.constant_length"),
         ({"aggregation": "token_over_batch_size"}, "loss.batch_size"),
@@ -502,6 +520,8 @@ def test_bad_option_names_its_key(name, options, key):
     [
         (GRPOLoss, {"dual_clip": 1.0}, "loss.dual_clip"),
         (GSPOLoss, {"length_exponent": torch.inf}, "loss.length_exponent"),
+        (GSPOLoss, {"length_exponent": -1.0}, "loss.length_exponent"),
+        (GSPOTokenLoss, {"bound_below": "no"}, "loss.bound_below"),
         (MultiScaleLoss, {"token_share": 1.1}, "loss.token_share"),
     ],
 )

@@ -80,6 +80,14 @@ def test_batch_pairs_of_padding_alone_count_nothing():
     assert float(pairs["staleness/mean"][1]) == 0
 
 
+def test_a_segment_advantage_that_is_not_finite_names_its_document():
+    batch = pack_documents(tiny_policy.documents(6), 128)
+    batch.segment_index, batch.segment_advantages = batch.document_index, batch.advantages.clone()
+    batch.segment_advantages[3] = torch.nan
+    ((document, record),) = metrics.not_finite_documents(batch, batch.old_logps).items()
+    assert document == 3 and set(record["token_advantages"]) == {"nan"}
+
+
 @pytest.mark.parametrize("spoil", ["logps", "old_logps", "ref_logps"])
 def test_not_finite_documents_are_named_with_their_values(spoil):
     documents = tiny_policy.documents(6)

@@ -219,6 +219,9 @@ def test_preset_and_overrides_on_the_command_line(tmp_path, monkeypatch, capsys)
         validate.main([str(path), "preset=verl", "loss.clip_hihg=0.3"])
     assert capsys.readouterr().err.startswith("error: loss.clip_hihg: unknown, GSPOTokenLoss takes no such argument.")
     with pytest.raises(SystemExit):
+        validate.main([str(path), "preset=verl", "loss.clip_low=-1"])
+    assert capsys.readouterr().err.startswith("error: loss.clip_low is -1: it must lie in [0, 1]")
+    with pytest.raises(SystemExit):
         validate.main([str(path)])
     assert capsys.readouterr().err.startswith("error: loss: missing, but the recipe needs a value")
 

@@ -232,6 +232,16 @@ def test_mistake_is_one_message(capsys, path, arguments, message):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_a_gradient_that_is_not_finite_leaves_its_cells_empty(capsys, tmp_path):
+    m = microbatch(LONG, SHORT)
+    m.batch.ref_logps = m.new_logps + 200.0  # k3 overflows
+    path = tmp_path / "dumps" / "step_7.safetensors"
+    dump.write(path, step(m))
+    replay.main([str(path), "loss.kl_coef=0.1"])
+    shown = capsys.readouterr().out
+    assert "run loss.kl_coef=0.1: gradient" in shown and "nan" not in shown and "inf" not in shown
+
+
 def test_reference_corrections_and_segments_are_scored(capsys, tmp_path):
     m = microbatch(("a", 4, 1.0, 0.0), ("b", 2, -1.0, 0.0))
     batch = replace(

@@ -16,7 +16,7 @@ from torchdata.nodes import BaseNode
 from gspo.errors import InputError
 from gspo.types import Completion, Rollout
 
-Splitter = Callable[[Completion], list[int]]
+Splitter = Callable[[Completion], list[int] | None]
 
 
 class AtDelimiter:
@@ -33,6 +33,11 @@ class AtDelimiter:
     def __init__(self, tokenizer: Any, *, delimiter: str = "\n\n") -> None:
         if not isinstance(delimiter, str) or not delimiter:
             raise InputError(f"segments.delimiter: {delimiter!r} is no text to cut at. Give one, e.g. '\\n\\n'.")
+        if "\\n" in delimiter:
+            raise InputError(
+                f"segments.delimiter: {delimiter!r} has a backslash and an n where a newline is meant. Write it as "
+                'delimiter: "\\n" in YAML, or as \'segments.delimiter="\\n"\' on the command line.'
+            )
         self._tokenizer = tokenizer
         self._delimiter = delimiter
         self._texts: dict[int, str] = {}  # of tokens
@@ -86,7 +91,7 @@ class Segment(BaseNode[Rollout]):
         rollout = next(self.source)
         for group in rollout.groups:
             for completion in group.completions:
-                found = [int(number) for number in self.splitter(completion)]
+                found = [int(number) for number in self.splitter(completion) or ()]
                 completion.segments = found or [0] * len(completion.tokens)
                 _check(completion, group.prompt.id)
         return rollout

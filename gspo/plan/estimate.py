@@ -35,6 +35,7 @@ SAMPLER_COPY = "the sampler's copy of the weights"
 SAMPLER_CACHE = "the sampler's keys and values"
 SAMPLER_DRAW = "the sampler's distribution"
 REFERENCE = "reference policy, sharded"
+SAMPLED = "weights that sampled, for old_logps: recompute, sharded"
 IN_SAMPLING = "sampling"
 ON_HOST = (rehearsal.WEIGHTS, rehearsal.GRADIENTS, rehearsal.OPTIMIZER)  # with fsdp_cpu_offload
 
@@ -340,6 +341,8 @@ def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str,
     beside: dict[str, int] = {}
     if cfg.reference_checkpointer is not None:
         beside[REFERENCE] = done.always[rehearsal.WEIGHTS]
+    if cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs:
+        beside[SAMPLED] = done.always[rehearsal.WEIGHTS]
     sampling: dict[str, int] = {}
     if cfg.sampler._component_ == LOCAL_SAMPLER:
         beside[SAMPLER_COPY] = _sampler_copy(layout, done)

@@ -51,6 +51,17 @@ def segmented(splitter, *groups):
     return next(Segment(Items(lambda _: rollout(*groups), 1), splitter))
 
 
+def test_a_newline_that_the_shell_left_as_two_characters_is_refused():
+    with pytest.raises(InputError, match=r"^segments\.delimiter: .* a backslash and an n where a newline is meant"):
+        AtDelimiter(TOKENIZER, delimiter=r"\n\n")
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_completion_may_stay_whole(nothing):
+    result = segmented(lambda c: nothing, [completion(3)])
+    assert result.groups[0].completions[0].segments == [0, 0, 0]
+
+
 def test_every_completion_is_cut():
     result = segmented(
         lambda c: [i // 2 for i in range(len(c.tokens))], [completion(3), completion(1)], [completion(4)]

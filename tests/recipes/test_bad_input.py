@@ -87,6 +87,10 @@ REFUSED = {
         ["context_parallel_size=3", "packing.bin_length=64"],
         "packing.bin_length: 64 must be a multiple of context_parallel_size (3), which splits every bin; use 66",
     ),
+    "segments_without_a_component": (
+        ["segments=gspo.data.segments.AtDelimiter"],
+        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_; write segments: {_component_",
+    ),
     "old_logps_of_nobody": (["old_logps=mine"], "old_logps: 'mine' must be sampler or recompute"),
     "correction_of_nothing": (
         ["loss.correction=sequence_geometric"],

@@ -143,6 +143,7 @@ def test_a_small_effective_sample_size_ends_the_updates_of_a_rollout(run, min_es
     for i, record in enumerate(records[:-1]):  # the next is of another rollout where this one is below the bound
         assert (i + 1 in first) == (min_ess != "null" and record["ratio/ess"] < min_ess)
     assert records[0]["ratio/ess"] > 0.99 and min(r["ratio/ess"] for r in records) < 0.9
+    assert all(records[i]["staleness/max"] == 0 for i in first)  # the sampler gets the weights at once
     assert all(0.9 < r["update/changed_fraction"] <= 1 for r in records)
 
 
@@ -165,6 +166,24 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
         assert 0.1 < record["mismatch/rms_token"] < 0.2 and 0.1 < record["correction/changed"] < 0.5
         assert record["correction/weight_mean"] < record["correction/ratio_mean"] < record["correction/ratio_max"]
         assert record["correction/ratio_ess"] < record["correction/weight_ess"] < 1
+
+
+def test_recomputed_old_logps_are_of_the_weights_that_sampled(run, recipe, monkeypatch):
+    """Steps after the first of a sync have moved on from them; here the sampler's own are the same numbers."""
+    options = ("sync_every_steps=3", "num_steps=4", "loss._component_=gspo.losses.GRPOLoss", "optimizer.lr=3e-3")
+    expected = finish(run(*options))
+    found = finish(run(*options, "old_logps=recompute"))
+    assert [r["staleness/max"] for r in found] == [0, 1, 2, 0]
+    for record, want in zip(found, expected, strict=True):
+        assert record["mismatch/rms_token"] < 1e-5
+        for key in ("kl_new_old", "clip/any_document", "ratio/max", "loss", "grad_norm"):
+            assert record[key] == pytest.approx(want[key], rel=1e-3, abs=1e-6), key
+    assert found[2]["ratio/max"] > 1.05
+
+
+def test_documents_older_than_the_sampler_are_named_under_recompute(run, caplog):
+    finish(run("old_logps=recompute", "prefetch=2", "num_steps=5"))
+    assert [r for r in caplog.messages if r.startswith("old_logps: recompute takes the weights that the sampler has")]
 
 
 def test_completions_are_cut_into_segments(run):

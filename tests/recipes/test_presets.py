@@ -6,6 +6,7 @@ import math
 import pytest
 
 from gspo.config import read_command_line
+from gspo.validate import read_checked
 from tests.recipes.runs import ROOT, steps
 
 NO_LOSS = ("~loss", "~advantages")
@@ -40,6 +41,19 @@ def test_preset_on_the_command_line_replaces_the_files_objective(run, caplog):
     (logged,) = [m for m in caplog.messages if "_component_: gspo.losses." in m]
     assert "gspo.losses.GRPOLoss" in logged and "clip_low: 0.2\n" in logged and "clip_high: 0.3\n" in logged
     assert "aggregation: token\n" in logged and "refill_dead_groups: false\n" in logged
+
+
+@pytest.mark.parametrize("preset_in_file", [False, True])
+def test_a_loss_named_beside_a_preset_stands(base, tmp_path, monkeypatch, preset_in_file):
+    text = (ROOT / "configs" / "tiny" / "gspo.yaml").read_text()
+    before, _, rest = text.partition("loss:\n")
+    text = before + "preset: dapo\n" + rest[rest.index("\n\n") :] if preset_in_file else text
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    more = () if preset_in_file else ("preset=dapo",)
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    cfg = read_checked([str(file), *more, "loss=gspo.losses.FSPOLoss", "loss.clip_high=0.7"])
+    assert dict(cfg.loss) == {"_component_": "gspo.losses.FSPOLoss", "clip_high": 0.7}
 
 
 def test_penalties_of_the_file_stay_with_a_preset(base, tmp_path, monkeypatch):
