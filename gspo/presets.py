@@ -134,8 +134,14 @@ def preset_keys(cfg: DictConfig) -> dict[str, Any]:
         if f"{key}._component_" in differing:
             del keys[key]
     if standing and os.environ.get("RANK", "0") == "0":
-        logger.warning("preset: %s gives way to the config's own %s.", name, ", ".join(standing))
+        sets = [f"{key}.{k}" if isinstance(value, dict) else key for key, value in keys.items() for k in _names(value)]
+        left = ", ".join(sorted(set(sets) - set(standing))) or "nothing"
+        logger.warning("preset: %s gives way to the config's own %s; it sets %s.", name, ", ".join(standing), left)
     return keys
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else [""]
 
 
 def make_room(from_file: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -230,8 +236,9 @@ def _text(found: list[dict[str, Any]]) -> str:
 _LEGEND = (
     "Under a number: what a document of so many tokens weighs in the gradient, in a step of these four, at a ratio of",
     "1 and with equal advantages. x: the gradient's norm over that of gspo where the gradients of all tokens agree;",
-    "x indep.: where they are independent. A learning rate for SGD, and clip_grad_norm, carry over by that factor;",
-    "Adam takes it out. Here dr_grpo has a constant length of 1024, and pipelinerl a batch size of 4.",
+    "x indep.: where they are independent. To carry settings over from gspo, divide SGD's learning rate by that factor",
+    "and multiply clip_grad_norm by it; Adam takes it out.",
+    "Here dr_grpo has a constant length of 1024, and pipelinerl a batch size of 4.",
 )
 
 

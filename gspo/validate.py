@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: from torchtune, in a config that is for a recipe of its own.
     """
+    arguments = arguments[1:] if arguments[:1] == ["--config"] else arguments  # as the other commands take it
     if not arguments:
         raise InputError("validate: no config; name a file or a registered config, python -m gspo validate tiny/gspo")
     if not CONFIGS_OF_OTHER_RECIPES.keys().isdisjoint(arguments):

@@ -182,7 +182,7 @@ class GSPOFullFinetuneRecipe:
         for key in COMPONENTS:
             value = cfg[key]
             named = value is None or (isinstance(value, DictConfig) and "_component_" in value)
-            require(named, key, value, "must be a mapping with a _component_", f"write {key}: {{_component_: ...}}")
+            require(named, key, value, "must be a mapping with a _component_", f"write {key}._component_={value}")
         for keys, fits, must in VALUES:
             for key in keys:
                 value = OmegaConf.select(cfg, key)
@@ -236,6 +236,11 @@ class GSPOFullFinetuneRecipe:
         self._eval_prompts = self._take_eval_prompts()
 
         loss = self._component("loss")
+        require(
+            getattr(loss, "ratio_level", "") != "segment" or cfg.segments is not None, "segments", None,
+            f"leaves completions whole, and {type(loss).__name__} has a ratio per segment",
+            "cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter, or name gspo.losses.GSPOLoss",
+        )  # fmt: skip
         if self._rank == 0:
             lengths = ", ".join(map(str, LENGTHS))
             try:

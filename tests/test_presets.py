@@ -169,7 +169,8 @@ def test_the_configs_own_keys_win_and_are_named(tmp_path, caplog):
     assert (cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coef) == (0.002, 0.01, 0.0)
     assert (cfg.advantages.estimator, cfg.group_size, cfg.optimizer.lr) == ("leave_one_out", 8, 3e-4)
     own = "loss.clip_high, advantages.estimator, group_size, optimizer.lr"
-    assert caplog.messages == [f"preset: blog_gspo gives way to the config's own {own}."]
+    rest = "loss._component_, loss.aggregation, loss.clip_low, loss.log_ratio_bound"
+    assert caplog.messages == [f"preset: blog_gspo gives way to the config's own {own}; it sets {rest}."]
 
 
 def test_a_preset_fills_in_what_the_config_leaves_out(tmp_path, caplog):

@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 
 from gspo import plugin, validate
+from gspo.data.segments import Segment
 from gspo.functional import LossInputs
 from gspo.rewards.pool import _parse_reward
 from gspo.tiny import make_untrained
+from tests.data.fakes import Items, completion, rollout
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -70,6 +72,17 @@ def test_own_loss_is_the_importance_weighted_policy_gradient(folder):
     loss.backward()
     assert loss.item() == -3.0 and logps.grad.tolist() == [-2.0, -2.0, 1.0, 0.0]
     assert [value.item() for value in metrics["own/drift"]] == [0.0, 3]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5])
+def test_own_splitter_cuts_in_two(folder, num_tokens):
+    import my_segments
+
+    given = completion(num_tokens, advantage=0.5)
+    (group,) = next(Segment(Items(lambda _: rollout([given]), 1), my_segments.Halves(None))).groups
+    (found,) = group.completions
+    assert found.segments == [0] * (num_tokens // 2) + [1] * (num_tokens - num_tokens // 2)
+    assert found.segment_advantages == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition(":")[0])

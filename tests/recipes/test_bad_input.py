@@ -89,7 +89,7 @@ REFUSED = {
     ),
     "segments_without_a_component": (
         ["segments=gspo.data.segments.AtDelimiter"],
-        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_; write segments: {_component_",
+        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_; write segments._component_=",
     ),
     "old_logps_of_nobody": (["old_logps=mine"], "old_logps: 'mine' must be sampler or recompute"),
     "correction_of_nothing": (
