@@ -23,8 +23,9 @@ A run has collapsed if its last held-out accuracy is more than 5 points below it
 a gradient norm was not finite. Intervals are of the mean over seeds, 95 %, by Student's t.
 
 Everything is resumable: a run has its folder with its log and command line under ``--work``, is done when ``run.json``
-stands there, and is begun afresh otherwise. The whole is 63 runs of the sweep and 105 compared: about two hours with
-``--jobs 2`` on two cores that nothing else uses.
+stands there, and is begun afresh otherwise. The whole is 84 runs of the sweep and 105 compared: an hour and a half
+with ``--jobs 2`` on two cores that nothing else uses. With one ``--lrs`` and one ``--bands`` there is no sweep: all
+objectives get these, as ``--conditions stale --objectives gspo grpo ppo --lrs 1e-4 --bands paper`` in another folder.
 """
 
 from __future__ import annotations
@@ -323,7 +324,9 @@ def row_of(group: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[
         "best": statistics.fmean(r["best"] for r in group),
         "collapsed": sum(bool(r["collapsed"]) for r in group),
     }
-    rival = {r["seed"]: r for r in compared if r["objective"] == "gspo" and r["condition"] == first["condition"]}
+    rivals = [r for r in compared if r["objective"] == "gspo" and r["condition"] == first["condition"]]
+    at_this_rate = [r for r in rivals if r["lr"] == first["lr"]]
+    rival = {r["seed"]: r for r in at_this_rate or rivals}
     differences = [r["final"] - rival[r["seed"]]["final"] for r in group if r["seed"] in rival]
     row["minus gspo"], row["its +-"] = interval(differences) if differences else (math.nan, math.nan)
     for name in ("clip/binding_token", "clip/any_document", "staleness/mean", "mismatch/rms_token"):
@@ -383,32 +386,47 @@ def without_nan(value: Any) -> Any:
 
 
 def draw(records: list[dict[str, Any]], conditions: list[str], path: Path) -> None:
-    """A panel for each condition: the mean held-out accuracy of each objective, with its interval."""
+    """Two panels for each condition: held-out accuracy, and its difference to GSPO's on the same base policies."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(conditions), figsize=(5 * len(conditions), 4.5), sharey=True, squeeze=False, constrained_layout=True
-    )
-    for axis, condition in zip(axes.flat, conditions, strict=True):
+        2, len(conditions), figsize=(5 * len(conditions), 8), sharex=True, sharey="row", squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    for (above, below), condition in zip(axes.T, conditions, strict=True):
+        rival: dict[int, dict[int, float]] = {}
         for group in groups(r for r in records if r["condition"] == condition):
-            objective = group[0]["objective"]
-            curves = [dict(map(tuple, r["curve"])) for r in group]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))  # one that gave up is shorter
-            found = np.array([interval([curve[step] for curve in curves]) for step in steps])
-            mean, half, color = found[:, 0], np.nan_to_num(found[:, 1]), f"C{list(OBJECTIVES).index(objective)}"
-            axis.plot(steps, mean, color=color, label=objective, marker="o", markersize=3)
-            axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
-        axis.set_title(condition, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-    axes.flat[0].set_ylabel("held-out accuracy, mean and 95 % interval")
-    axes.flat[0].set_ylim(0, 1)
-    axes.flat[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+            objective, curves = group[0]["objective"], {r["seed"]: dict(map(tuple, r["curve"])) for r in group}
+            rival = curves if objective == "gspo" else rival
+            look = {"color": f"C{list(OBJECTIVES).index(objective)}", "label": objective, "markersize": 3}
+            plot(above, list(curves.values()), look)
+            paired = [
+                {step: value - rival[seed][step] for step, value in curve.items() if step in rival[seed]}
+                for seed, curve in curves.items()
+                if seed in rival
+            ]
+            plot(below, paired, look)
+        above.set_title(condition, fontsize=10)
+        below.set_xlabel("optimizer step")
+    axes[0, 0].set_ylabel("held-out accuracy, mean over seeds")
+    axes[1, 0].set_ylabel("less GSPO's of the same seed, mean and 95 % interval")
+    axes[0, -1].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def plot(axis: Any, curves: list[dict[int, float]], look: dict[str, Any]) -> None:
+    """The mean of curves by step; of differences, which start at 0, with its interval."""
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []  # one that gave up is shorter
+    found = np.array([interval([curve[step] for curve in curves]) for step in steps]).reshape(-1, 2)
+    mean, half = found[:, 0], np.nan_to_num(found[:, 1])
+    axis.plot(steps, mean, marker="o", **look)
+    if mean.size and mean[0] == 0:
+        axis.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.1, linewidth=0)
+    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
