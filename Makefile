@@ -28,5 +28,7 @@ install: .venv/.installed
 	{ echo "Python 3.11 or 3.12 is needed, found '$(PYTHON)': try make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,plots]'
+	# By its path: setuptools' own finder gives way to any folder named gspo, as in the one above this clone.
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[dev,plots]'
 	touch $@
