@@ -593,6 +593,7 @@ def _ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, inpu
         "log_ratio/abs_document": (_counted(means.abs(), inputs).sum(), documents),
         "clip/any_document": (outside, documents),
         "clip/binding_document": (bound, documents),
+        "clip/any_token": (torch.where(result.outside & units.counted, units.num_tokens, 0).sum(), tokens),
         "clip/binding_token": (torch.where(binding & units.counted, units.num_tokens, 0).sum(), tokens),
         "clip/low": ((result.low & units.counted).sum(), num_units),
         "clip/high": ((result.high & units.counted).sum(), num_units),

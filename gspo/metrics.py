@@ -50,6 +50,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "clip/binding_document_to_256": ("mean", "document of 65 to 256 tokens", "share"),
     "clip/binding_document_to_1024": ("mean", "document of 257 to 1,024 tokens", "share"),
     "clip/binding_document_longer": ("mean", "longer document", "share"),
+    "clip/any_token": ("mean", "token", "share"),
     "clip/binding_token": ("mean", "token", "share"),
     "clip/low": ("mean", "unit of the ratio", "share"),
     "clip/high": ("mean", "unit of the ratio", "share"),

@@ -247,6 +247,7 @@ def test_clip_stops_the_gradient_on_its_side(name, shift, advantage, flows):
     assert metrics["clip/any_document"][0] == 1
     assert metrics["clip/binding_document"][0] == (0 if flows else 1)
     assert metrics["clip/binding_token"] == ((0 if flows else 6), 6)
+    assert metrics["clip/any_token"] == (6, 6)
     side = "clip/high" if shift > 0 else "clip/low"
     assert metrics[side][0] == (0 if flows else metrics[side][1])
 
