@@ -51,6 +51,8 @@ import numpy as np
 from hardware import hardware
 from tqdm import tqdm
 
+from gspo.report import aligned, without_nan
+
 HERE = Path(__file__).resolve().parent
 STEPS, EVERY = 400, 40  # optimizer steps, and those between evaluations: a multiple of every sync_every_steps
 DOCUMENTS, GROUP = 128, 8  # of a rollout; tiny/gspo's group_size
@@ -364,25 +366,13 @@ def rank_correlations(records: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     lines = [list(rows[0]), *([shown(x) for x in row.values()] for row in rows)] if rows else []
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
-    print(f"\n{title}")
-    for line in lines:
-        print("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip())
+    print("\n".join(["", title, *(aligned(lines) if lines else [])]))
 
 
 def shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "no"
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def without_nan(value: Any) -> Any:
-    """The same with null for a number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(records: list[dict[str, Any]], conditions: list[str], path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torchtune import training
 
 from gspo import parallel
@@ -141,9 +141,7 @@ class ValuePolicy(Policy):
     def values(self, microbatch: Microbatch) -> Tensor:  # [N] of the label rows
         """Without gradients."""
         values = self._values(microbatch)
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # or the next forward would use what was gathered here, even after an update
+        self.reshard_all()
         return values
 
     @torch.no_grad()

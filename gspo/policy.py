@@ -184,10 +184,14 @@ class Policy(nn.Module):
     def logps(self, microbatch: Microbatch) -> Tensor:  # [R * S / C] float32 nats, 0 where there is no label
         """Log-probabilities of this rank's labels at the sampling temperature, without gradients. Collective."""
         logps = self._logps(microbatch)
+        self.reshard_all()
+        return logps
+
+    def reshard_all(self) -> None:
+        """After a forward without a backward, or the next would use what was gathered for it, even after an update."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # or the next forward would use what was gathered here, even after an update
-        return logps
+                module.reshard()
 
     @torch.no_grad()
     def _logps(self, microbatch: Microbatch) -> Tensor:
@@ -224,9 +228,9 @@ class Policy(nn.Module):
 
 def row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInputs:
     """What an objective gets of a microbatch: the rows that have a label, on this rank."""
-    batch, rows, segments = microbatch.batch, microbatch.label_rows, microbatch.segments
+    batch, rows = microbatch.batch, microbatch.label_rows
     spanning: dict[str, Any] = {} if context is None else {"counted": microbatch.counted, "complete": context.complete}
-    given = batch.segment_advantages
+    own = batch.token_advantages
     return LossInputs(
         document_index=batch.document_index[rows],
         loss_mask=torch.ones_like(rows, dtype=torch.bool),
@@ -235,8 +239,8 @@ def row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInput
         label_counts=batch.label_counts,
         ref_logps=None if batch.ref_logps is None else batch.ref_logps[rows],
         sampler_logps=None if batch.sampler_logps is None else batch.sampler_logps[rows],
-        segments=segments,
-        token_advantages=None if given is None or segments is None else given[segments.index],
+        segments=microbatch.segments,
+        token_advantages=None if own is None else own[rows],
         **spanning,
     )
 

@@ -134,14 +134,11 @@ def preset_keys(cfg: DictConfig) -> dict[str, Any]:
         if f"{key}._component_" in differing:
             del keys[key]
     if standing and os.environ.get("RANK", "0") == "0":
-        sets = [f"{key}.{k}" if isinstance(value, dict) else key for key, value in keys.items() for k in _names(value)]
-        left = ", ".join(sorted(set(sets) - set(standing))) or "nothing"
+        sets = {f"{key}.{k}" for key, value in keys.items() if isinstance(value, dict) for k in value}
+        sets |= {key for key, value in keys.items() if not isinstance(value, dict)}
+        left = ", ".join(sorted(sets - set(standing))) or "nothing"
         logger.warning("preset: %s gives way to the config's own %s; it sets %s.", name, ", ".join(standing), left)
     return keys
-
-
-def _names(value: Any) -> list[str]:
-    return list(value) if isinstance(value, dict) else [""]
 
 
 def make_room(from_file: dict[str, Any], overrides: Sequence[str]) -> None:

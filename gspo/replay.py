@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from gspo.functional import LENGTH_BINS, RatioTerms, SurrogateTerms
 from gspo.metrics import MetricSums, public
 from gspo.policy import Microbatch, batch_segments, row_inputs
 from gspo.presets import PRESETS
-from gspo.report import aligned, write_json
+from gspo.report import aligned, without_nan, write_json
 from gspo.types import PackedBatch
 
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
@@ -239,16 +238,7 @@ def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], to
             documents.rows[d] | {"objectives": [_of_document(documents, s, d) for s in scores]} for d in order
         ],
     }
-    return _finite(answer)
-
-
-def _finite(value: Any) -> Any:
-    """With null for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_nan(answer)
 
 
 def _clip(documents: Documents, s: Score, chosen: Tensor) -> dict[str, dict[str, float]] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gspo.advantages import Estimator, all_equal, check_group_size, get_estimator
+from gspo.data.stateless import Stateless
 from gspo.errors import InputError
 from gspo.types import Completion, Group, Rollout
 
@@ -28,7 +29,7 @@ def log_quarantine(record: dict[str, Any]) -> None:
     )
 
 
-class Advantage(BaseNode[Rollout]):
+class Advantage(Stateless[Rollout]):
     """Fills ``completion.advantage`` and leaves in each group the completions that carry a gradient.
 
     - Quarantine: a completion whose reward, log-probabilities or advantage is not finite (in float32) leaves the
@@ -60,24 +61,14 @@ class Advantage(BaseNode[Rollout]):
         refill_dead_groups: bool = False,
         on_quarantine: Callable[[dict[str, Any]], None] = log_quarantine,
     ) -> None:
-        super().__init__()
+        super().__init__(source)
         if refill_dead_groups and not drop_dead_groups:
             raise InputError(
                 "advantages.refill_dead_groups: true needs drop_dead_groups: true; kept groups cannot be replaced."
             )
-        self.source = source
         self.estimator = get_estimator(estimator)
         self.drop_dead_groups, self.refill_dead_groups = drop_dead_groups, refill_dead_groups
         self.on_quarantine = on_quarantine
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Start over, or go on from a state."""
-        super().reset(initial_state)
-        self.source.reset(None if initial_state is None else initial_state["source"])
-
-    def get_state(self) -> dict[str, Any]:
-        """The source's state; this node holds nothing."""
-        return {"source": self.source.state_dict()}
 
     def next(self) -> Rollout:
         """The next rollout, its advantages filled in."""

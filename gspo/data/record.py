@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torchdata.nodes import BaseNode
 
+from gspo.data.stateless import Stateless
 from gspo.types import Rollout
 
 
-class Record(BaseNode[Rollout]):
+class Record(Stateless[Rollout]):
     """Passes rollouts on and appends the first completions of each to a JSONL file, one a group.
 
     Args:
@@ -21,23 +21,13 @@ class Record(BaseNode[Rollout]):
     """
 
     def __init__(self, source: BaseNode[Rollout], path: Path, *, num_per_rollout: int) -> None:
-        super().__init__()
-        self._source = source
+        super().__init__(source)
         self._path = path
         self._num_per_rollout = num_per_rollout
 
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Starts over, or goes on from a state."""
-        super().reset(initial_state)
-        self._source.reset(initial_state)
-
-    def get_state(self) -> dict[str, Any]:
-        """The source's state: this node has none."""
-        return self._source.state_dict()
-
     def next(self) -> Rollout:
         """The next rollout, unchanged."""
-        rollout = next(self._source)
+        rollout = next(self.source)
         if self._num_per_rollout:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:

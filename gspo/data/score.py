@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from torchdata.nodes import BaseNode
 
+from gspo.data.stateless import Stateless
 from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.rewards.worker import Item
 from gspo.types import Completion, Group, Rollout
@@ -14,7 +14,7 @@ from gspo.types import Completion, Group, Rollout
 FULL_REWARD_TOLERANCE = 1e-6  # for the rounding of a weighted sum
 
 
-class Score(BaseNode[Rollout]):
+class Score(Stateless[Rollout]):
     """Fills ``rewards`` and ``reward`` of every completion of a rollout, in one call of the pool.
 
     A reward function sees the prompt's metadata with two additions: ``num_tokens``, the completion's length, and
@@ -26,22 +26,12 @@ class Score(BaseNode[Rollout]):
     """
 
     def __init__(self, source: BaseNode[Rollout], pool: RewardPool) -> None:
-        super().__init__()
-        self._source = source
+        super().__init__(source)
         self._pool = pool
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Start over, or go on where ``initial_state`` was taken."""
-        super().reset(initial_state)
-        self._source.reset(initial_state["source"] if initial_state is not None else None)
-
-    def get_state(self) -> dict[str, Any]:
-        """The source's state; scoring has none."""
-        return {"source": self._source.state_dict()}
 
     def next(self) -> Rollout:
         """The source's next rollout, scored."""
-        rollout = next(self._source)
+        rollout = next(self.source)
         start = time.perf_counter()
         completions = [completion for group in rollout.groups for completion in group.completions]
         result = self._pool.score(reward_items(rollout.groups))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
+from gspo.data.stateless import Stateless
 from gspo.errors import InputError
 from gspo.types import Completion, Rollout
 
@@ -60,7 +61,7 @@ class AtDelimiter:
         return self._texts[token]
 
 
-class Segment(BaseNode[Rollout]):
+class Segment(Stateless[Rollout]):
     """Fills ``completion.segments``.
 
     Args:
@@ -74,17 +75,8 @@ class Segment(BaseNode[Rollout]):
     """
 
     def __init__(self, source: BaseNode[Rollout], splitter: Splitter) -> None:
-        super().__init__()
-        self.source, self.splitter = source, splitter
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Start over, or go on from a state."""
-        super().reset(initial_state)
-        self.source.reset(None if initial_state is None else initial_state["source"])
-
-    def get_state(self) -> dict[str, Any]:
-        """The source's state; this node holds nothing."""
-        return {"source": self.source.state_dict()}
+        super().__init__(source)
+        self.splitter = splitter
 
     def next(self) -> Rollout:
         """The next rollout, its completions cut."""

@@ -10,7 +10,7 @@ from tests import tiny_policy
 from tests.distributed.context import LOSSES, MESHES
 from tests.distributed.launch import once_per_world_size
 
-NUM_CASES = 9  # three of each objective
+NUM_CASES = 15  # six of gspo, six of grpo, three of segments
 WAYS = [(world_size, name) for world_size, names in MESHES.items() for name in names]
 CONTEXT_SIZE = {name: context for names in MESHES.values() for name, (_, context) in names.items()}
 each_way = pytest.mark.parametrize(("world_size", "name"), WAYS, ids=[name for _, name in WAYS])

@@ -168,7 +168,7 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
         assert record["correction/ratio_ess"] < record["correction/weight_ess"] < 1
 
 
-def test_recomputed_old_logps_are_of_the_weights_that_sampled(run, recipe, monkeypatch):
+def test_recomputed_old_logps_are_of_the_weights_that_sampled(run):
     """Steps after the first of a sync have moved on from them; here the sampler's own are the same numbers."""
     options = ("sync_every_steps=3", "num_steps=4", "loss._component_=gspo.losses.GRPOLoss", "optimizer.lr=3e-3")
     expected = finish(run(*options))
