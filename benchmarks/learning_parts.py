@@ -25,12 +25,11 @@ from torchtune import training
 
 from gspo import parallel
 from gspo.config import check_config, parse
-from gspo.functional import MetricSums
 from gspo.kernels import linear_logps
 from gspo.losses import GRPOLoss
 from gspo.policy import Microbatch, Policy, load_weights, row_inputs, shard_policy
 from gspo.sampling.local import LocalSampler
-from gspo.types import Completion, PackedBatch, Prompt, SamplingParams
+from gspo.types import Completion, MetricSums, PackedBatch, Prompt, SamplingParams
 
 VALUE_GAIN = 5.0  # with the policy's learning rate a head without it takes 70 steps to learn the mean reward
 

@@ -136,7 +136,7 @@ class Loop:
 
     def update(self, microbatches: list[Microbatch], step: parallel.StepBatches) -> None:
         """What the recipe does for one optimizer step, logging excepted."""
-        sums = metrics.MetricSums(reward.name for reward in self.pool.rewards)
+        sums = metrics.StepMetrics(reward.name for reward in self.pool.rewards)
         denominator = self.policy.loss.denominator(step.num_documents, step.num_label_tokens)
         for pairs in accumulate_gradients(self.policy, microbatches, denominator):
             sums.add(pairs)

@@ -102,6 +102,11 @@ def _show(message: str) -> None:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
+def keeps_sampled_weights(cfg: DictConfig) -> bool:
+    """Whether old log-probabilities are computed from weights that the policy leaves before the next rollout."""
+    return cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs
+
+
 def require(condition: bool, key: str, value: Any, must: str, remedy: str) -> None:
     """Raise an InputError unless ``condition`` holds.
 

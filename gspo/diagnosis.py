@@ -1,6 +1,6 @@
 """What a step's numbers say about the run's settings: warnings that name the cure, each given once.
 
-Not here: the metrics themselves (:mod:`gspo.metrics`, :mod:`gspo.functional`).
+Not here: the metrics themselves (:mod:`gspo.metrics`, :mod:`gspo.objective_metrics`).
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from gspo import functional as F
 from gspo.errors import InputError
+from gspo.terms import LossInputs
+from gspo.types import MetricSums
 
 _CONSTANTS = {"constant": "constant_length", "token_over_batch_size": "batch_size"}  # what an aggregation divides by
 
@@ -126,7 +128,7 @@ class _PolicyLoss(nn.Module):
     def _surrogate(self) -> F.Surrogate:
         raise NotImplementedError
 
-    def forward(self, logps: Tensor, entropy: Tensor, inputs: F.LossInputs) -> tuple[Tensor, F.MetricSums]:
+    def forward(self, logps: Tensor, entropy: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
         """Undivided loss sum and metric sums of whole documents; ``logps`` and ``entropy`` are [T] in nats."""
         return self.objective(logps, entropy, inputs)
 

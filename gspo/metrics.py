@@ -108,7 +108,7 @@ def merge_pairs(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[st
     return merged
 
 
-class MetricSums:
+class StepMetrics:
     """The metric pairs of one optimizer step on this rank; :meth:`reduce` makes them numbers over all ranks.
 
     Args:

@@ -30,10 +30,10 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from gspo.context import ContextAxis, Shard, gather_keys, split
 from gspo.errors import InputError
-from gspo.functional import LossInputs, MetricSums, Segments, find_segments
 from gspo.kernels import linear_logps, linear_loss
 from gspo.metrics import merge_pairs
-from gspo.types import PackedBatch
+from gspo.terms import LossInputs, Segments, find_segments
+from gspo.types import MetricSums, PackedBatch
 
 AttentionMask = Tensor | BlockMask | None
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torchtune import config
 
 from gspo.errors import InputError, did_you_mean
-from gspo.functional import LossInputs, Segments
 from gspo.report import aligned, write_json
+from gspo.terms import LossInputs, Segments
 
 logger = logging.getLogger(__name__)
 

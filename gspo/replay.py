@@ -25,11 +25,12 @@ from gspo.config import check_config, refusals, require, show_errors
 from gspo.context import split
 from gspo.dump import Dump, DumpedMicrobatch, read
 from gspo.errors import InputError, did_you_mean
-from gspo.functional import LENGTH_BINS, RatioTerms, SurrogateTerms
-from gspo.metrics import MetricSums, public
+from gspo.metrics import StepMetrics, public
+from gspo.objective_metrics import LENGTH_BINS
 from gspo.policy import Microbatch, batch_segments, row_inputs
 from gspo.presets import PRESETS
 from gspo.report import aligned, without_nan, write_json
+from gspo.terms import RatioTerms, SurrogateTerms
 from gspo.types import PackedBatch
 
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
@@ -137,7 +138,7 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
                 f"loss.{key}: {getattr(loss, key)!r} needs {needed}, which the file lacks; drop it with ~loss.{key}"
             )
     heard = _listen(loss)
-    sums, totals, gradients = MetricSums(), [], []
+    sums, totals, gradients = StepMetrics(), [], []
     for m in dump.microbatches:
         total, found, gradient = _backward(loss, m)
         totals.append(total)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+MetricSums = dict[str, tuple["torch.Tensor", "torch.Tensor"]]  # name -> (value sum, weight sum), see gspo.metrics
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -26,7 +26,7 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from gspo import dump, evaluation, metrics, parallel
-from gspo.config import check_config, parse, refusals, require
+from gspo.config import check_config, keeps_sampled_weights, parse, refusals, require
 from gspo.context import ContextAxis, ShareOverContext
 from gspo.data.graph import GraphOptions, build_graph
 from gspo.data.packing import check_bin_length
@@ -100,6 +100,7 @@ COMPONENTS = (
 )  # fmt: skip
 _GET_MODEL = "correct the path, or get the model first: the head of a copy made with `tune cp` has the commands"
 REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
+MOST_SPOILED_DUMPS = 10  # of steps with a document that is not finite: a run of them must not fill the disk
 AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
     "data_parallel_replicate_size", "context_parallel_size", "log_every_n_steps", "packing.tokens_per_microbatch",
@@ -171,6 +172,7 @@ class GSPOFullFinetuneRecipe:
         self._version = 0  # of the weights; the sampler's lags behind by at most sync_every_steps
         self._skipped_in_a_row = 0
         self._num_skipped = 0
+        self._num_spoiled_dumps = 0
         self._quarantined: set[tuple[int, int]] = set()  # microbatch and document, of the step's batches
         self._held_out: dict[str, float] = {}
         self._seen: dict[str, float] = {}
@@ -254,7 +256,7 @@ class GSPOFullFinetuneRecipe:
             key = "reference_checkpointer"
             self._reference = self._build_policy(key, self._component(key), loss=None)
         self._sampled = None  # the policy as the sampler has it, where optimizer steps move on from that
-        if cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs:
+        if keeps_sampled_weights(cfg):
             self._sampled = self._build_policy("checkpointer", self._checkpointer, loss=None)
         mend_stochastic_rounding()
         self._optimizer = self._component("optimizer", self._policy.parameters())
@@ -414,7 +416,7 @@ class GSPOFullFinetuneRecipe:
     ) -> dict[str, float]:
         """One optimizer step over all microbatches, under the totals of the whole step; its metrics."""
         begin = time.perf_counter()
-        sums = metrics.MetricSums(reward.name for reward in self._pool.rewards)
+        sums = metrics.StepMetrics(reward.name for reward in self._pool.rewards)
         denominator = self._denominator(step.num_documents, step.num_label_tokens)
         for pairs in accumulate_gradients(
             self._policy, microbatches, denominator, reduce_every_microbatch=self._cfg.reduce_every_microbatch
@@ -430,7 +432,9 @@ class GSPOFullFinetuneRecipe:
             self._quarantine(microbatches, values, step, denominator)
         values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on with it
         every = self._cfg.dump_every_n_steps
-        if values.get("_late_documents") or (every and (self._step + 1) % every == 0):
+        spoiled = bool(values.get("_late_documents")) and self._num_spoiled_dumps < MOST_SPOILED_DUMPS
+        if spoiled or (every and (self._step + 1) % every == 0):
+            self._num_spoiled_dumps += spoiled
             self._dump(microbatches, step, values)
         self._audit.begin()
         values["grad_norm"] = self._optimizer_step()
@@ -547,7 +551,7 @@ class GSPOFullFinetuneRecipe:
         pairs = evaluation.evaluate(
             self._sampler, self._pool, self._eval_prompts, params=self._params, num_samples=self._cfg.eval.num_samples
         )
-        sums = metrics.MetricSums()
+        sums = metrics.StepMetrics()
         sums.add(pairs)
         self._held_out = sums.reduce(self._device)
         self._last_evaluation = self._step

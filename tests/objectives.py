@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from gspo.functional import LossInputs, find_segments
+from gspo.terms import LossInputs, find_segments
 
 
 def random_documents(lengths, *, seed=0, scale=0.3, prompt=2):

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module or package of gspo imports from itself and from lower rows only.
 LAYERS = (
     ("types", "errors"),
-    ("report",),
+    ("report", "terms"),
+    ("objective_metrics",),
     ("functional", "advantages", "rewards", "sampling", "plugin"),
     ("kernels", "data", "presets"),
     ("losses", "parallel", "context", "metrics", "config", "evaluation"),

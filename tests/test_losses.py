@@ -10,8 +10,8 @@ import torch
 
 from gspo import functional
 from gspo.errors import InputError
-from gspo.functional import LossInputs, document_means, find_segments
 from gspo.losses import CISPOLoss, FSPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, MultiScaleLoss, SegmentLoss
+from gspo.terms import LossInputs, document_means, find_segments
 from tests import objectives
 
 LENGTHS = {"single": [7], "one_token": [1], "many": [1, 63, 5, 257, 12], "equal": [4, 4, 4]}

@@ -23,7 +23,7 @@ def test_every_metric_declares_a_known_reduction():
 
 
 def test_undeclared_metric_is_a_mean():
-    sums = metrics.MetricSums()
+    sums = metrics.StepMetrics()
     sums.add({"own/metric": (1.0, 1.0)})
     sums.add({"own/metric": (2.0, 3.0)})
     assert sums._how["own/metric"] == "mean"

@@ -12,7 +12,7 @@ from gspo.context import ContextAxis, split
 from gspo.data.packing import pack_documents
 from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss
-from gspo.metrics import MetricSums
+from gspo.metrics import StepMetrics
 from gspo.policy import Microbatch, Policy, accumulate_gradients, document_mask, load_weights, mask_mod, output_weight
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -137,7 +137,7 @@ def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, 
             loss(clip_low=0.01, clip_high=0.01, kl_coef=0.1, entropy_coef=0.05), kernel=kernel, chunk_size=chunk_size
         )
         (pairs,) = accumulate_gradients(policy, [microbatch], 7.0)
-        sums = MetricSums()
+        sums = StepMetrics()
         sums.add(pairs)
         found[kernel] = sums.reduce(CPU), [p.grad.full_tensor() for p in policy.parameters()]
     (metrics, grads), (expected, expected_grads) = found["compile"], found["reference"]

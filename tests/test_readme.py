@@ -12,8 +12,8 @@ from torchtune._cli.tune import TuneCLIParser
 
 from gspo import plugin, validate
 from gspo.data.segments import Segment
-from gspo.functional import LossInputs
 from gspo.rewards.pool import _parse_reward
+from gspo.terms import LossInputs
 from gspo.tiny import make_untrained
 from tests.data.fakes import Items, completion, rollout
 

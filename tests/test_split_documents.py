@@ -15,7 +15,7 @@ import torch
 from gspo import parallel
 from gspo.data.packing import pack_documents
 from gspo.losses import CISPOLoss, FSPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, MultiScaleLoss, SegmentLoss
-from gspo.metrics import MetricSums, merge_pairs
+from gspo.metrics import StepMetrics, merge_pairs
 from gspo.policy import Microbatch, _part, accumulate_gradients
 from tests import objectives, tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -227,7 +227,7 @@ def test_segments_of_a_batch_go_through_the_head(one_rank, name):
         loss = LOSSES[name](clip_low=0.01, clip_high=0.01)
         policy = build_policy(loss, kernel=kernel, **options)
         (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batch, torch.device("cpu"))], 7.0)
-        sums = MetricSums()
+        sums = StepMetrics()
         sums.add(pairs)
         return sums.reduce(torch.device("cpu")), [p.grad.full_tensor() for p in policy.parameters()]
 

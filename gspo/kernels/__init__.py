@@ -15,8 +15,8 @@ from functools import cache
 from torch import Tensor
 
 from gspo.errors import InputError
-from gspo.functional import MetricSums
 from gspo.kernels import head, reference, rows
+from gspo.types import MetricSums
 
 __all__ = ["KERNELS", "choose_kernel", "linear_logps", "linear_loss", "logits_logps", "rows_per_chunk"]
 

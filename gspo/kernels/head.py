@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gspo.functional import MetricSums
 from gspo.kernels.rows import RowKernels
+from gspo.types import MetricSums
 
 _APART = 32  # entries between rows of logits: a power of two from row to row, as 32,768 is, costs a CPU's product 3 %
 _MOVED_AT_A_TIME = 16  # rows copied beside the buffer

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 from torchtune.modules import TransformerDecoder
 
-from gspo.config import refusals, require
+from gspo.config import keeps_sampled_weights, refusals, require
 from gspo.data.packing import Document, check_bin_length, pack_documents
 from gspo.errors import InputError
 from gspo.kernels import choose_kernel, rows_per_chunk
@@ -341,7 +341,7 @@ def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str,
     beside: dict[str, int] = {}
     if cfg.reference_checkpointer is not None:
         beside[REFERENCE] = done.always[rehearsal.WEIGHTS]
-    if cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs:
+    if keeps_sampled_weights(cfg):
         beside[SAMPLED] = done.always[rehearsal.WEIGHTS]
     sampling: dict[str, int] = {}
     if cfg.sampler._component_ == LOCAL_SAMPLER:

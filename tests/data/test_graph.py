@@ -7,7 +7,7 @@ import pytest
 from gspo.data.graph import GraphOptions, build_graph, prefetched
 from gspo.data.record import Record
 from gspo.errors import InputError
-from gspo.functional import find_segments
+from gspo.terms import find_segments
 from tests.data.fakes import PARAMS, FakePool, FakeSampler, Items, exact, prompt
 from tests.data.law import assert_resumes_anywhere
 

@@ -7,7 +7,7 @@ import torch
 from gspo.context import ContextAxis
 from gspo.data.packing import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
-from gspo.metrics import MetricSums
+from gspo.metrics import StepMetrics
 from gspo.parallel import build_mesh, data_parallel_rank, fsdp_mesh, sum_over_ranks
 from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
 from tests import tiny_policy
@@ -111,7 +111,7 @@ def gradients(
     assert bool(sum_over_ranks([shared], CPU)[0]) == share_prompts
     microbatches = [Microbatch.prepare(batch, CPU, axis) for batch in batches]
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
-    sums = MetricSums()
+    sums = StepMetrics()
     for pairs in accumulate_gradients(
         policy, microbatches, denominator, reduce_every_microbatch=reduce_every_microbatch
     ):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gspo.context import ContextAxis, ShareOverContext, split
 from gspo.data.packing import Document, pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss, SegmentLoss
-from gspo.metrics import MetricSums
+from gspo.metrics import StepMetrics
 from gspo.parallel import build_mesh, data_parallel_rank
 from gspo.policy import Microbatch, Policy, accumulate_gradients
 from tests import tiny_policy
@@ -94,7 +94,7 @@ def random_case(mesh, seed):
 
     policy = build_policy(build_loss(), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads)
     (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator)
-    sums = MetricSums()
+    sums = StepMetrics()
     sums.add(pairs)
     value = sums.reduce(CPU)["loss"]
     errors = [
@@ -118,7 +118,7 @@ def train(mesh, loss_name, num_steps=3):
     found = []
     for _ in range(num_steps + 1):
         optimizer.zero_grad()
-        sums = MetricSums()
+        sums = StepMetrics()
         for pairs in accumulate_gradients(policy, [microbatch], denominator):
             sums.add(pairs)
         grads = {name: p.grad.full_tensor().numpy() for name, p in policy.decoder.named_parameters()}

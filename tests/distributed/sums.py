@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from gspo import parallel
 from gspo.errors import InputError
-from gspo.metrics import MetricSums
+from gspo.metrics import StepMetrics
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ REPORTS = [
 
 def reduce_reports():
     """Every report added on one rank or another, some as tensors."""
-    sums = MetricSums(["a"])
+    sums = StepMetrics(["a"])
     for i, report in enumerate(REPORTS):
         if i % dist.get_world_size() == dist.get_rank():
             as_tensors = {name: tuple(map(torch.tensor, pair)) for name, pair in report.items()}

@@ -11,8 +11,8 @@ from torchtune.models.qwen2 import qwen2_tokenizer
 from torchtune.training import FullModelHFCheckpointer
 
 from gspo import dump
-from gspo.functional import find_segments
 from gspo.policy import accumulate_gradients
+from gspo.terms import find_segments
 from gspo.tiny import tiny_qwen2
 from tests.recipes.runs import lines, steps
 

@@ -88,7 +88,9 @@ def test_dump_has_what_the_step_was_made_of(run):
     assert metadata["num_documents"] == sum(m.batch.num_documents for m in found.microbatches)
 
 
-def test_quarantined_document_is_dumped_and_named(run, recipe, monkeypatch, capsys):
+@pytest.mark.parametrize("most", [10, 3])
+def test_quarantined_document_is_dumped_and_named(run, recipe, monkeypatch, capsys, most):
+    monkeypatch.setattr(recipe, "MOST_SPOILED_DUMPS", most)
     prepare = recipe.Microbatch.prepare
 
     def spoil_the_first(batch, device, context):
@@ -98,11 +100,12 @@ def test_quarantined_document_is_dumped_and_named(run, recipe, monkeypatch, caps
     monkeypatch.setattr(recipe.Microbatch, "prepare", spoil_the_first)
     code, output = run(*MOVING, "packing.tokens_per_microbatch=8192")  # dump_every_n_steps is 0
     assert code is None
-    for found in assert_as_logged(output, capsys, (1, 2, 3, 4)):
+    last = min(most, 4)
+    for found in assert_as_logged(output, capsys, range(1, last + 1)):
         (row,) = found["quarantined"]
         assert row["not_finite"] == ["old_logps"] and row["prompt_id"].startswith("train.jsonl:")
         assert found["objectives"][0]["denominator"] == found["num_documents"] - 1
-    replay.main([str(output / "dumps" / "step_4.safetensors")])
+    replay.main([str(output / "dumps" / f"step_{last}.safetensors")])
     assert f"quarantined, in no sum and no denominator: prompt {row['prompt_id']}," in capsys.readouterr().out
 
 
