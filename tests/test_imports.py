@@ -34,6 +34,7 @@ MAY_USE_TORCH_DISTRIBUTED = (
     "gspo.policy",
     "gspo.metrics",
     "gspo.optim",
+    "gspo.plan.ledger",
     "gspo.plan.rehearsal",
     "gspo.sampling.vllm",
     "recipe",

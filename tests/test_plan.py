@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspo.errors import InputError
-from gspo.plan import rehearsal
+from gspo.plan import ledger, rehearsal
 from gspo.plan.command import main, parse_memory, report
 from gspo.plan.estimate import DEFAULT_RATES, IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Machine, Planner
 from gspo.validate import read_checked
@@ -42,14 +42,14 @@ def test_parameters_gradients_and_adamw_state_are_those_by_hand():
     found = plan(1)
     always = found["memory"]["always"]
     assert found["layout"]["parameters"] == PARAMETERS == 478_848
-    assert always[rehearsal.WEIGHTS] == always[rehearsal.GRADIENTS] == 4 * PARAMETERS
+    assert always[ledger.WEIGHTS] == always[ledger.GRADIENTS] == 4 * PARAMETERS
     num_tensors = 2 + 12 * LAYERS  # each with a float32 count of its steps
-    assert always[rehearsal.OPTIMIZER] == 8 * PARAMETERS + 4 * num_tensors
+    assert always[ledger.OPTIMIZER] == 8 * PARAMETERS + 4 * num_tensors
 
 
 def test_gradients_of_bf16_weights_are_bf16():
     always = plan(1, "device=cuda", "dtype=bf16")["memory"]["always"]
-    assert always[rehearsal.WEIGHTS] == always[rehearsal.GRADIENTS] == 2 * PARAMETERS
+    assert always[ledger.WEIGHTS] == always[ledger.GRADIENTS] == 2 * PARAMETERS
 
 
 def test_8bit_state_is_that_by_hand():
@@ -60,20 +60,20 @@ def test_8bit_state_is_that_by_hand():
     num_matrices = 1 + 7 * LAYERS
     moments = 2 * (large + 4 * large // 256 + 4 * 256 * num_matrices)  # codes, a scale a block of 256, a table each
     num_tensors = 2 + 12 * LAYERS
-    assert always[rehearsal.OPTIMIZER] == moments + 8 * small + 4 * num_tensors
+    assert always[ledger.OPTIMIZER] == moments + 8 * small + 4 * num_tensors
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_shards_are_a_rank_s_part(world_size):
     alone, shared = (plan(n)["memory"]["always"] for n in (1, world_size))
-    for label in (rehearsal.WEIGHTS, rehearsal.GRADIENTS):
+    for label in (ledger.WEIGHTS, ledger.GRADIENTS):
         assert shared[label] == alone[label] / world_size
     assert shared[SAMPLER_COPY] == alone[SAMPLER_COPY]
 
 
 def test_replicas_do_not_shard():
     always = plan(4, "data_parallel_replicate_size=2")["memory"]["always"]
-    assert always[rehearsal.WEIGHTS] == 4 * PARAMETERS / 2
+    assert always[ledger.WEIGHTS] == 4 * PARAMETERS / 2
 
 
 def test_context_parallelism_halves_activations_and_gathers_keys_and_values():
@@ -91,7 +91,7 @@ def test_context_parallelism_halves_activations_and_gathers_keys_and_values():
 
 def test_checkpointing_keeps_one_hidden_state_a_layer():
     plans = [plan(1, f"enable_activation_checkpointing={on}")["memory"] for on in ("true", "false")]
-    checkpointed, plain = (memory["moments"]["the loss head"][rehearsal.ACTIVATIONS] for memory in plans)
+    checkpointed, plain = (memory["moments"]["the loss head"][ledger.ACTIVATIONS] for memory in plans)
     hidden = 128 * WIDTH * 4
     assert LAYERS * hidden <= checkpointed <= (LAYERS + 5) * hidden
     kept = plans[1]["activations"]["kept_without_checkpointing"]
@@ -101,8 +101,8 @@ def test_checkpointing_keeps_one_hidden_state_a_layer():
 def test_head_holds_a_chunk_of_logits_and_its_gradients():
     head = plan(1)["memory"]["moments"]["the loss head"]
     num_rows = 20  # of a document, as two do not fit into a chunk of 32
-    assert num_rows * VOCAB * 4 <= head[rehearsal.HEAD_LOGITS] <= num_rows * (VOCAB + 64) * 4
-    assert head[rehearsal.HEAD_WEIGHT] == VOCAB * WIDTH * 4
+    assert num_rows * VOCAB * 4 <= head[ledger.HEAD_LOGITS] <= num_rows * (VOCAB + 64) * 4
+    assert head[ledger.HEAD_WEIGHT] == VOCAB * WIDTH * 4
 
 
 def test_operations_are_those_by_hand():
@@ -184,7 +184,7 @@ def test_shipped_config_for_80_gb_fits(name, world_size, parameters, capsys):
     always = found["memory"]["always"]
     assert found["layout"]["parameters"] == parameters
     assert found["memory"]["fits"] is True
-    assert always[rehearsal.WEIGHTS] == pytest.approx(2 * parameters / world_size, rel=1e-3)
+    assert always[ledger.WEIGHTS] == pytest.approx(2 * parameters / world_size, rel=1e-3)
     assert always[SAMPLER_COPY] > 2 * parameters
     text = report(found)
     assert f"{name} on {world_size} ranks: fits. Expected, nothing here is measured." in text

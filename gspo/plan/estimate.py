@@ -20,8 +20,9 @@ from gspo.config import keeps_sampled_weights, refusals, require
 from gspo.data.packing import Document, check_bin_length, pack_documents
 from gspo.errors import InputError
 from gspo.kernels import choose_kernel, rows_per_chunk
-from gspo.plan import rehearsal
-from gspo.plan.rehearsal import Options, Rehearsal, Transfer, num_data_ranks, rehearse
+from gspo.plan import ledger
+from gspo.plan.ledger import Transfer
+from gspo.plan.rehearsal import Options, Rehearsal, num_data_ranks, rehearse
 from gspo.types import PackedBatch
 
 GIB = 2**30
@@ -37,7 +38,7 @@ SAMPLER_DRAW = "the sampler's distribution"
 REFERENCE = "reference policy, sharded"
 SAMPLED = "weights that sampled, for old_logps: recompute, sharded"
 IN_SAMPLING = "sampling"
-ON_HOST = (rehearsal.WEIGHTS, rehearsal.GRADIENTS, rehearsal.OPTIMIZER)  # with fsdp_cpu_offload
+ON_HOST = (ledger.WEIGHTS, ledger.GRADIENTS, ledger.OPTIMIZER)  # with fsdp_cpu_offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +341,14 @@ def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str,
     """Bytes by moment and part, and of what is held all the time."""
     beside: dict[str, int] = {}
     if cfg.reference_checkpointer is not None:
-        beside[REFERENCE] = done.always[rehearsal.WEIGHTS]
+        beside[REFERENCE] = done.always[ledger.WEIGHTS]
     if keeps_sampled_weights(cfg):
-        beside[SAMPLED] = done.always[rehearsal.WEIGHTS]
+        beside[SAMPLED] = done.always[ledger.WEIGHTS]
     sampling: dict[str, int] = {}
     if cfg.sampler._component_ == LOCAL_SAMPLER:
         beside[SAMPLER_COPY] = _sampler_copy(layout, done)
         sampling = _sampling(cfg, layout)
-    resting = {label: done.always[label] for label in (rehearsal.WEIGHTS, rehearsal.OPTIMIZER, rehearsal.BUFFERS)}
+    resting = {label: done.always[label] for label in (ledger.WEIGHTS, ledger.OPTIMIZER, ledger.BUFFERS)}
     training = sampling if cfg.prefetch else {}  # then it goes on in a thread, at any moment
     moments = {name: dict(parts) | beside | training for name, parts in done.peaks.items()}
     if sampling:
@@ -362,7 +363,7 @@ def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str,
 def _sampler_copy(layout: Layout, done: Rehearsal) -> int:
     """Weights, and the tables of the model's rotary module and of the sampler's own."""
     own_table = layout.max_seq_len * 2 * layout.head_dim * 4
-    return layout.weight_bytes + done.always[rehearsal.BUFFERS] + own_table
+    return layout.weight_bytes + done.always[ledger.BUFFERS] + own_table
 
 
 def _sampling(cfg: DictConfig, layout: Layout) -> dict[str, int]:
@@ -389,10 +390,10 @@ def _work(cfg: DictConfig, layout: Layout, done: Rehearsal) -> dict[str, Any]:
     attention = 4.0 * pairs * layout.num_layers * layout.num_heads * layout.head_dim / layout.context_size
     passes = 1 + ATTENTION_BACKWARD + bool(cfg.enable_activation_checkpointing)
     parts = {
-        "decoder forward": done.operations.get(rehearsal.FORWARD, 0.0),
-        "decoder forward again, checkpointed": done.operations.get(rehearsal.RECOMPUTED, 0.0),
-        "decoder backward": done.operations.get(rehearsal.BACKWARD, 0.0),
-        "loss head": done.operations.get(rehearsal.HEAD, 0.0),
+        "decoder forward": done.operations.get(ledger.FORWARD, 0.0),
+        "decoder forward again, checkpointed": done.operations.get(ledger.RECOMPUTED, 0.0),
+        "decoder backward": done.operations.get(ledger.BACKWARD, 0.0),
+        "loss head": done.operations.get(ledger.HEAD, 0.0),
         "attention": passes * attention,
     }
     step = {name: count * layout.num_microbatches for name, count in parts.items()}
@@ -437,7 +438,7 @@ def _transfer(
     if one.kind == "all-reduce":
         num_bytes *= 2  # a reduce-scatter and an all-gather
     size, here = one.group_size, machine.ranks_per_node
-    if one.kind == "all-reduce" and one.purpose == rehearsal.REDUCING:  # replicas: as far apart as a set of shards
+    if one.kind == "all-reduce" and one.purpose == ledger.REDUCING:  # replicas: as far apart as a set of shards
         members = min(max(here * layout.replicate_size // layout.world_size, 1), size)
     else:
         members = min(here, size)
@@ -458,10 +459,10 @@ def _transfer(
 
 
 _PURPOSES = {
-    rehearsal.GATHERING: "weights of layers and head",
-    rehearsal.REDUCING: "gradients",
-    rehearsal.KEYS: "keys and values",
-    rehearsal.SYNC: "weights for the sampler",
+    ledger.GATHERING: "weights of layers and head",
+    ledger.REDUCING: "gradients",
+    ledger.KEYS: "keys and values",
+    ledger.SYNC: "weights for the sampler",
 }
 
 
