@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gspo.config import check_config, read_command_line
@@ -59,9 +60,17 @@ def build(recipe, monkeypatch, *arguments, config="gspo"):
 
 def shell(*command, path, cwd, **environment):
     """A command of the user's, with ``path`` in the place of site-packages."""
+    (result,) = shells(command, path=path, folders=[cwd], **environment)
+    return result
+
+
+def shells(command, *, path, folders, **environment):
+    """The same command in several folders at once, as on the nodes of a cluster."""
     environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT_SECONDS}
+    with ThreadPoolExecutor(len(folders)) as threads:
+        return list(threads.map(lambda cwd: subprocess.run(command, cwd=cwd, **options), folders))
 
 
 def lines(path):

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import transformers
 
-from tests.recipes.runs import ROOT, lines, overrides, shell, steps
+from tests.recipes.runs import ROOT, lines, overrides, shell, shells, steps
 
 TUNE = "torchtune._cli.tune"
 RUN = ("run", "gspo_full_finetune", "--config", "tiny/gspo")
@@ -35,18 +36,37 @@ def test_tune_run_trains(installed, base, folder):
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize("replicas", [1, 2], ids=["sharded", "replicated"])
-def test_tune_run_trains_on_two_ranks(installed, base, folder, replicas):
-    arguments = overrides(base, "out", f"data_parallel_replicate_size={replicas}", reward="my_rewards.variety")
-    command = ("run", "--nproc_per_node", "2", *RUN[1:])
-    result = shell(TUNE, *command, *arguments, path=installed, cwd=folder)
-    assert_trained(result, folder / "out")
-    asked = [
-        {c["prompt_id"] for c in lines(folder / "out" / name)}
-        for name in ("completions.jsonl", "completions_rank1.jsonl")
-    ]
+def assert_trained_on_two_ranks(results, first, second):
+    """``first`` and ``second`` are the folders of the ranks' output."""
+    assert_trained(results[0], first)
+    asked = [{c["prompt_id"] for c in lines(file)} for file in (first / "completions.jsonl", second)]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
-    assert result.stderr.count("with resolved config") == 1
+    assert sum(result.stderr.count("with resolved config") for result in results) == 1
+
+
+def test_tune_run_trains_on_two_ranks(installed, base, folder):
+    arguments = overrides(base, "out", reward="my_rewards.variety")
+    result = shell(TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder)
+    assert_trained_on_two_ranks([result], folder / "out", folder / "out" / "completions_rank1.jsonl")
+
+
+def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
+    """With a replica on each, and folders of their own: the first rank's node has metrics and the model."""
+    nodes = [tmp_path / name for name in "ab"]
+    for node in nodes:
+        node.mkdir()
+        shutil.copy(ROOT / "tests" / "recipes" / "rewards.py", node / "my_rewards.py")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting_point = f"localhost:{free.getsockname()[1]}"
+    cluster = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meeting_point)
+    arguments = overrides(base, "out", "data_parallel_replicate_size=2", reward="my_rewards.variety")
+    results = shells((TUNE, "run", *cluster, *RUN[1:], *arguments), path=installed, folders=nodes)
+    assert results[1].returncode == 0, results[1].stderr[-3000:]
+    first = 0 if (nodes[0] / "out" / "metrics.jsonl").exists() else 1  # whoever came first
+    results, nodes = (results[first], results[1 - first]), (nodes[first], nodes[1 - first])
+    assert_trained_on_two_ranks(results, nodes[0] / "out", nodes[1] / "out" / "completions_rank1.jsonl")
+    assert [path.name for path in (nodes[1] / "out").iterdir()] == ["completions_rank1.jsonl"]
 
 
 # Not those that are sums over ranks of places, or times.
