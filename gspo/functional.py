@@ -38,6 +38,7 @@ from gspo.terms import (
     count_once,
     document_units,
     measure_drift,
+    per_label,
     segment_units,
     token_units,
 )
@@ -195,7 +196,7 @@ def sequence_product(units: Units, drift: Drift, inputs: LossInputs, *, low: flo
 
 def sequence_geometric(units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float) -> Corrected:
     """``min(geometric mean of r_t, high)`` of the unit's document: GSPO's ratio, of the mismatch."""
-    means = drift.documents[3] / inputs.label_counts.clamp(min=1)
+    means = per_label(drift.documents[3], inputs.label_counts)
     return _truncated(_exp(means[units.document]), high)
 
 
@@ -324,7 +325,7 @@ def policy_objective(
         | quarantine_metrics(valid, inputs)
     )
 
-    per_token = (of_documents / inputs.label_counts.clamp(min=1))[inputs.document_index]
+    per_token = per_label(of_documents, inputs.label_counts)[inputs.document_index]
     if inputs.ref_logps is not None:
         estimate = kl(torch.where(token_valid, logps, inputs.ref_logps), inputs.ref_logps)
         estimate = torch.where(token_valid, estimate, 0.0)
@@ -337,7 +338,7 @@ def policy_objective(
 
 def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
     """``sg(mean l) + l_t - sg(l_t)``: the document's mean in value, the token's own log-ratio in gradient."""
-    means = drift.documents[0].detach() / inputs.label_counts.clamp(min=1)
+    means = per_label(drift.documents[0].detach(), inputs.label_counts)
     return means[units.document] + (units.log_ratio - units.log_ratio.detach())
 
 

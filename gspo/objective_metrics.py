@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gspo.terms import Corrected, Drift, LossInputs, RatioTerms, SurrogateTerms, Units, sums_at
+from gspo.terms import Corrected, Drift, LossInputs, RatioTerms, SurrogateTerms, Units, per_label, sums_at
 from gspo.types import MetricSums
 
 LENGTH_BINS = (64, 256, 1024)  # labelled tokens, upper ends
@@ -22,7 +22,7 @@ def ratio_metrics(drift: Drift, terms: RatioTerms, result: SurrogateTerms, input
     """
     units, ratio = terms.units, terms.log_ratio.detach().exp()
     log_ratio = drift.log_ratio.detach()
-    means = drift.documents[0].detach() / inputs.label_counts.clamp(min=1)
+    means = per_label(drift.documents[0].detach(), inputs.label_counts)
     binding = result.low | result.high
     flags = torch.stack((units.valid, terms.bounded, result.outside, binding))
     with_flags = _documents_with(flags, units, inputs)
@@ -66,7 +66,7 @@ def _clip_by_length(
 def mismatch_metrics(drift: Drift, inputs: LossInputs) -> MetricSums:
     """What trainer and sampler disagree by, in nats, at the weights that the old log-probabilities are of."""
     mismatch = drift.mismatch.detach()
-    means = drift.documents[3].detach() / inputs.label_counts.clamp(min=1)
+    means = per_label(drift.documents[3].detach(), inputs.label_counts)
     return {
         "_mismatch_sq": (mismatch.square().sum(), inputs.loss_mask.sum()),
         "mismatch/abs_document": (_counted(means.abs(), inputs).sum(), _counted(drift.valid, inputs).sum()),

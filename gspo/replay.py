@@ -30,7 +30,7 @@ from gspo.objective_metrics import LENGTH_BINS
 from gspo.policy import Microbatch, batch_segments, row_inputs
 from gspo.presets import PRESETS
 from gspo.report import aligned, without_nan, write_json
-from gspo.terms import RatioTerms, SurrogateTerms
+from gspo.terms import RatioTerms, SurrogateTerms, per_label, sums_at
 from gspo.types import PackedBatch
 
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
@@ -114,13 +114,12 @@ def find_documents(dump: Dump) -> Documents:
 
 
 def _sums(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
-    totals = torch.zeros(batch.label_counts.numel(), dtype=torch.float64)
-    return totals.index_add(0, batch.document_index, values.double())
+    return sums_at(values.double(), batch.document_index, batch.label_counts.numel())
 
 
 def _means(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
     """Over labelled tokens."""
-    return _sums(torch.where(batch.loss_mask, values, 0.0), batch) / batch.label_counts.clamp(min=1)
+    return per_label(_sums(torch.where(batch.loss_mask, values, 0.0), batch), batch.label_counts)
 
 
 def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) -> Score:
@@ -205,10 +204,10 @@ def _clipped(terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch) -> tu
     low, high = found.outside & (log_ratio < 0), found.outside & (log_ratio > 0)
     flags = torch.stack((found.outside, low, high, found.low | found.high, found.low, found.high))
     values = torch.cat((flags.double(), log_ratio.double().exp()[None]))
-    totals = torch.zeros(len(values), batch.label_counts.numel(), dtype=torch.float64)
-    totals.index_add_(1, units.document, torch.where(units.valid, values * units.num_tokens, 0.0))
+    picked = torch.where(units.valid, values * units.num_tokens, 0.0)
+    totals = sums_at(picked, units.document, batch.label_counts.numel())
     *clips, ratios = totals[:, : len(batch.ids)]
-    return torch.stack(clips, 1), ratios / batch.label_counts[: len(batch.ids)].clamp(min=1)
+    return torch.stack(clips, 1), per_label(ratios, batch.label_counts[: len(batch.ids)])
 
 
 def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], top: int) -> dict[str, Any]:

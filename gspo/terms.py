@@ -138,7 +138,15 @@ def document_means(
     inputs: LossInputs,
 ) -> Tensor:  # [..., D]
     """Means of ``values`` over each document's labelled tokens; 0 for one without any. See :func:`document_sums`."""
-    return document_sums(values, inputs) / inputs.label_counts.clamp(min=1)
+    return per_label(document_sums(values, inputs), inputs.label_counts)
+
+
+def per_label(
+    amounts: Tensor,  # [..., D]
+    label_counts: Tensor,  # [D]
+) -> Tensor:  # [..., D]
+    """What of an amount falls on each labelled token: sums become means. No token counts as one."""
+    return amounts / label_counts.clamp(min=1)
 
 
 def count_once(
@@ -202,8 +210,8 @@ def _whole_units(sums: Tensor, parts: Segments, weights: Tensor, drift: Drift, i
     """Units that every rank of a context group has."""
     counts, document = parts.label_counts, parts.document
     valid = drift.valid[document] & (counts > 0)
-    log_ratio, logps, advantages, mismatch = torch.where(valid, sums, 0.0) / counts.clamp(min=1)
-    share = counts.to(weights.dtype) / inputs.label_counts.clamp(min=1)[document]
+    log_ratio, logps, advantages, mismatch = per_label(torch.where(valid, sums, 0.0), counts)
+    share = per_label(counts.to(weights.dtype), inputs.label_counts[document])
     return Units(
         log_ratio=log_ratio,
         logps=logps,
@@ -222,7 +230,7 @@ def token_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
     """Labelled tokens as units, those that are here; a document's weight is spread evenly over its own."""
     valid, document = drift.token_valid, inputs.document_index
     given = inputs.advantages[document] if inputs.token_advantages is None else inputs.token_advantages
-    per_token = weights / inputs.label_counts.clamp(min=1)
+    per_token = per_label(weights, inputs.label_counts)
     return Units(
         log_ratio=drift.log_ratio,
         logps=drift.logps,

@@ -18,6 +18,7 @@ from gspo.data.packing import Pack
 from gspo.data.sample import Sample
 from gspo.data.score import Score
 from gspo.data.segments import Segment, Splitter
+from gspo.data.stateless import Stateless
 from gspo.errors import InputError
 from gspo.rewards.pool import RewardPool
 from gspo.sampling import Sampler
@@ -121,20 +122,12 @@ def prefetched(source: BaseNode[Any], num_items: int) -> BaseNode[Any]:
     return _RaiseErrors(Prefetcher(_CatchErrors(source), num_items, snapshot_frequency=1))
 
 
-class _CatchErrors(BaseNode[Any]):
+class _CatchErrors(Stateless[Any]):
     """Gives an exception of ``source`` as the last item."""
-
-    def __init__(self, source: BaseNode[Any]) -> None:
-        super().__init__()
-        self.source = source
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
-        self.source.reset(initial_state)
         self._failed = False
-
-    def get_state(self) -> dict[str, Any]:
-        return self.source.state_dict()
 
     def next(self) -> Any:
         if self._failed:
@@ -148,19 +141,8 @@ class _CatchErrors(BaseNode[Any]):
             return error
 
 
-class _RaiseErrors(BaseNode[Any]):
+class _RaiseErrors(Stateless[Any]):
     """Raises the item that is an exception, on the thread that asks for it."""
-
-    def __init__(self, source: BaseNode[Any]) -> None:
-        super().__init__()
-        self.source = source
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self.source.reset(initial_state)
-
-    def get_state(self) -> dict[str, Any]:
-        return self.source.state_dict()
 
     def next(self) -> Any:
         item = next(self.source)

@@ -13,11 +13,16 @@ TUNE = "torchtune._cli.tune"
 RUN = ("run", "gspo_full_finetune", "--config", "tiny/gspo")
 
 
+def make_folder(path):
+    """A user's folder, with a reward of their own."""
+    path.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests" / "recipes" / "rewards.py", path / "my_rewards.py")
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A user's folder, with a reward of their own."""
-    shutil.copy(ROOT / "tests" / "recipes" / "rewards.py", tmp_path / "my_rewards.py")
-    return tmp_path
+    return make_folder(tmp_path)
 
 
 def assert_trained(result, output, *, num_steps=2):
@@ -37,7 +42,7 @@ def test_tune_run_trains(installed, base, folder):
 
 
 def assert_trained_on_two_ranks(results, first, second):
-    """``first`` and ``second`` are the folders of the ranks' output."""
+    """``first`` is the output folder of the first rank, ``second`` the other's file of completions."""
     assert_trained(results[0], first)
     asked = [{c["prompt_id"] for c in lines(file)} for file in (first / "completions.jsonl", second)]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
@@ -52,10 +57,7 @@ def test_tune_run_trains_on_two_ranks(installed, base, folder):
 
 def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
     """With a replica on each, and folders of their own: the first rank's node has metrics and the model."""
-    nodes = [tmp_path / name for name in "ab"]
-    for node in nodes:
-        node.mkdir()
-        shutil.copy(ROOT / "tests" / "recipes" / "rewards.py", node / "my_rewards.py")
+    nodes = [make_folder(tmp_path / name) for name in "ab"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting_point = f"localhost:{free.getsockname()[1]}"
