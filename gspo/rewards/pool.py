@@ -11,8 +11,9 @@ import contextlib
 import inspect
 import logging
 import math
-import multiprocessing
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -22,17 +23,19 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from gspo.errors import InputError, did_you_mean
-from gspo.rewards.worker import FLUSH_SECONDS, Call, Item, Outcome, resolve
+from gspo.rewards.wire import BadMessage, LineReader
+from gspo.rewards.worker import FLUSH_SECONDS, Call, Item, resolve
 
 logger = logging.getLogger(__name__)
 
 FAILURES = ("raised", "timed_out", "died", "nonfinite")
 KILL_AFTER_SECONDS = 2.0  # how long past its time limit a call may keep silent
 START_SECONDS = 120.0  # how long a worker may take to import its rewards
+SEND_SECONDS = 30.0  # how long an idle worker may take to receive its calls
 CHUNKS_PER_WORKER = 4  # more balance the load better, fewer cost fewer messages
 
 
@@ -60,8 +63,9 @@ class RewardResult:
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
-    channel: Connection
-    deadline: float  # time.monotonic() by which it must have sent something, while it starts or has calls
+    channel: socket.socket
+    reader: LineReader
+    deadline: float  # time.monotonic() by which it must have sent a message, while it starts or has calls
     ready: bool = False
     calls: list[Call] = field(default_factory=list)  # given and not yet answered
 
@@ -157,7 +161,8 @@ class RewardPool:
     def _start_worker(self) -> None:
         if not self.close.alive:
             raise RuntimeError("the reward pool is closed")
-        ours, theirs = multiprocessing.Pipe()
+        ours, theirs = socket.socketpair()
+        ours.settimeout(SEND_SECONDS)
         # sys.path is handed over in the code and not in PYTHONPATH, which programs that a reward runs would inherit.
         code = f"import sys; sys.path[:] = {sys.path!r}; from gspo.rewards.worker import main; main({theirs.fileno()})"
         process = subprocess.Popen(
@@ -165,7 +170,7 @@ class RewardPool:
         )
         theirs.close()
         _post(ours, ([(reward.path, reward.options) for reward in self.rewards], self._timeout))
-        self._workers.append(_Worker(process, ours, deadline=time.monotonic() + START_SECONDS))
+        self._workers.append(_Worker(process, ours, LineReader(ours), deadline=time.monotonic() + START_SECONDS))
 
     def _replace(self, worker: _Worker) -> int:
         """End the worker, start another, and give the exit code."""
@@ -195,31 +200,40 @@ class RewardPool:
         readable = wait([worker.channel for worker in watched], timeout=max(seconds, 0.0))
         again: list[list[Call]] = []
         for worker in watched:
-            if worker.channel in readable:
-                try:
-                    message = worker.channel.recv()
-                except (EOFError, OSError):
-                    again += self._lose(worker, "died", outcomes)
-                else:
-                    self._take(worker, message, outcomes)
-            elif time.monotonic() > worker.deadline:
-                again += self._lose(worker, "timed_out", outcomes)
+            lost = self._receive(worker, outcomes) if worker.channel in readable else None
+            if lost is None and time.monotonic() > worker.deadline:
+                lost = ("timed_out", f"did not react to its time limit of {self._timeout:g} s; its process was ended")
+            if lost is not None:
+                again += self._lose(worker, *lost, outcomes)
         return again
+
+    def _receive(self, worker: _Worker, outcomes: dict[Call, tuple[str, Any]]) -> tuple[str, str] | None:
+        """Take the messages that a worker has sent; give the kind and cause of failure of a worker that is lost."""
+        try:
+            for message in worker.reader.read():
+                self._take(worker, message, outcomes)
+        except (EOFError, OSError):
+            return "died", "its process ended"
+        except BadMessage as error:
+            return "died", f"{error}; its process was ended"
+        return None
 
     def _take(self, worker: _Worker, message: Any, outcomes: dict[Call, tuple[str, Any]]) -> None:
         if not worker.ready:
-            if message is not None:
+            if isinstance(message, str):
                 raise InputError(f"rewards: a worker cannot start: {message}")
+            if message is not None:
+                raise BadMessage(f"it wrote {str(message)[:80]!r} before it was ready")
             worker.ready = True
             return
-        answered: list[Outcome] = message
-        outcomes.update(((item, reward), (kind, value)) for item, reward, kind, value in answered)
-        worker.calls = worker.calls[len(answered) :]  # answers come in the order of the calls
+        kind, value = _outcome(message, worker.calls)
+        outcomes[worker.calls.pop(0)] = (kind, value)  # answers come in the order of the calls
         worker.deadline = self._silent_until()
 
-    def _lose(self, worker: _Worker, kind: str, outcomes: dict[Call, tuple[str, Any]]) -> list[list[Call]]:
+    def _lose(self, worker: _Worker, kind: str, why: str, outcomes: dict[Call, tuple[str, Any]]) -> list[list[Call]]:
+        """Replace a worker; give the calls to be sent again, or put down the outcome of a lone culprit."""
         if not worker.ready:
-            how = "its process ended" if kind == "died" else f"it was not ready after {START_SECONDS:g} s"
+            how = why if kind == "died" else f"it was not ready after {START_SECONDS:g} s"
             raise InputError(f"rewards: a worker cannot start: {how}; import the modules of your rewards by hand")
         exit_code = self._replace(worker)
         first_time = self._suspects.isdisjoint(worker.calls)
@@ -227,11 +241,8 @@ class RewardPool:
         # A lone call that dies is tried once more: its worker may have been killed for another reason, or while idle.
         if len(worker.calls) > 1 or (kind == "died" and first_time):
             return [[call] for call in worker.calls]
-        why = (
-            f"its process ended with exit code {exit_code}"
-            if kind == "died"
-            else f"did not react to its time limit of {self._timeout:g} s; its process was ended"
-        )
+        if why == "its process ended":
+            why += f" with exit code {exit_code}"
         outcomes[worker.calls[0]] = (kind, why)
         return []
 
@@ -264,9 +275,29 @@ class RewardPool:
             logger.warning("%s. The value is 0; more of this kind are counted and not logged.", message)
 
 
-def _post(channel: Connection, message: Any) -> None:
-    with contextlib.suppress(ConnectionError):  # the channel now reads as closed, where a dead worker is dealt with
-        channel.send(message)
+def _outcome(message: Any, calls: Sequence[Call]) -> tuple[str, Any]:
+    """Check a worker's answer to the first of its calls; give its kind ("" for a value) and its value or text.
+
+    Raises:
+        BadMessage: The message is not such an answer.
+    """
+    match message:
+        case [int(item), int(reward), "", int() | float() as value] if calls and (item, reward) == calls[0]:
+            if math.isfinite(value):
+                return "", float(value)
+        case [int(item), int(reward), str(kind), str(text)] if calls and (item, reward) == calls[0]:
+            if kind in FAILURES:
+                return kind, text
+    raise BadMessage(f"it wrote {str(message)[:80]!r}, which answers no call of its")
+
+
+def _post(channel: socket.socket, message: Any) -> None:
+    """Send a message to a worker. One that does not receive it is cut off, and reads as dead from then on."""
+    try:
+        channel.sendall(pickle.dumps(message))
+    except OSError:
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)
 
 
 def _stop(workers: list[_Worker]) -> int:

@@ -11,14 +11,16 @@ import functools
 import importlib
 import math
 import os
+import pickle
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 from gspo.errors import InputError, did_you_mean
+from gspo.rewards.wire import send_lines
 
 RewardFunction = Callable[..., float]
 Item = tuple[str, str, "str | None", dict[str, Any]]  # prompt, completion, answer, metadata
@@ -58,36 +60,38 @@ def resolve(path: str) -> RewardFunction:
 
 def main(file_descriptor: int) -> None:
     """Answer the pool's messages until it goes away."""
+    # The descriptor was inherited. A program that a reward starts must not get it: it could answer in our place.
+    os.set_inheritable(file_descriptor, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the pool ends its workers
     with contextlib.suppress(EOFError, ConnectionError):
-        _serve(Connection(file_descriptor))
+        _serve(socket.socket(fileno=file_descriptor))
 
 
-def _serve(channel: Connection) -> None:
-    rewards, timeout = channel.recv()
+def _serve(channel: socket.socket) -> None:
+    from_pool = channel.makefile("rb")
+    rewards, timeout = pickle.load(from_pool)
     try:
         functions: list[RewardFunction] = [functools.partial(resolve(path), **options) for path, options in rewards]
     except InputError as error:
-        channel.send(str(error))
+        send_lines(channel, [str(error)[:2000]])
         return
-    channel.send(None)
+    send_lines(channel, [None])
     while True:
-        items, calls = channel.recv()
+        items, calls = pickle.load(from_pool)
         _answer(channel, functions, items, calls, timeout)
 
 
 def _answer(
-    channel: Connection, functions: list[RewardFunction], items: dict[int, Item], calls: list[Call], timeout: float
+    channel: socket.socket, functions: list[RewardFunction], items: dict[int, Item], calls: list[Call], timeout: float
 ) -> None:
     outcomes: list[Outcome] = []
     last_sent = time.monotonic()
     for item, reward in calls:
         outcomes.append((item, reward, *_call(functions[reward], items[item], timeout)))
         if time.monotonic() - last_sent > FLUSH_SECONDS:
-            channel.send(outcomes)
+            send_lines(channel, outcomes)
             outcomes, last_sent = [], time.monotonic()
-    if outcomes:
-        channel.send(outcomes)
+    send_lines(channel, outcomes)
 
 
 def _call(function: RewardFunction, item: Item, timeout: float) -> tuple[str, Any]:

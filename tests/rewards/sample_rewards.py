@@ -1,8 +1,13 @@
 """Reward functions of a user, good and bad, named by dotted path in the tests of the pool."""
 
 import os
+import pickle
 import re
 import signal
+import socket
+import stat
+import struct
+import subprocess
 import sys
 import time
 
@@ -17,6 +22,9 @@ def described(prompt, completion, answer, metadata):
 
 def by_command(prompt, completion, answer, metadata):
     """Does what the completion says."""
+    if completion == "write_pickle":
+        data = pickle.dumps(_RunsCode(metadata["marker"]))
+        return _write(struct.pack("!i", len(data)) + data)  # as multiprocessing's connections frame it
     return COMMANDS[completion]()
 
 
@@ -75,7 +83,46 @@ def _fork():
     return 0.25
 
 
+def _sockets():
+    """Descriptors of this process's sockets, of which a worker has the one to the pool."""
+    numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    return [n for n in numbers if os.path.exists(f"/proc/self/fd/{n}") and stat.S_ISSOCK(os.fstat(n).st_mode)]
+
+
+class _RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def _write(data, then=1.0):
+    """Writes into the channel to the pool, as code in a worker can."""
+    for number in _sockets():
+        socket.socket(fileno=os.dup(number)).sendall(data)
+    return then
+
+
+def _program_looks_for_sockets():
+    code = "from tests.rewards.sample_rewards import _sockets; import sys; sys.exit(len(_sockets()))"
+    assert _sockets(), "the worker itself has one"
+    return 1.0 - subprocess.run([sys.executable, "-c", code], close_fds=False).returncode
+
+
+def _write_for_ever():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    while True:
+        _write(b"x")
+        time.sleep(0.01)
+
+
 COMMANDS = {
+    "program_looks_for_sockets": _program_looks_for_sockets,
+    "write_stray_bytes": lambda: _write(b"\x00\xff stray\n"),
+    "write_half_a_line": lambda: _write(b"[0, 0, "),
+    "write_wrong_answer": lambda: _write(b'[77, 0, "", 1.0]\n'),
+    "write_for_ever": _write_for_ever,
     "fork": _fork,
     "slow": _slow,
     "tolerate": _tolerate,

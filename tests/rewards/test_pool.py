@@ -281,3 +281,23 @@ def test_worker_that_cannot_start_is_an_error_and_no_hang(tmp_path, monkeypatch,
 
 def test_child_that_a_reward_forks_does_not_answer(pool):
     assert pool.score(items_of("one", "fork", "half", "fork")).totals == [1.0, 0.25, 0.5, 0.25]
+
+
+def test_program_that_a_reward_starts_cannot_write_to_the_pool(pool):
+    # Where it could, the pool would take what it writes for an answer. 1.0 says that it found no socket.
+    assert pool.score(items_of("program_looks_for_sockets", "half")).totals == [1.0, 0.5]
+
+
+def test_no_pickle_from_a_worker_is_loaded(tmp_path, pool):
+    marker = tmp_path / "ran"
+    result = pool.score([("p", "write_pickle", None, {"marker": str(marker)}), *items_of("half")])
+    assert result.totals == [0.0, 0.5]
+    assert result.failures["died"] == 1
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("command", ["write_stray_bytes", "write_half_a_line", "write_wrong_answer", "write_for_ever"])
+def test_what_is_no_answer_costs_its_own_call_only(pool, command):
+    result = pool.score(items_of("half", command, "one"))
+    assert result.totals == [0.5, 0.0, 1.0]
+    assert sum(result.failures.values()) == 1

@@ -1,0 +1,64 @@
+"""Messages from a reward worker to the pool: one JSON value a line, of bounded length.
+
+Code runs in a worker that the trainer must not trust with more than a number: a pickle from there could run anything in
+the trainer. The other direction, from the pool to its workers, may be pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+MAX_LINE_BYTES = 65_536  # an outcome holds a number or a text of at most 500 characters
+_READ_BYTES = 65_536
+
+
+class BadMessage(Exception):
+    """A worker wrote something that is not a message."""
+
+
+def send_lines(channel: socket.socket, messages: Iterable[Any]) -> None:
+    """Send JSON values, each as a line."""
+    text = "".join(json.dumps(message) + "\n" for message in messages)
+    channel.sendall(text.encode())
+
+
+class LineReader:
+    """Collects bytes from a socket and gives the whole lines among them as JSON values.
+
+    Args:
+        channel: the socket; reading never waits for it.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._pending = b""
+
+    def read(self) -> list[Any]:
+        """Return the messages that have arrived whole.
+
+        Raises:
+            EOFError: The other end has closed the socket.
+            BadMessage: A line is too long or is not JSON.
+        """
+        try:
+            received = self._channel.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not received:
+            raise EOFError
+        *lines, self._pending = (self._pending + received).split(b"\n")
+        if len(self._pending) > MAX_LINE_BYTES:
+            raise BadMessage(f"it wrote {len(self._pending)} bytes without an end of line")
+        return [_parse(line) for line in lines]
+
+
+def _parse(line: bytes) -> Any:
+    if len(line) > MAX_LINE_BYTES:
+        raise BadMessage(f"it wrote a line of {len(line)} bytes")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"it wrote {line[:80]!r}, which is not JSON") from error
