@@ -37,6 +37,16 @@ from gspo.errors import InputError
 from gspo.terms import LossInputs
 from gspo.types import MetricSums
 
+__all__ = [
+    "CISPOLoss",
+    "FSPOLoss",
+    "GRPOLoss",
+    "GSPOLoss",
+    "GSPOTokenLoss",
+    "MultiScaleLoss",
+    "SegmentLoss",
+]  # what a config may name, and a file that is replayed
+
 _CONSTANTS = {"constant": "constant_length", "token_over_batch_size": "batch_size"}  # what an aggregation divides by
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchtune import config
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
+from gspo import losses
 from gspo.config import check_config, refusals, require, show_errors
 from gspo.context import split
 from gspo.dump import Dump, DumpedMicrobatch, read
@@ -75,11 +76,46 @@ def build_loss(run: dict[str, Any], preset: str | None, overrides: Sequence[str]
         require(key.split(".")[0] == "loss", key, override, "is not a key of the objective", remedy)
     absent = {"loss", "advantages", "docs_per_step", "sampling"} - run.keys()
     require(not absent, "config", sorted(run), f"of the file lacks {', '.join(sorted(absent))}", "dump the step again")
-    keys = {"docs_per_step": run["docs_per_step"], "sampling": run["sampling"]}  # to which presets refer
-    keys["loss"] = dict(run["loss"] if preset is None else PRESETS[preset].config["loss"])
+    keys: dict[str, Any] = {name: run[name] for name in ("docs_per_step", "sampling")}  # to which presets refer
+    if preset is None:
+        keys["loss"] = _loss_in_file(run["loss"], overrides)
+    _check_plain(keys)
+    if preset is not None:
+        keys["loss"] = dict(PRESETS[preset].config["loss"])
     with refusals("overrides", "write key=value, as loss.clip_high=0.3"):
         cfg = _merge_yaml_and_cli_args(argparse.Namespace(**keys), list(overrides))
     return check_config(cfg, required=tuple(keys), passed={}).loss
+
+
+def _loss_in_file(loss: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """The ``loss`` that a dump names, which may come from anyone: only a component of :mod:`gspo.losses` is built.
+
+    Raises:
+        InputError: it is another, and the command line names none in its place.
+    """
+    known = [f"gspo.losses.{name}" for name in losses.__all__]
+    named = loss.get("_component_") if isinstance(loss, dict) else None
+    replaced = any(override.startswith(("loss=", "loss._component_=")) for override in overrides)
+    require(
+        isinstance(loss, dict) and (named in known or replaced), "config.loss._component_", named,
+        "of the file is no objective of gspo.losses, and a file may not name code that is run",
+        "name your own loss on the command line: loss._component_=my_losses.MyLoss",
+    )  # fmt: skip
+    return dict(loss)
+
+
+def _check_plain(values: Any, key: str = "config") -> None:
+    """Refuse what is more than data in a file's config: an interpolation, or a component inside another's arguments."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            nested = name == "_component_" and key != "config.loss"
+            require(not nested, f"{key}.{name}", value, "may not stand in a file", "dump the step again")
+            _check_plain(value, f"{key}.{name}")
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            _check_plain(value, f"{key}.{number}")
+    elif isinstance(values, str):
+        require("${" not in values, key, values, "has an interpolation, which a dump never has", "dump the step again")
 
 
 def find_documents(dump: Dump) -> Documents:

@@ -148,12 +148,53 @@ def test_quarantined_document_is_named_and_in_no_sum(capsys, tmp_path):
 def test_loss_of_the_users_own_has_a_gradient_but_no_clips(capsys, tmp_path):
     config = CONFIG | {"loss": {"_component_": "tests.recipes.own_loss.OwnLoss"}}
     dump.write(tmp_path / "a", step(microbatch(LONG, SHORT), config=config))
-    found = answer(capsys, tmp_path / "a")
+    own = "loss._component_=tests.recipes.own_loss.OwnLoss"
+    found = answer(capsys, tmp_path / "a", own)
     (objective,) = found["objectives"]
     assert objective["clip"] is None and objective["by_length"][0]["clip"] is None
     assert sum(row["gradient"] for row in objective["by_length"]) == pytest.approx(1)
     assert found["documents"][0]["objectives"][0]["clipped_tokens"] is None
-    replay.main([str(tmp_path / "a")])
+    replay.main([str(tmp_path / "a"), own])
+
+
+HOSTILE = {
+    "system": (
+        {"loss": {"_component_": "os.system", "command": "mkdir MARKER"}},
+        "config.loss._component_: 'os.system'",
+    ),
+    "own_loss": ({"loss": {"_component_": "hostile_module.Loss"}}, "config.loss._component_: 'hostile_module.Loss' of"),
+    "losses_import": ({"loss": {"_component_": "gspo.losses.math.exp"}}, "config.loss._component_: 'gspo.losses.math"),
+    "nested": (
+        {"loss": {"_component_": "gspo.losses.GSPOLoss", "clip_low": {"_component_": "os.mkdir", "path": "MARKER"}}},
+        "config.loss.clip_low._component_: 'os.mkdir' may not stand in a file",
+    ),
+    "environment": (
+        {"loss": {"_component_": "gspo.losses.GSPOLoss", "aggregation": "${oc.env:SECRET}"}},
+        "config.loss.aggregation: '${oc.env:SECRET}' has an interpolation",
+    ),
+    "component_of_environment": ({"loss": {"_component_": "${oc.env:SECRET}"}}, "config.loss._component_: '${oc.env"),
+    "sampling": ({"sampling": {"max_new_tokens": "${oc.env:SECRET}"}}, "config.sampling.max_new_tokens: '${oc.env"),
+    "docs": ({"docs_per_step": "${oc.env:SECRET}"}, "config.docs_per_step: '${oc.env:SECRET}' has an interpolation"),
+    "text": ({"loss": "os.system"}, "config.loss._component_: None of the file is no objective"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("arguments", [(), ("--preset", "pipelinerl")], ids=["own", "preset"])
+def test_no_code_runs_from_a_file(capsys, tmp_path, monkeypatch, config, message, arguments):
+    marker = tmp_path / "marker"
+    config = json.loads(json.dumps(config).replace("MARKER", str(marker)))
+    (tmp_path / "hostile_module.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Loss: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SECRET", "gspo.losses.GSPOLoss")
+    dump.write(tmp_path / "a", step(microbatch(LONG), config=CONFIG | config))
+    if not arguments or "loss" not in config:
+        with pytest.raises(SystemExit):
+            replay.main([str(tmp_path / "a"), *arguments])
+        assert message in capsys.readouterr().err
+    else:  # the preset stands in the place of what the file names
+        replay.main([str(tmp_path / "a"), *arguments])
+    assert not marker.exists()
 
 
 def test_top_shows_the_largest_shares(capsys, path):
