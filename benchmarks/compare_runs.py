@@ -25,22 +25,38 @@ def read(folder: Path) -> list[dict]:
 
 def main() -> None:
     """Print the comparison and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     one, other = (read(folder) for folder in args.runs)
     pairs = list(zip(one, other, strict=False))
-    parted = next((a["step"] for a, b in pairs if abs(a.get("reward/mean", 0) - b.get("reward/mean", 0)) > SAME), None)
+    parted = next(
+        (
+            a["step"]
+            for a, b in pairs
+            if abs(a.get("reward/mean", 0) - b.get("reward/mean", 0)) > SAME
+        ),
+        None,
+    )
     found = {
         "same_documents_before_step": parted,
         "relative_difference_at_step_20": {
-            key: abs(a[key] - b[key]) / abs(a[key]) for a, b in pairs if a["step"] == 20 for key in EXACT if a.get(key)
+            key: abs(a[key] - b[key]) / abs(a[key])
+            for a, b in pairs
+            if a["step"] == 20
+            for key in EXACT
+            if a.get(key)
         },
         "held_out": [
             {
                 "step": a["step"],
-                **{folder.name: row["eval/accuracy"] for folder, row in zip(args.runs, (a, b), strict=True)},
+                **{
+                    folder.name: row["eval/accuracy"]
+                    for folder, row in zip(args.runs, (a, b), strict=True)
+                },
             }
             for a, b in pairs
             if "eval/accuracy" in a

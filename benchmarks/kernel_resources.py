@@ -30,7 +30,12 @@ from triton.runtime.jit import JITFunction
 from gspo.kernels.triton import gradient, statistics
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-VOCABULARIES = (151_936, 152_064, 128_256, 50_257)  # Qwen2.5 to 3B and from 7B on, Llama 3, GPT-2 with odd rows
+VOCABULARIES = (
+    151_936,
+    152_064,
+    128_256,
+    50_257,
+)  # Qwen2.5 to 3B and from 7B on, Llama 3, GPT-2 with odd rows
 REGISTERS, THREADS = 65_536, 2048  # of an SM of any of them
 
 
@@ -57,7 +62,9 @@ def calls(vocab_size: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel that the loss head launches, by name."""
     vector = torch.empty(4, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")
-    wide, narrow = (torch.empty(4, vocab_size, dtype=x, device="meta") for x in (torch.float32, torch.bfloat16))
+    wide, narrow = (
+        torch.empty(4, vocab_size, dtype=x, device="meta") for x in (torch.float32, torch.bfloat16)
+    )
     for logits in (wide, narrow):
         yield f"statistics, {logits.dtype}", partial(statistics, logits, labels, vector)
     for logits, dtype in ((wide, narrow.dtype), (wide, wide.dtype), (narrow, narrow.dtype)):
@@ -71,7 +78,9 @@ def compile_only(call: Callable[[], object], architecture: int) -> Any:
     run = JITFunction.run
     found = []
     triton.runtime.driver.set_active(Driver(architecture))
-    JITFunction.run = lambda *args, **options: found.append(run(*args, **options | {"warmup": True}))
+    JITFunction.run = lambda *args, **options: found.append(
+        run(*args, **options | {"warmup": True})
+    )
     try:
         call()
     finally:
@@ -97,14 +106,18 @@ def resources(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "programs": min(THREADS // threads, REGISTERS // (granted * threads)),
-        "row_offsets": sorted(set(re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"]))),
+        "row_offsets": sorted(
+            set(re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"]))
+        ),
         "barrier": re.fullmatch("l+bs+", order) is not None,
     }
 
 
 def main() -> None:
     """Compiles all, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=VOCABULARIES)
     options = parser.parse_args()
@@ -115,7 +128,10 @@ def main() -> None:
             for name, call in calls(vocab_size):
                 kernel = name.replace("torch.", "")
                 found = resources(compile_only(call, architecture))
-                results.append({"target": f"sm_{architecture}", "vocab_size": vocab_size, "kernel": kernel} | found)
+                results.append(
+                    {"target": f"sm_{architecture}", "vocab_size": vocab_size, "kernel": kernel}
+                    | found
+                )
                 print(
                     f"sm_{architecture:<6}{vocab_size:<9}{kernel:45}{found['registers']:9}{found['stack']:7}"
                     f"{found['shared']:8}{found['warps']:7}{found['programs']:10}{' '.join(found['row_offsets']):>13}"

@@ -51,10 +51,13 @@ import numpy as np
 from hardware import hardware
 from tqdm import tqdm
 
-from gspo.report import aligned, without_nan
+from gspo.commands.output import aligned, without_nan
 
 HERE = Path(__file__).resolve().parent
-STEPS, EVERY = 400, 40  # optimizer steps, and those between evaluations: a multiple of every sync_every_steps
+STEPS, EVERY = (
+    400,
+    40,
+)  # optimizer steps, and those between evaluations: a multiple of every sync_every_steps
 DOCUMENTS, GROUP = 128, 8  # of a rollout; tiny/gspo's group_size
 SEEDS, SWEEP_SEED = (0, 1, 2, 3, 4), 5
 LRS = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -86,7 +89,17 @@ MEANS = (  # over a run's optimizer steps, into its JSON
 FALL = 0.05  # below its best, of a collapsed run
 CLIP_BINS = (0.01, 0.05, 0.2, math.inf)  # upper ends of mean clip/binding_token
 NOT_FINITE = "had a gradient norm that is not finite"  # in the recipe's message when it gives up
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
+STUDENT = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # 97.5 %
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,10 @@ class Run:
         recipe = "learning_parts" if self.objective == "ppo" else "gspo_full_finetune"
         base = work / f"base{self.seed}"
         band = WIDE.get(self.objective, BANDS["wide"]) if self.band == "wide" else BANDS[self.band]
-        low, high = (None if self.objective == "cispo" else band[0]), band[1]  # cispo bounds from above alone
+        low, high = (
+            (None if self.objective == "cispo" else band[0]),
+            band[1],
+        )  # cispo bounds from above alone
         keys = {
             "output_dir": work / self.name,
             "base_dir": base / "base",
@@ -126,7 +142,14 @@ class Run:
         } | ({} if low is None else {"loss.clip_low": low})
         own = [f"{key}={value}" for key, value in keys.items()]
         overrides = [*OBJECTIVES[self.objective], *CONDITIONS[self.condition], *own]
-        return [str(Path(sys.executable).with_name("tune")), "run", recipe, "--config", "tiny/gspo", *overrides]
+        return [
+            str(Path(sys.executable).with_name("tune")),
+            "run",
+            recipe,
+            "--config",
+            "tiny/gspo",
+            *overrides,
+        ]
 
 
 def main() -> None:
@@ -141,11 +164,25 @@ def main() -> None:
             for lr in args.lrs
             for band in args.bands
         ]
-        sweep = sweep if len(args.lrs) * len(args.bands) > 1 else []  # else there is nothing to choose
+        sweep = (
+            sweep if len(args.lrs) * len(args.bands) > 1 else []
+        )  # else there is nothing to choose
         bases = [*([SWEEP_SEED] if sweep else []), *args.seeds]
         make, training = partial(make_base, work=args.work), partial(train, work=args.work)
-        in_parallel("bases", bases, done=lambda seed: args.work / f"base{seed}" / "done", work=make, jobs=args.jobs)
-        in_parallel("sweep", sweep, done=lambda run: args.work / run.name / "run.json", work=training, jobs=args.jobs)
+        in_parallel(
+            "bases",
+            bases,
+            done=lambda seed: args.work / f"base{seed}" / "done",
+            work=make,
+            jobs=args.jobs,
+        )
+        in_parallel(
+            "sweep",
+            sweep,
+            done=lambda run: args.work / run.name / "run.json",
+            work=training,
+            jobs=args.jobs,
+        )
         found = {objective: choose(args, objective) for objective in args.objectives}
         runs = [
             Run(condition, objective, seed, *found[objective], args.steps)
@@ -153,33 +190,56 @@ def main() -> None:
             for seed in args.seeds  # objectives innermost: what is there after a while can be compared
             for objective in args.objectives
         ]
-        in_parallel("runs", runs, done=lambda run: args.work / run.name / "run.json", work=training, jobs=args.jobs)
+        in_parallel(
+            "runs",
+            runs,
+            done=lambda run: args.work / run.name / "run.json",
+            work=training,
+            jobs=args.jobs,
+        )
     report(args)
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder of the runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/learning"), help="folder of the runs"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"other than {SWEEP_SEED}")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(SEEDS), help=f"other than {SWEEP_SEED}"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     parser.add_argument("--lrs", nargs="+", type=float, default=list(LRS), help="of the sweep")
-    parser.add_argument("--bands", nargs="+", choices=BANDS, default=list(BANDS), help="of the sweep")
+    parser.add_argument(
+        "--bands", nargs="+", choices=BANDS, default=list(BANDS), help="of the sweep"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: report what is there")
-    parser.add_argument("--json", type=Path, help="write the result here; default: learning.json in the work folder")
-    parser.add_argument("--picture", type=Path, help="draw it here; default: learning.png in the work folder")
+    parser.add_argument(
+        "--json", type=Path, help="write the result here; default: learning.json in the work folder"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="draw it here; default: learning.png in the work folder"
+    )
     args = parser.parse_args()
     if SWEEP_SEED in args.seeds or len(args.seeds) > max(STUDENT):
-        parser.error(f"--seeds: {max(STUDENT)} at most, without {SWEEP_SEED}, on which the settings are chosen")
+        parser.error(
+            f"--seeds: {max(STUDENT)} at most, without {SWEEP_SEED}, on which the settings are chosen"
+        )
     return args
 
 
-def in_parallel(what: str, items: Iterable[Any], *, done: Callable[[Any], Path], work: Any, jobs: int) -> None:
+def in_parallel(
+    what: str, items: Iterable[Any], *, done: Callable[[Any], Path], work: Any, jobs: int
+) -> None:
     """``work`` on each item whose file ``done`` is not there; ends the program if any failed."""
     left, failures = [item for item in items if not done(item).exists()], []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(left), desc=what, unit="run", smoothing=0) as bar:
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(left), desc=what, unit="run", smoothing=0) as bar,
+    ):
         try:
             for future in as_completed([pool.submit(work, item) for item in left]):
                 failures += filter(None, [future.result()])
@@ -194,7 +254,16 @@ def in_parallel(what: str, items: Iterable[Any], *, done: Callable[[Any], Path],
 def make_base(seed: int, *, work: Path) -> str | None:
     """The demo's base policy of a seed; says what failed."""
     folder, log = work / f"base{seed}", work / f"base{seed}.log"
-    command = [sys.executable, "-m", "gspo.demo", "--base-only", "--seed", str(seed), "--output", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "gspo.demo",
+        "--base-only",
+        "--seed",
+        str(seed),
+        "--output",
+        str(folder),
+    ]
     if run_process(command, log) != 0:
         return f"{shlex.join(command)}: see {log}"
     (folder / "done").touch()
@@ -211,7 +280,11 @@ def train(run: Run, *, work: Path) -> str | None:
     code = run_process(command, log)
     if code != 0 and NOT_FINITE not in log.read_text():
         return f"{shlex.join(command)}: exit status {code}, see {log}"
-    found = {"command": shlex.join(command), "folder": str(folder), "seconds": time.perf_counter() - started}
+    found = {
+        "command": shlex.join(command),
+        "folder": str(folder),
+        "seconds": time.perf_counter() - started,
+    }
     record = asdict(run) | summarize(folder, steps=run.steps) | found
     for checkpoint in folder.glob("epoch_*"):
         shutil.rmtree(checkpoint)
@@ -223,7 +296,11 @@ def run_process(command: list[str], log: Path) -> int:
     """Runs a command on one thread, its output in ``log``; the exit status."""
     tqdm.write(f"{log.parent}: {shlex.join(command)}")
     paths = [str(HERE), str(HERE.parent / "recipes"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "20", "PYTHONPATH": os.pathsep.join(paths)}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TQDM_MININTERVAL": "20",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     with log.open("w") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
@@ -237,7 +314,11 @@ def summarize(folder: Path, *, steps: int) -> dict[str, Any]:
     trained = [row for row in rows if "lr" in row]
     base, final, best = curve[0][1], curve[-1][1], max(accuracy for _, accuracy in curve)
     finite = rows[-1]["step"] == steps and all("grad_norm" in row for row in trained)
-    reasons = {"not finite": not finite, "fell from its best": final < best - FALL, "below the base": final < base}
+    reasons = {
+        "not finite": not finite,
+        "fell from its best": final < best - FALL,
+        "below the base": final < base,
+    }
     return {
         "curve": curve,
         "base": base,
@@ -246,7 +327,11 @@ def summarize(folder: Path, *, steps: int) -> dict[str, Any]:
         "collapsed": [reason for reason, holds in reasons.items() if holds],
         "skipped_steps": trained[-1]["skipped_steps"],
         "staleness/max": max(row["staleness/max"] for row in trained),
-        "means": {name: statistics.fmean(found) for name in MEANS if (found := [r[name] for r in rows if name in r])},
+        "means": {
+            name: statistics.fmean(found)
+            for name in MEANS
+            if (found := [r[name] for r in rows if name in r])
+        },
     }
 
 
@@ -260,7 +345,11 @@ def choose(args: argparse.Namespace, objective: str) -> tuple[float, str]:
     grid = [(lr, band) for lr in args.lrs for band in args.bands]
     if len(grid) == 1:
         return grid[0]
-    records = [r for r in read_runs(args.work, args.steps) if (r["objective"], r["seed"]) == (objective, SWEEP_SEED)]
+    records = [
+        r
+        for r in read_runs(args.work, args.steps)
+        if (r["objective"], r["seed"]) == (objective, SWEEP_SEED)
+    ]
     scores = {(r["lr"], r["band"]): score(r) for r in records}
     return max(grid, key=lambda setting: scores[setting])
 
@@ -281,23 +370,41 @@ def report(args: argparse.Namespace) -> None:
     """Table, JSON and picture of what is there."""
     records = read_runs(args.work, args.steps)
     compared = [r for r in records if r["seed"] != SWEEP_SEED and r["condition"] in args.conditions]
-    compared = [r for r in compared if r["objective"] in args.objectives and r["seed"] in args.seeds]
+    compared = [
+        r for r in compared if r["objective"] in args.objectives and r["seed"] in args.seeds
+    ]
     if not compared:
         sys.exit(f"There is no finished run of {args.steps} steps in {args.work} to report.")
     table = [row_of(group, compared) for group in groups(compared)]
     sweep = [r for r in records if r["seed"] == SWEEP_SEED]
-    relation = [*clip_relation("compared", compared), *clip_relation("with the sweep's", [*compared, *sweep])]
-    print_rows(f"{args.steps} steps; mean over seeds, with half the width of its 95 % interval (t)", table)
+    relation = [
+        *clip_relation("compared", compared),
+        *clip_relation("with the sweep's", [*compared, *sweep]),
+    ]
+    print_rows(
+        f"{args.steps} steps; mean over seeds, with half the width of its 95 % interval (t)", table
+    )
     settings = ("objective", "lr", "band", "final", "best", "collapsed", "clip/binding_token")
     swept = [{k: (r | r["means"]).get(k) for k in settings} | {"score": score(r)} for r in sweep]
-    print_rows(f"sweep (plain, seed {SWEEP_SEED}); the highest score of an objective is taken", swept)
+    print_rows(
+        f"sweep (plain, seed {SWEEP_SEED}); the highest score of an objective is taken", swept
+    )
     print_rows("final accuracy and collapses by a run's mean clip/binding_token", relation)
     to = args.json or args.work / "learning.json"
-    found = {"hardware": hardware(), "steps": args.steps, "table": table, "sweep": swept, "clip": relation}
+    found = {
+        "hardware": hardware(),
+        "steps": args.steps,
+        "table": table,
+        "sweep": swept,
+        "clip": relation,
+    }
     of_this_machine = ("command", "folder")
     runs = [{k: v for k, v in r.items() if k not in of_this_machine} for r in records]
     found |= {"rank_correlation": rank_correlations(compared), "runs": runs}
-    print("Spearman's correlation of clip/binding_token and final accuracy:", json.dumps(found["rank_correlation"]))
+    print(
+        "Spearman's correlation of clip/binding_token and final accuracy:",
+        json.dumps(found["rank_correlation"]),
+    )
     to.write_text(json.dumps(without_nan(found), indent=2) + "\n")
     picture = args.picture or args.work / "learning.png"
     draw(compared, [c for c in CONDITIONS if any(r["condition"] == c for r in compared)], picture)
@@ -311,7 +418,10 @@ def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         key = (*(record[k] for k in ("condition", "objective", "lr", "band")),)
         found.setdefault(key, []).append(record)
     order = list(CONDITIONS), list(OBJECTIVES)
-    return [found[key] for key in sorted(found, key=lambda k: (order[0].index(k[0]), order[1].index(k[1]), k[2:]))]
+    return [
+        found[key]
+        for key in sorted(found, key=lambda k: (order[0].index(k[0]), order[1].index(k[1]), k[2:]))
+    ]
 
 
 def row_of(group: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[str, Any]:
@@ -326,11 +436,15 @@ def row_of(group: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[
         "best": statistics.fmean(r["best"] for r in group),
         "collapsed": sum(bool(r["collapsed"]) for r in group),
     }
-    rivals = [r for r in compared if r["objective"] == "gspo" and r["condition"] == first["condition"]]
+    rivals = [
+        r for r in compared if r["objective"] == "gspo" and r["condition"] == first["condition"]
+    ]
     at_this_rate = [r for r in rivals if r["lr"] == first["lr"]]
     rival = {r["seed"]: r for r in at_this_rate or rivals}
     differences = [r["final"] - rival[r["seed"]]["final"] for r in group if r["seed"] in rival]
-    row["minus gspo"], row["its +-"] = interval(differences) if differences else (math.nan, math.nan)
+    row["minus gspo"], row["its +-"] = (
+        interval(differences) if differences else (math.nan, math.nan)
+    )
     for name in ("clip/binding_token", "clip/any_document", "staleness/mean", "mismatch/rms_token"):
         values = [r["means"][name] for r in group if name in r["means"]]
         row[name] = statistics.fmean(values) if values else math.nan
@@ -342,13 +456,23 @@ def clip_relation(runs: str, records: list[dict[str, Any]]) -> list[dict[str, An
     """Runs of each objective by how much of their tokens the clip stopped."""
     rows = []
     for objective in OBJECTIVES:
-        own = [r for r in records if r["objective"] == objective and "clip/binding_token" in r["means"]]
+        own = [
+            r for r in records if r["objective"] == objective and "clip/binding_token" in r["means"]
+        ]
         for low, high in zip((0.0, *CLIP_BINS), CLIP_BINS, strict=False):
             inside = [r for r in own if low <= r["means"]["clip/binding_token"] < high]
             if inside:
-                row = {"runs": runs, "objective": objective, "from": low, "to": high, "count": len(inside)}
+                row = {
+                    "runs": runs,
+                    "objective": objective,
+                    "from": low,
+                    "to": high,
+                    "count": len(inside),
+                }
                 final = statistics.fmean(r["final"] for r in inside)
-                rows.append(row | {"final": final, "collapsed": sum(bool(r["collapsed"]) for r in inside)})
+                rows.append(
+                    row | {"final": final, "collapsed": sum(bool(r["collapsed"]) for r in inside)}
+                )
     return rows
 
 
@@ -356,10 +480,16 @@ def rank_correlations(records: list[dict[str, Any]]) -> dict[str, float]:
     """Spearman's, over the runs of an objective in all conditions; an objective that never clips has none."""
     found = {}
     for objective in OBJECTIVES:
-        own = [r for r in records if r["objective"] == objective and "clip/binding_token" in r["means"]]
-        pairs = np.array([(r["means"]["clip/binding_token"], r["final"]) for r in own]).reshape(-1, 2)
+        own = [
+            r for r in records if r["objective"] == objective and "clip/binding_token" in r["means"]
+        ]
+        pairs = np.array([(r["means"]["clip/binding_token"], r["final"]) for r in own]).reshape(
+            -1, 2
+        )
         if len(pairs) > 2 and np.ptp(pairs, axis=0).all():
-            ranks = [[(column < x).mean() + (column <= x).mean() for x in column] for column in pairs.T]
+            ranks = [
+                [(column < x).mean() + (column <= x).mean() for x in column] for column in pairs.T
+            ]
             found[objective] = round(float(np.corrcoef(ranks)[0, 1]), 3)
     return found
 
@@ -389,12 +519,23 @@ def draw(records: list[dict[str, Any]], conditions: list[str], path: Path) -> No
     for (above, below), condition in zip(axes.T, conditions, strict=True):
         rival: dict[int, dict[int, float]] = {}
         for group in groups(r for r in records if r["condition"] == condition):
-            objective, curves = group[0]["objective"], {r["seed"]: dict(map(tuple, r["curve"])) for r in group}
+            objective, curves = (
+                group[0]["objective"],
+                {r["seed"]: dict(map(tuple, r["curve"])) for r in group},
+            )
             rival = curves if objective == "gspo" else rival
-            look = {"color": f"C{list(OBJECTIVES).index(objective)}", "label": objective, "markersize": 3}
+            look = {
+                "color": f"C{list(OBJECTIVES).index(objective)}",
+                "label": objective,
+                "markersize": 3,
+            }
             plot(above, list(curves.values()), look)
             paired = [
-                {step: value - rival[seed][step] for step, value in curve.items() if step in rival[seed]}
+                {
+                    step: value - rival[seed][step]
+                    for step, value in curve.items()
+                    if step in rival[seed]
+                }
                 for seed, curve in curves.items()
                 if seed in rival
             ]
@@ -410,12 +551,16 @@ def draw(records: list[dict[str, Any]], conditions: list[str], path: Path) -> No
 
 def plot(axis: Any, curves: list[dict[int, float]], look: dict[str, Any]) -> None:
     """The mean of curves by step; of differences, which start at 0, with its interval."""
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []  # one that gave up is shorter
+    steps = (
+        sorted(set.intersection(*map(set, curves))) if curves else []
+    )  # one that gave up is shorter
     found = np.array([interval([curve[step] for curve in curves]) for step in steps]).reshape(-1, 2)
     mean, half = found[:, 0], np.nan_to_num(found[:, 1])
     axis.plot(steps, mean, marker="o", **look)
     if mean.size and mean[0] == 0:
-        axis.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.1, linewidth=0)
+        axis.fill_between(
+            steps, mean - half, mean + half, color=look["color"], alpha=0.1, linewidth=0
+        )
     axis.grid(alpha=0.3)
 
 

@@ -24,14 +24,19 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torchtune import training
 
 from gspo import parallel
-from gspo.config import check_config, parse
+from gspo.config.checks import check_config
+from gspo.config.command_line import parse
 from gspo.kernels import linear_logps
 from gspo.losses import GRPOLoss
-from gspo.policy import Microbatch, Policy, load_weights, row_inputs, shard_policy
+from gspo.policy.microbatch import Microbatch, row_inputs
+from gspo.policy.model import Policy
+from gspo.policy.sharding import load_weights, shard_policy
 from gspo.sampling.local import LocalSampler
 from gspo.types import Completion, MetricSums, PackedBatch, Prompt, SamplingParams
 
-VALUE_GAIN = 5.0  # with the policy's learning rate a head without it takes 70 steps to learn the mean reward
+VALUE_GAIN = (
+    5.0  # with the policy's learning rate a head without it takes 70 steps to learn the mean reward
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,13 @@ class StressedSampler:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_batch_size: int = 512, noise: float = 0.0, rollouts_ahead: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_batch_size: int = 512,
+        noise: float = 0.0,
+        rollouts_ahead: int = 0,
     ) -> None:
         self._sampler = LocalSampler(model, tokenizer, max_batch_size=max_batch_size)
         self._noise = noise
@@ -67,11 +78,18 @@ class StressedSampler:
 
     def update(self, policy: Any, version: int) -> None:
         """Take the policy's weights."""
-        self._newest = Weights({name: tensor.detach().clone() for name, tensor in policy.full_state_dict()}, version)
+        self._newest = Weights(
+            {name: tensor.detach().clone() for name, tensor in policy.full_state_dict()}, version
+        )
         self._sampler.update(self._newest, version)
 
     def sample(
-        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self,
+        prompts: list[Prompt],
+        *,
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
     ) -> list[list[Completion]]:
         """Completions of old weights, with noise."""
         if params.temperature == 0:  # an evaluation, of the newest
@@ -81,7 +99,9 @@ class StressedSampler:
         groups = self._sampler.sample(prompts, group_size=group_size, params=params, seeds=seeds)
         self._sampler.update(self._newest, self._newest.version)
         for group, seed in zip(groups, seeds, strict=True):
-            noise = np.random.default_rng((seed, 1))  # not the stream that the tokens are drawn with
+            noise = np.random.default_rng(
+                (seed, 1)
+            )  # not the stream that the tokens are drawn with
             for completion in group if self._noise else ():
                 errors = noise.normal(scale=self._noise, size=len(completion.logps))
                 completion.logps = (np.array(completion.logps) + errors).tolist()
@@ -134,7 +154,10 @@ class ValuePolicy(Policy):
         errors = (self._read(rows[0]) - microbatch.returns).square()
         spread = (microbatch.returns - microbatch.returns.mean()).square()
         count = torch.tensor(errors.numel())
-        found |= {"value/mse": (errors.detach().sum(), count), "value/variance": (spread.sum(), count)}
+        found |= {
+            "value/mse": (errors.detach().sum(), count),
+            "value/variance": (spread.sum(), count),
+        }
         return loss + self.loss.value_coef * errors.sum(), found
 
     def values(self, microbatch: Microbatch) -> Tensor:  # [N] of the label rows
@@ -151,7 +174,9 @@ class ValuePolicy(Policy):
         return VALUE_GAIN * self.value_head(hidden).squeeze(-1).float()
 
 
-def gae(values: Tensor, rewards: Tensor, document_index: Tensor, *, gae_lambda: float) -> Tensor:  # all [N]
+def gae(
+    values: Tensor, rewards: Tensor, document_index: Tensor, *, gae_lambda: float
+) -> Tensor:  # all [N]
     """Advantages at a discount of 1; a document's tokens stand in order and its reward comes after the last."""
     last = torch.ones_like(document_index, dtype=torch.bool)
     last[:-1] = document_index[1:] != document_index[:-1]
@@ -172,7 +197,9 @@ class PPORecipe(base.GSPOFullFinetuneRecipe):
     """The recipe with a value head; a microbatch holds a whole rollout, over which advantages are normalised."""
 
     def _build_policy(self, key: str, checkpointer: Any, loss: nn.Module) -> ValuePolicy:
-        policy = ValuePolicy(self._build_decoder(torch.device("meta")), loss, kernel=self._cfg.kernel)
+        policy = ValuePolicy(
+            self._build_decoder(torch.device("meta")), loss, kernel=self._cfg.kernel
+        )
         shard_policy(policy, parallel.fsdp_mesh(self._mesh))
         register_fsdp_forward_method(policy, "_values")
         load_weights(policy, checkpointer.load_checkpoint()[training.MODEL_KEY], self._device)
@@ -188,7 +215,9 @@ class PPORecipe(base.GSPOFullFinetuneRecipe):
         values, gae_lambda = self._policy.values(plain), self._policy.loss.gae_lambda
         advantages = gae(values, rewards, documents, gae_lambda=gae_lambda)
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        index = torch.zeros_like(batch.document_index).index_put((rows,), torch.arange(rows.numel()))
+        index = torch.zeros_like(batch.document_index).index_put(
+            (rows,), torch.arange(rows.numel())
+        )
         given = replace(batch, segment_index=index, segment_advantages=advantages)
         return replace(ValuedMicrobatch.prepare(given, self._device), returns=rewards)
 
@@ -196,7 +225,11 @@ class PPORecipe(base.GSPOFullFinetuneRecipe):
 @parse
 def recipe_main(cfg: DictConfig) -> None:
     """As the pack's recipe."""
-    checks = {"required": base.REQUIRED_KEYS, "optional": base.OPTIONAL_KEYS, "sections": base.SECTIONS}
+    checks = {
+        "required": base.REQUIRED_KEYS,
+        "optional": base.OPTIONAL_KEYS,
+        "sections": base.SECTIONS,
+    }
     cfg = check_config(cfg, **checks, passed=base.PASSED)
     recipe = PPORecipe(cfg)
     recipe.setup()

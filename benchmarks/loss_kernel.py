@@ -33,8 +33,14 @@ from tqdm import tqdm
 
 from gspo.kernels import linear_logps, linear_loss, logits_logps
 
-LENGTHS = {"cpu": (128, 512), "cuda": (400, 4096)}  # median and longest document: within a chunk of the device's
-SHAPES = {"cpu": [(4096, 512, 32_768)], "cuda": [(8192, 1536, 151_936), (8192, 3584, 152_064), (32_768, 1536, 151_936)]}
+LENGTHS = {
+    "cpu": (128, 512),
+    "cuda": (400, 4096),
+}  # median and longest document: within a chunk of the device's
+SHAPES = {
+    "cpu": [(4096, 512, 32_768)],
+    "cuda": [(8192, 1536, 151_936), (8192, 3584, 152_064), (32_768, 1536, 151_936)],
+}
 CASES = [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)]  # m, f
 TOP_PROBABILITY = 0.8
 FLOPS, BYTES = 790e12, 4.3e12  # a second, bf16 products and memory: what an H200 has reached
@@ -54,7 +60,9 @@ class Case:
     old_logps: Tensor  # [T], float32
 
     def __post_init__(self) -> None:
-        self.document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        self.document = torch.arange(len(self.lengths)).repeat_interleave(
+            torch.tensor(self.lengths)
+        )
         self.document = self.document.to(self.hidden.device)
         counts = torch.zeros(len(self.lengths), device=self.hidden.device)
         self.counts = counts.index_add(0, self.document, self.labelled.float())
@@ -88,7 +96,9 @@ def make_case(
     noise = torch.randn(num_tokens, hidden_size, generator=generator)
     hidden = _sharpness(vocab_size, hidden_size) * weight[likely] + noise
     other = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
-    labels = torch.where(torch.rand(num_tokens, generator=generator) < TOP_PROBABILITY, likely, other)
+    labels = torch.where(
+        torch.rand(num_tokens, generator=generator) < TOP_PROBABILITY, likely, other
+    )
     documents = _documents(num_tokens, lengths, generator)
     labelled = torch.cat([torch.arange(n) >= round(m * n) for n in documents])
     advantages = torch.randn(len(documents), generator=generator)
@@ -101,7 +111,13 @@ def make_case(
     hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
     labels, labelled = labels.to(device), labelled.to(device)
     case = Case(
-        hidden, weight, labels, labelled, documents, advantages.to(device), torch.zeros(num_tokens, device=device)
+        hidden,
+        weight,
+        labels,
+        labelled,
+        documents,
+        advantages.to(device),
+        torch.zeros(num_tokens, device=device),
     )
     case.old_logps = exact_logps(case).float()
     return case
@@ -121,7 +137,9 @@ def _sharpness(vocab_size: int, hidden_size: int) -> float:
     return low
 
 
-def _documents(num_tokens: int, lengths: tuple[int, int] | None, generator: torch.Generator) -> list[int]:
+def _documents(
+    num_tokens: int, lengths: tuple[int, int] | None, generator: torch.Generator
+) -> list[int]:
     """Rows of each: log-normal with a median and a longest, or 256 each."""
     if lengths is None:
         return [256] * (num_tokens // 256)
@@ -141,7 +159,10 @@ def exact_logps(case: Case) -> Tensor:
     """Log-probabilities in float64, [T]."""
     weight = case.weight.double()
     parts = [
-        (case.hidden[rows].double() @ weight.T).log_softmax(-1).gather(-1, case.labels[rows, None]).squeeze(-1)
+        (case.hidden[rows].double() @ weight.T)
+        .log_softmax(-1)
+        .gather(-1, case.labels[rows, None])
+        .squeeze(-1)
         for rows in _chunks(case)
     ]
     return torch.cat(parts)
@@ -154,7 +175,10 @@ def exact_gradients(case: Case) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         (coefficients,) = torch.autograd.grad(case.loss(logps), logps)
     weight = case.weight.double()
-    d_hidden, d_weight = torch.zeros_like(case.hidden, dtype=torch.float64), torch.zeros_like(weight)
+    d_hidden, d_weight = (
+        torch.zeros_like(case.hidden, dtype=torch.float64),
+        torch.zeros_like(weight),
+    )
     for rows in _chunks(case):
         hidden = case.hidden[rows].double()
         gradient = -coefficients[rows, None] * (hidden @ weight.T).softmax(-1)
@@ -164,7 +188,9 @@ def exact_gradients(case: Case) -> tuple[Tensor, Tensor]:
     return d_hidden, d_weight
 
 
-Provider = Callable[[Case, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # loss, and log-probabilities [T] if at hand
+Provider = Callable[
+    [Case, Tensor, Tensor], tuple[Tensor, Tensor | None]
+]  # loss, and log-probabilities [T] if at hand
 
 
 def _of_rows(case: Case, logps: Tensor) -> Tensor:
@@ -202,7 +228,11 @@ def ours_logps(kernel: str) -> Provider:
     def run(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = case.rows
         logps, _ = linear_logps(
-            hidden.index_select(0, rows), weight, case.labels[rows], case.temperature[rows], kernel=kernel
+            hidden.index_select(0, rows),
+            weight,
+            case.labels[rows],
+            case.temperature[rows],
+            kernel=kernel,
         )
         return case.loss(logps, rows), _of_rows(case, logps)
 
@@ -226,7 +256,9 @@ def plain(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | 
     buffer = h.new_empty(512, w.shape[0])
     d_hidden, d_weight = torch.zeros_like(h), torch.zeros_like(w)
     loss, kept = h.new_zeros(()), []
-    for rows in case.rows.split(512):  # the seam here takes tokens one by one, so a document may lie in two chunks
+    for rows in case.rows.split(
+        512
+    ):  # the seam here takes tokens one by one, so a document may lie in two chunks
         x, labels = h[rows], case.labels[rows, None]
         p = torch.mm(x, w.T, out=buffer[: rows.numel()])
         label_logits, largest = p.gather(-1, labels), p.amax(-1, keepdim=True)
@@ -243,7 +275,9 @@ def plain(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | 
         p.mul_(-c[:, None] / total).scatter_add_(-1, labels, c[:, None])
         d_hidden[rows[active]] = p @ w
         d_weight.addmm_(p.T, x)
-    return _KnownGradients.apply(hidden, weight, loss, d_hidden, d_weight), _of_rows(case, torch.cat(kept))
+    return _KnownGradients.apply(hidden, weight, loss, d_hidden, d_weight), _of_rows(
+        case, torch.cat(kept)
+    )
 
 
 def ours_logits(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -375,11 +409,19 @@ def run(provider: Provider, case: Case) -> tuple[Tensor | None, Tensor, Tensor]:
     return logps, hidden.grad, weight.grad
 
 
-def errors(provider: Provider, case: Case, exact: tuple[Tensor, Tensor, Tensor]) -> dict[str, float | None]:
+def errors(
+    provider: Provider, case: Case, exact: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, float | None]:
     """Largest error of a log-probability, and relative Frobenius errors of dX and dW."""
     logps, *gradients = run(provider, case)
-    difference = None if logps is None else float((logps.detach().double() - exact[0])[case.labelled].abs().max())
-    found = [float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, exact[1:], strict=True)]
+    difference = (
+        None
+        if logps is None
+        else float((logps.detach().double() - exact[0])[case.labelled].abs().max())
+    )
+    found = [
+        float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, exact[1:], strict=True)
+    ]
     return {"logp_err": difference, "dx_err": found[0], "dw_err": found[1]}
 
 
@@ -400,7 +442,9 @@ def peak_mib(provider: Provider, case: Case) -> float:
 
 def _status(name: str) -> int:
     """KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1])
 
 
@@ -425,11 +469,16 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
         options = {"dtype": dtype, "device": args.device}
         lengths = tuple(args.lengths or LENGTHS[args.device])
         cases = {
-            packed: make_case(shape, m, f, lengths=lengths if packed else None, **options) for packed in (True, False)
+            packed: make_case(shape, m, f, lengths=lengths if packed else None, **options)
+            for packed in (True, False)
         }
-        exact = {packed: (exact_logps(case), *exact_gradients(case)) for packed, case in cases.items()}
+        exact = {
+            packed: (exact_logps(case), *exact_gradients(case)) for packed, case in cases.items()
+        }
         for name, (provider, packed, devices) in PROVIDERS.items():
-            wanted = args.device in devices and (not args.only or any(part in name for part in args.only))
+            wanted = args.device in devices and (
+                not args.only or any(part in name for part in args.only)
+            )
             if not wanted or name in missing:
                 continue
             try:
@@ -438,14 +487,21 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
                 tqdm.write(f"{name}: left out, {error}")
                 missing.add(name)
                 continue
-            row = {"provider": name, "device": args.device, "dtype": str(dtype).removeprefix("torch.")}
+            row = {
+                "provider": name,
+                "device": args.device,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
             row |= dict(zip("THV", shape, strict=True)) | {"m": m, "f": f} | found
             row["lengths"] = list(lengths) if packed else [256, 256]
             row["peak_mib"] = round(peak_mib(provider, cases[packed]), 1)
             rows.append(row)
             calls.append((provider, cases[packed]))
         del exact
-    times = [[1000 * seconds(*call) for call in calls] for _ in tqdm(range(args.rounds), desc=f"T, H, V {shape}")]
+    times = [
+        [1000 * seconds(*call) for call in calls]
+        for _ in tqdm(range(args.rounds), desc=f"T, H, V {shape}")
+    ]
     for row, found in zip(rows, zip(*times, strict=True), strict=True):
         ordered = sorted(found)
         row["ms_median"] = statistics.median(ordered)
@@ -484,7 +540,11 @@ def counts(shape: tuple[int, int, int], m: float, f: float, chunk: int = 4096) -
     """
     num_tokens, hidden_size, vocab_size = shape
     rows = num_tokens * (1 - m)
-    active, unit, head = rows * (1 - f), 2 * rows * hidden_size * vocab_size, hidden_size * vocab_size
+    active, unit, head = (
+        rows * (1 - f),
+        2 * rows * hidden_size * vocab_size,
+        hidden_size * vocab_size,
+    )
     logits = rows * vocab_size
     again = {"linear_loss": 0.0, "linear_logps": active, "logits_logps": 0.0}
     found = []
@@ -498,7 +558,11 @@ def counts(shape: tuple[int, int, int], m: float, f: float, chunk: int = 4096) -
         held = 4 * (logits if in_memory else min(chunk, rows) * vocab_size) + 4 * head
         found.append(
             {"path": path, "T": num_tokens, "H": hidden_size, "V": vocab_size, "m": m, "f": f}
-            | {"units": operations / unit, "tflop": operations / 1e12, "product_gb": product_bytes / 1e9}
+            | {
+                "units": operations / unit,
+                "tflop": operations / 1e12,
+                "product_gb": product_bytes / 1e9,
+            }
             | {"row_gb": row_bytes / 1e9, "held_gib": held / 2**30, "ms": 1000 * seconds}
             | {"share_of_3_units": 3 * 2 * num_tokens * head / FLOPS / seconds}
         )
@@ -512,16 +576,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="providers whose name holds one of these")
-    parser.add_argument("--shape", nargs=3, type=int, metavar=("T", "H", "V"), help="instead of the device's own")
-    parser.add_argument("--lengths", nargs=2, type=int, metavar=("MEDIAN", "LONGEST"), help="of the documents, in rows")
-    parser.add_argument("--counts", action="store_true", help="only arithmetic: operations, bytes, expected times")
+    parser.add_argument(
+        "--shape", nargs=3, type=int, metavar=("T", "H", "V"), help="instead of the device's own"
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs=2,
+        type=int,
+        metavar=("MEDIAN", "LONGEST"),
+        help="of the documents, in rows",
+    )
+    parser.add_argument(
+        "--counts", action="store_true", help="only arithmetic: operations, bytes, expected times"
+    )
     args = parser.parse_args()
     rows: list[dict] = []
     if args.counts:
         for shape in SHAPES["cuda"]:
             for row in (row for m, f in CASES for row in counts(shape, m, f)):
                 rows.append(row)
-                print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                print(
+                    "  ".join(
+                        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in row.items()
+                    )
+                )
         if args.json:
             rates = {"run_on": None, "flop_per_s": FLOPS, "bytes_per_s": BYTES}
             args.json.write_text(json.dumps(rates | {"rows": rows}, indent=2) + "\n")

@@ -27,12 +27,15 @@ from omegaconf import DictConfig
 from torchtune import config
 
 from gspo import parallel
-from gspo.context import ContextAxis
+from gspo.commands.validate import read_checked
+from gspo.parallel.context import ContextAxis
 from gspo.plan.estimate import DEFAULT_RATES, IN_SAMPLING, Layout, Machine, Planner
-from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
+from gspo.policy.sharding import load_weights, shard_policy
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
-from gspo.validate import read_checked
+from gspo.update import accumulate_gradients
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -79,7 +82,9 @@ def read(case: dict) -> DictConfig:
     """The config of a case."""
     model = [f"model.{key}={value}" for key, value in MODEL.items()]
     data_ranks = case["world_size"] // case.get("context_parallel_size", 1)
-    settings = SETTINGS | {"docs_per_step": 8 * data_ranks} | case  # two microbatches of four documents
+    settings = (
+        SETTINGS | {"docs_per_step": 8 * data_ranks} | case
+    )  # two microbatches of four documents
     rest = {key: value for key, value in settings.items() if key != "world_size"}
     return read_checked(["tiny/gspo", *model, *(f"{key}={value}" for key, value in rest.items())])
 
@@ -91,7 +96,12 @@ def planned(case: dict) -> dict[str, float]:
     sums = {moment: sum(parts.values()) / MIB for moment, parts in memory["moments"].items()}
     sampling = sums.pop(IN_SAMPLING)
     worst = max(sums, key=sums.__getitem__)
-    return {"training": sums[worst], "moment": worst, "sampling": sampling, "parts": memory["moments"][worst]}
+    return {
+        "training": sums[worst],
+        "moment": worst,
+        "sampling": sampling,
+        "parts": memory["moments"][worst],
+    }
 
 
 def status(name: str) -> float:
@@ -131,7 +141,9 @@ def measured(case: dict) -> dict[str, float]:
     return {name: high - at_rest for name, high in found.items()} | {"at_rest": at_rest}
 
 
-def run(cfg: DictConfig, layout: Layout, *, num_steps: int, max_new_tokens: int) -> dict[str, float]:
+def run(
+    cfg: DictConfig, layout: Layout, *, num_steps: int, max_new_tokens: int
+) -> dict[str, float]:
     """High-water marks in MiB of optimizer steps and of sampling after them."""
     mesh = parallel.build_mesh(
         CPU,
@@ -141,8 +153,14 @@ def run(cfg: DictConfig, layout: Layout, *, num_steps: int, max_new_tokens: int)
     context, loss = ContextAxis.of(mesh), config.instantiate(cfg.loss)
     with torch.device("meta"):
         decoder = config.instantiate(cfg.model)
-    policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel, context=context)
-    shard_policy(policy, parallel.fsdp_mesh(mesh), activation_checkpointing=cfg.enable_activation_checkpointing)
+    policy = Policy(
+        decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel, context=context
+    )
+    shard_policy(
+        policy,
+        parallel.fsdp_mesh(mesh),
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+    )
     replica = config.instantiate(cfg.model)
     load_weights(policy, replica.state_dict(), CPU)
     sampler = LocalSampler(replica, Tokenizer(), stop_token_ids=[], max_batch_size=512)
@@ -155,7 +173,9 @@ def run(cfg: DictConfig, layout: Layout, *, num_steps: int, max_new_tokens: int)
     rest()
     for step in range(num_steps):
         options = {"reduce_every_microbatch": cfg.reduce_every_microbatch}
-        for _ in accumulate_gradients(policy, microbatches if step else microbatches[:1], 1.0, **options):
+        for _ in accumulate_gradients(
+            policy, microbatches if step else microbatches[:1], 1.0, **options
+        ):
             pass
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -164,18 +184,32 @@ def run(cfg: DictConfig, layout: Layout, *, num_steps: int, max_new_tokens: int)
     marks = {"training": status("VmHWM")}
     rest()
     prompts = [
-        Prompt(str(i), "", [1] * layout.prompt_tokens) for i in range(layout.rollout_documents // cfg.group_size)
+        Prompt(str(i), "", [1] * layout.prompt_tokens)
+        for i in range(layout.rollout_documents // cfg.group_size)
     ]
     params = SamplingParams(max_new_tokens=max_new_tokens)
-    sampler.sample(prompts, group_size=cfg.group_size, params=params, seeds=list(range(len(prompts))))
+    sampler.sample(
+        prompts, group_size=cfg.group_size, params=params, seeds=list(range(len(prompts)))
+    )
     return marks | {"sampling": status("VmHWM")}
 
 
 def launch(case: dict, folder: Path) -> list[dict[str, float]]:
     """What each rank of a case measured."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    arguments = [str(case["world_size"]), __file__, "--rank-of", json.dumps(case), "--json", str(folder)]
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
+    arguments = [
+        str(case["world_size"]),
+        __file__,
+        "--rank-of",
+        json.dumps(case),
+        "--json",
+        str(folder),
+    ]
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": str(MIB),
+        "MALLOC_TRIM_THRESHOLD_": str(MIB),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([*program, *arguments], check=True, env=os.environ | settings)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(case["world_size"])]
 
@@ -215,7 +249,8 @@ def main() -> None:
         print(f"{line}   {case}   {plan['moment']}", flush=True)
     if args.json:
         args.json.write_text(
-            json.dumps(hardware() | {"model": MODEL, "settings": SETTINGS, "rows": rows}, indent=2) + "\n"
+            json.dumps(hardware() | {"model": MODEL, "settings": SETTINGS, "rows": rows}, indent=2)
+            + "\n"
         )
 
 

@@ -27,11 +27,15 @@ from torchtune.models.qwen2 import qwen2
 
 from gspo import metrics, parallel
 from gspo.data.graph import GraphOptions, build_graph
+from gspo.data.steps import FetchSteps, StepBatches
 from gspo.losses import GSPOLoss
-from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
+from gspo.policy.sharding import load_weights, shard_policy
 from gspo.rewards.pool import RewardPool
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
+from gspo.update import accumulate_gradients
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
 WARMUP = 5  # rollouts
@@ -78,7 +82,9 @@ class Prompts(BaseNode[Prompt]):
 
     def next(self) -> Prompt:
         """The next prompt."""
-        tokens = torch.randint(0, SHAPE["vocab_size"], (PROMPT_TOKENS,), generator=self._generator).tolist()
+        tokens = torch.randint(
+            0, SHAPE["vocab_size"], (PROMPT_TOKENS,), generator=self._generator
+        ).tolist()
         self._count += 1
         return Prompt(f"p:{self._count}", CharTokenizer().decode(tokens), tokens)
 
@@ -88,13 +94,17 @@ class Loop:
 
     def __init__(self, pool: RewardPool, *, drop_dead_groups: bool, compiled: bool) -> None:
         torch.manual_seed(0)
-        weights = {k: 0.5 * v if v.dim() == 2 else v for k, v in qwen2(**SHAPE).state_dict().items()}
+        weights = {
+            k: 0.5 * v if v.dim() == 2 else v for k, v in qwen2(**SHAPE).state_dict().items()
+        }
         weights["tok_embeddings.weight"] = 0.02 * weights["tok_embeddings.weight"]
         with torch.device("meta"):
             decoder = qwen2(**SHAPE)
         self.pool = pool
         self.policy = Policy(decoder, GSPOLoss())
-        shard_policy(self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)), compile_layers=compiled)
+        shard_policy(
+            self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)), compile_layers=compiled
+        )
         load_weights(self.policy, weights, CPU)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         self.sampler = LocalSampler(qwen2(**SHAPE), CharTokenizer(), stop_token_ids=[])
@@ -113,7 +123,7 @@ class Loop:
             ),
             rank=0,
         )
-        self.steps = parallel.FetchSteps(batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
+        self.steps = FetchSteps(batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
         self.step = 0
 
     def run(self) -> dict[str, float]:
@@ -132,9 +142,13 @@ class Loop:
         times["total"] += time.perf_counter()
         stats = step.batches[0].stats
         live = sum(int((batch.label_counts > 0).sum()) for batch in step.batches)
-        return times | {"sample": stats["time/sample"][0], "score": stats["time/score"][0], "live": live}
+        return times | {
+            "sample": stats["time/sample"][0],
+            "score": stats["time/score"][0],
+            "live": live,
+        }
 
-    def update(self, microbatches: list[Microbatch], step: parallel.StepBatches) -> None:
+    def update(self, microbatches: list[Microbatch], step: StepBatches) -> None:
         """What the recipe does for one optimizer step, logging excepted."""
         sums = metrics.StepMetrics(reward.name for reward in self.pool.rewards)
         denominator = self.policy.loss.denominator(step.num_documents, step.num_label_tokens)
@@ -154,7 +168,9 @@ def coin(solve_rate: float) -> str:
     return f"[{ALPHABET[0]}-{ALPHABET[round(solve_rate * len(ALPHABET)) - 1]}].*"
 
 
-def measure(name: str, *, solve_rate: float, drop_dead_groups: bool, compiled: bool, rollouts: int) -> dict:
+def measure(
+    name: str, *, solve_rate: float, drop_dead_groups: bool, compiled: bool, rollouts: int
+) -> dict:
     """Medians over ``rollouts`` after a warm-up."""
     spec = {"coin": {"function": "gspo.rewards.regex_match", "pattern": coin(solve_rate)}}
     pool = RewardPool(spec, num_workers=1)
@@ -201,14 +217,27 @@ def main() -> None:
     rows = []
     for suffix, compiled in (("", False), (", layers compiled", True)):
         options = {"compiled": compiled, "rollouts": args.rollouts}
-        rows.append(measure(f"every group trained{suffix}", solve_rate=0.5, drop_dead_groups=False, **options))
-        rows.append(measure(f"half of them dead, dropped{suffix}", solve_rate=0.92, drop_dead_groups=True, **options))
+        rows.append(
+            measure(
+                f"every group trained{suffix}", solve_rate=0.5, drop_dead_groups=False, **options
+            )
+        )
+        rows.append(
+            measure(
+                f"half of them dead, dropped{suffix}",
+                solve_rate=0.92,
+                drop_dead_groups=True,
+                **options,
+            )
+        )
         if args.trl:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 rows.append(pool.submit(measure_trl, f"TRL{suffix}", **options).result())
     for row in rows:
         split = ", ".join(f"{k} {v:.1f}" for k, v in row["ms"].items())
-        print(f"{row['case']:44s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})")
+        print(
+            f"{row['case']:44s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})"
+        )
         print(f"{'':44s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
     if args.json:
         args.json.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")

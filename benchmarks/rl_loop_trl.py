@@ -40,7 +40,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     characters = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ALPHABET)}))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>"
+    )
 
 
 def build_model(*, compiled: bool) -> Qwen2ForCausalLM:
@@ -106,7 +108,9 @@ def run(rollouts: int, *, compiled: bool) -> list[dict[str, float]]:
     # TRL's head takes 32,768 logits at a time: 335 MB of buffer, for 64 of them.
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = SHAPE["vocab_size"]
     prompts = Prompts()
-    dataset = Dataset.from_dict({"prompt": [prompts.next().text for _ in range(rollouts * NUM_PROMPTS)]})
+    dataset = Dataset.from_dict(
+        {"prompt": [prompts.next().text for _ in range(rollouts * NUM_PROMPTS)]}
+    )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(

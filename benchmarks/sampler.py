@@ -27,7 +27,13 @@ from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
 
 MODEL = dict(
-    vocab_size=64, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=256, max_seq_len=512
+    vocab_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=128,
+    intermediate_dim=256,
+    max_seq_len=512,
 )
 NORM_EPS, ROPE_BASE, PROMPT_TOKENS = 1e-6, 1_000_000.0, 6
 SHAPES = [(256, 1, 6), (32, 8, 6), (64, 1, 128), (8, 8, 128)]  # prompts, group size, new tokens
@@ -79,7 +85,10 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measure(
-    sampler: LocalSampler, reference: transformers.Qwen2ForCausalLM, shape: tuple[int, int, int], repeats: int
+    sampler: LocalSampler,
+    reference: transformers.Qwen2ForCausalLM,
+    shape: tuple[int, int, int],
+    repeats: int,
 ) -> dict[str, float]:
     """Medians of new tokens per second, ours and Hugging Face's run by turns after a warm-up of each."""
     num_prompts, group_size, new_tokens = shape
@@ -87,10 +96,14 @@ def measure(
     prompts = [Prompt(str(i), "", row) for i, row in enumerate(tokens.tolist())]
     params = SamplingParams(temperature=1.0, max_new_tokens=new_tokens)
     rows = tokens.repeat_interleave(group_size, 0)
-    options = dict(attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, max_new_tokens=new_tokens)
+    options = dict(
+        attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, max_new_tokens=new_tokens
+    )
 
     def ours() -> object:
-        return sampler.sample(prompts, group_size=group_size, params=params, seeds=range(len(prompts)))
+        return sampler.sample(
+            prompts, group_size=group_size, params=params, seeds=range(len(prompts))
+        )
 
     def theirs() -> object:
         return reference.generate(rows, **options, min_new_tokens=new_tokens, pad_token_id=0)
@@ -110,7 +123,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
@@ -118,7 +133,9 @@ def main() -> None:
     sampler = LocalSampler(decoder, Letters(), stop_token_ids=[])
     where = hardware() | {"transformers": transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    print(f"{'prompts':>8} {'group':>6} {'new':>5} {'local tok/s':>12} {'HF tok/s':>10} {'speedup':>8}")
+    print(
+        f"{'prompts':>8} {'group':>6} {'new':>5} {'local tok/s':>12} {'HF tok/s':>10} {'speedup':>8}"
+    )
     rows = []
     for shape in SHAPES:
         row = measure(sampler, reference, shape, args.repeats)
@@ -128,7 +145,9 @@ def main() -> None:
             f"{row['hf_tokens_per_s']:>10,.0f} {row['speedup']:>8.2f}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"hardware": where, "model": MODEL, "results": rows}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"hardware": where, "model": MODEL, "results": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hardware import hardware
 
-from gspo.demo import train
+from gspo.demo.__main__ import train
 
 STEPS, EVERY = 400, 20
 
@@ -24,7 +24,9 @@ STEPS, EVERY = 400, 20
 def main() -> None:
     """Trains, then reads the run's metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder made by gspo.demo --base-only")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), help="folder made by gspo.demo --base-only"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
@@ -39,7 +41,9 @@ def summarize(run: Path) -> dict:
     """What the run's files say."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    curve = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]  # from step 0, before the first update
+    curve = [
+        r["eval/accuracy"] for r in records if "eval/accuracy" in r
+    ]  # from step 0, before the first update
     best = fall = 0.0
     for accuracy in curve:
         best = max(best, accuracy)

@@ -5,10 +5,10 @@ import sys
 
 TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run")
 COMMANDS = {
-    "validate": "gspo.validate:main",
-    "plan": "gspo.plan.command:main",
-    "presets": "gspo.presets:main",
-    "replay": "gspo.replay:main",
+    "validate": "gspo.commands.validate:main",
+    "plan": "gspo.commands.plan:main",
+    "presets": "gspo.commands.presets:main",
+    "replay": "gspo.commands.replay:main",
 }  # "module:function", called with the arguments after the name
 
 USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
@@ -18,7 +18,7 @@ def main() -> None:
     """Run the command named by the first argument."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
-        from gspo.config import show_errors
+        from gspo.config.command_line import show_errors
 
         module, function = COMMANDS[command].split(":")
         sys.exit(show_errors(getattr(importlib.import_module(module), function))(sys.argv[2:]))

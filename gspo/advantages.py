@@ -77,7 +77,9 @@ def get_estimator(estimator: str | Estimator) -> Estimator:
         return estimator
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         names = ", ".join(ESTIMATORS)
-        raise InputError(f"advantages.estimator: {estimator!r} is not known. Use one of {names}, or a callable.")
+        raise InputError(
+            f"advantages.estimator: {estimator!r} is not known. Use one of {names}, or a callable."
+        )
     return ESTIMATORS[estimator]
 
 

@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED = 65_536  # weights of a parameter's shard that are looked at
 _INERT_STEPS = 50  # in a row without a ratio outside the band
-FEW_CHANGED = 0.01  # share of weights that a step moves, below which most of its update is lost to rounding
+FEW_CHANGED = (
+    0.01  # share of weights that a step moves, below which most of its update is lost to rounding
+)
 NOISY_CLIP = 0.1  # clip fraction of a policy that has not moved
 
 
@@ -38,7 +40,10 @@ class UpdateAudit:
 
     def end(self) -> tuple[int, int]:
         """How many weights have changed, and of how many, on this rank."""
-        changed = [(_sampled(p) != old).sum() for p, old in zip(self._parameters, self._before, strict=True)]
+        changed = [
+            (_sampled(p) != old).sum()
+            for p, old in zip(self._parameters, self._before, strict=True)
+        ]
         total = sum(old.numel() for old in self._before)
         self._before = []
         return int(torch.stack(changed).sum()), total
@@ -65,7 +70,12 @@ class Advisor:
     def look(self, values: Mapping[str, float]) -> None:
         """Takes the metrics of a step, on the rank that logs."""
         moved = values.get("update/changed_fraction")
-        if moved is not None and moved < FEW_CHANGED and values["lr"] > 0 and 0 < values["grad_norm"] < math.inf:
+        if (
+            moved is not None
+            and moved < FEW_CHANGED
+            and values["lr"] > 0
+            and 0 < values["grad_norm"] < math.inf
+        ):
             self._warn(
                 "update",
                 "The step changed %.2g of the weights: the rest of the update was rounded away. Use "

@@ -16,7 +16,9 @@ from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.sampling import Sampler
 from gspo.types import Completion, Group, Prompt, SamplingParams
 
-_SEED = 20250718  # the same draws at every evaluation, so that two of them differ by the policy alone
+_SEED = (
+    20250718  # the same draws at every evaluation, so that two of them differ by the policy alone
+)
 
 
 def evaluate(
@@ -42,7 +44,9 @@ def evaluate(
     # Of the prompt, not of its place, so that the number of ranks does not matter.
     seeds = [prompt_seed(_SEED, zlib.crc32(prompt.id.encode())) for prompt in prompts]
     greedy_params = replace(params, temperature=0.0)
-    greedy = sampler.sample(prompts, group_size=1, params=greedy_params, seeds=seeds) if prompts else []
+    greedy = (
+        sampler.sample(prompts, group_size=1, params=greedy_params, seeds=seeds) if prompts else []
+    )
     correct, result = _score(pool, prompts, greedy)
     num_failures = sum(result.failures.values())
     pairs = {
@@ -50,11 +54,18 @@ def evaluate(
         "eval/reward": (sum(result.totals), float(len(prompts))),
     }
     if num_samples:
-        drawn = sampler.sample(prompts, group_size=num_samples, params=params, seeds=seeds) if prompts else []
+        drawn = (
+            sampler.sample(prompts, group_size=num_samples, params=params, seeds=seeds)
+            if prompts
+            else []
+        )
         correct, result = _score(pool, prompts, drawn)
         num_failures += sum(result.failures.values())
         pairs[f"eval/pass@{num_samples}"] = (float(sum(map(any, correct))), float(len(prompts)))
-        pairs["eval/sampled_accuracy"] = (float(sum(map(sum, correct))), float(len(prompts) * num_samples))
+        pairs["eval/sampled_accuracy"] = (
+            float(sum(map(sum, correct))),
+            float(len(prompts) * num_samples),
+        )
     return pairs | {"eval/reward_failures": (float(num_failures), 1.0)}
 
 
@@ -62,7 +73,10 @@ def _score(
     pool: RewardPool, prompts: list[Prompt], groups: list[list[Completion]]
 ) -> tuple[list[list[bool]], RewardResult]:
     """Whether each completion earns the full reward, and the rewards."""
-    drawn = [Group(i, prompt, group) for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))]
+    drawn = [
+        Group(i, prompt, group)
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
+    ]
     result = pool.score(reward_items(drawn))
     totals, full = iter(result.totals), pool.full_reward - FULL_REWARD_TOLERANCE
     return [[next(totals) >= full for _ in group] for group in groups], result

@@ -93,7 +93,9 @@ def combine(how: str, a: Pair, b: Pair) -> Pair:
     return a[0] + b[0], a[1] + b[1]
 
 
-def merge_pairs(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+def merge_pairs(
+    parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]],
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The metric pairs of several parts of a microbatch as one, on their device."""
     merged: dict[str, tuple[Tensor, Tensor]] = {}
     for part in parts:
@@ -133,8 +135,12 @@ class StepMetrics:
         """Numbers over all ranks, by one packed all-gather. Every rank calls it and gets the same."""
         self._fetch()
         absent = (math.nan, math.nan)
-        self._how = dict(sorted(self._how.items()))  # the ranks' columns must agree, in whatever order names arrived
-        mine = torch.tensor([self._pairs.get(name, absent) for name in self._how], dtype=torch.float64).to(device)
+        self._how = dict(
+            sorted(self._how.items())
+        )  # the ranks' columns must agree, in whatever order names arrived
+        mine = torch.tensor(
+            [self._pairs.get(name, absent) for name in self._how], dtype=torch.float64
+        ).to(device)
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
         totals: dict[str, Pair] = {}
@@ -143,18 +149,26 @@ class StepMetrics:
                 if not math.isnan(weight):
                     # The step takes as long as its slowest rank.
                     how = "max" if how == "time" else how
-                    totals[name] = combine(how, totals[name], (value, weight)) if name in totals else (value, weight)
+                    totals[name] = (
+                        combine(how, totals[name], (value, weight))
+                        if name in totals
+                        else (value, weight)
+                    )
         return finalize({name: _number(self._how[name], *pair) for name, pair in totals.items()})
 
     def alone(self) -> dict[str, float]:
         """Numbers of this rank by itself; of one that is alone, what :meth:`reduce` gives."""
         self._fetch()
-        return finalize({name: _number(self._how[name], *pair) for name, pair in self._pairs.items()})
+        return finalize(
+            {name: _number(self._how[name], *pair) for name, pair in self._pairs.items()}
+        )
 
     def _fetch(self) -> None:
         if self._tensors:
             values = torch.stack([x.double() for _, *pair in self._tensors for x in pair]).tolist()
-            for (name, *_), value, weight in zip(self._tensors, values[::2], values[1::2], strict=True):
+            for (name, *_), value, weight in zip(
+                self._tensors, values[::2], values[1::2], strict=True
+            ):
                 self._add_pair(name, (value, weight))
             self._tensors.clear()
 
@@ -189,7 +203,11 @@ def finalize(metrics: dict[str, float]) -> dict[str, float]:
 
 def public(values: Mapping[str, float]) -> dict[str, float]:
     """What is written: no ingredients of derived metrics, nothing that is not a finite number."""
-    return {name: value for name, value in values.items() if not name.startswith("_") and math.isfinite(value)}
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and math.isfinite(value)
+    }
 
 
 def batch_pairs(batch: PackedBatch, version: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -215,10 +233,20 @@ def not_finite_documents(batch: PackedBatch, logps: Tensor) -> dict[int, dict[st
     for d in batch.document_index[bad].unique().tolist():
         rows = (batch.document_index == d) & batch.loss_mask
         prompt_id, group_id = batch.ids[d]
-        values = {"labels": batch.labels[rows], "logps": logps[rows], "old_logps": batch.old_logps[rows]}
+        values = {
+            "labels": batch.labels[rows],
+            "logps": logps[rows],
+            "old_logps": batch.old_logps[rows],
+        }
         values |= {name: x[rows] for name, x in others.items()}
-        ids = {"prompt_id": prompt_id, "group_id": group_id, "advantage": float(batch.advantages[d])}
-        records[d] = ids | {name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()}
+        ids = {
+            "prompt_id": prompt_id,
+            "group_id": group_id,
+            "advantage": float(batch.advantages[d]),
+        }
+        records[d] = ids | {
+            name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()
+        }
     return records
 
 
@@ -231,7 +259,9 @@ _PEAK_BF16_FLOPS = {
 }  # dense, data sheets
 
 
-def throughput(values: Mapping[str, float], num_parameters: int, device: torch.device) -> dict[str, float]:
+def throughput(
+    values: Mapping[str, float], num_parameters: int, device: torch.device
+) -> dict[str, float]:
     """Tokens through the policy a second, prompts included, over all ranks; on a known GPU MFU (6 N) and memory."""
     rate = values["_places"] / values["time/step"]
     found = {"tokens_per_second": rate}
@@ -265,6 +295,8 @@ def set_aside(path: Path) -> None:
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one JSON object as a line, with null for a number that JSON cannot hold."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    clean = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")

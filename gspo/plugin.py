@@ -37,7 +37,9 @@ def add_recipes() -> None:
     script = shipped_folder("recipes") / f"{RECIPE}.py"
     recipes = {recipe.name: recipe for recipe in get_all_recipes()}
     if RECIPE not in recipes:
-        recipes[RECIPE] = Recipe(name=RECIPE, file_path=str(script), configs=[], supports_distributed=True)
+        recipes[RECIPE] = Recipe(
+            name=RECIPE, file_path=str(script), configs=[], supports_distributed=True
+        )
         get_all_recipes().append(recipes[RECIPE])
     for name, path in shipped_configs().items():
         configs = recipes[CONFIGS_OF_OTHER_RECIPES.get(name, RECIPE)].configs
@@ -48,7 +50,10 @@ def add_recipes() -> None:
 def shipped_configs() -> dict[str, Path]:
     """The configs by name, e.g. ``tiny/gspo``: the path below the folder of configs, without its suffix."""
     folder = shipped_folder("configs")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+    }
 
 
 def shipped_folder(name: str) -> Path:
@@ -57,4 +62,6 @@ def shipped_folder(name: str) -> Path:
     for folder in (package / name, package.parent / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no folder {name!r} in {package} or beside it; install the package again")
+    raise FileNotFoundError(
+        f"no folder {name!r} in {package} or beside it; install the package again"
+    )

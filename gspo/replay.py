@@ -8,8 +8,7 @@ estimator a preset has. Not here: the gradient of the weights, and an entropy bo
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,20 +21,26 @@ from torchtune import config
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from gspo import losses
-from gspo.config import check_config, refusals, require, show_errors
-from gspo.context import split
-from gspo.dump import Dump, DumpedMicrobatch, read
+from gspo.config.checks import check_config, refusals, require
 from gspo.errors import InputError, did_you_mean
+from gspo.losses.accounting import LENGTH_BINS
+from gspo.losses.presets import PRESETS
+from gspo.losses.units import RatioTerms, SurrogateTerms, per_label, sums_at
 from gspo.metrics import StepMetrics, public
-from gspo.objective_metrics import LENGTH_BINS
-from gspo.policy import Microbatch, batch_segments, row_inputs
-from gspo.presets import PRESETS
-from gspo.report import aligned, without_nan, write_json
-from gspo.terms import RatioTerms, SurrogateTerms, per_label, sums_at
+from gspo.parallel.context import split
+from gspo.policy.microbatch import Microbatch, batch_segments, row_inputs
+from gspo.run.dump import Dump, DumpedMicrobatch
 from gspo.types import PackedBatch
 
 _NEEDS = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
-_COUNTS = {"num_documents": "_late_documents", "num_label_tokens": "_late_tokens"}  # and the quarantined in them
+
+
+_COUNTS = {
+    "num_documents": "_late_documents",
+    "num_label_tokens": "_late_tokens",
+}  # and the quarantined in them
+
+
 _CLIPS = ("any", "any_low", "any_high", "binding", "binding_low", "binding_high")
 
 
@@ -58,7 +63,9 @@ class Score:
     denominator: float
     metrics: dict[str, float]
     gradient: Tensor  # [D] float64, share of the sum of |d loss / d logp|
-    clipped: Tensor | None  # [D, 6] tokens in ratios that are clipped, as _CLIPS; None: the loss does not say
+    clipped: (
+        Tensor | None
+    )  # [D, 6] tokens in ratios that are clipped, as _CLIPS; None: the loss does not say
     ratio: Tensor | None  # [D] mean over the document's tokens of the ratio that each is in
 
 
@@ -75,8 +82,16 @@ def build_loss(run: dict[str, Any], preset: str | None, overrides: Sequence[str]
         remedy = "change the objective alone, as loss.clip_high=0.3 does"
         require(key.split(".")[0] == "loss", key, override, "is not a key of the objective", remedy)
     absent = {"loss", "advantages", "docs_per_step", "sampling"} - run.keys()
-    require(not absent, "config", sorted(run), f"of the file lacks {', '.join(sorted(absent))}", "dump the step again")
-    keys: dict[str, Any] = {name: run[name] for name in ("docs_per_step", "sampling")}  # to which presets refer
+    require(
+        not absent,
+        "config",
+        sorted(run),
+        f"of the file lacks {', '.join(sorted(absent))}",
+        "dump the step again",
+    )
+    keys: dict[str, Any] = {
+        name: run[name] for name in ("docs_per_step", "sampling")
+    }  # to which presets refer
     if preset is None:
         keys["loss"] = _loss_in_file(run["loss"], overrides)
     _check_plain(keys)
@@ -109,13 +124,21 @@ def _check_plain(values: Any, key: str = "config") -> None:
     if isinstance(values, dict):
         for name, value in values.items():
             nested = name == "_component_" and key != "config.loss"
-            require(not nested, f"{key}.{name}", value, "may not stand in a file", "dump the step again")
+            require(
+                not nested, f"{key}.{name}", value, "may not stand in a file", "dump the step again"
+            )
             _check_plain(value, f"{key}.{name}")
     elif isinstance(values, list):
         for number, value in enumerate(values):
             _check_plain(value, f"{key}.{number}")
     elif isinstance(values, str):
-        require("${" not in values, key, values, "has an interpolation, which a dump never has", "dump the step again")
+        require(
+            "${" not in values,
+            key,
+            values,
+            "has an interpolation, which a dump never has",
+            "dump the step again",
+        )
 
 
 def find_documents(dump: Dump) -> Documents:
@@ -126,11 +149,16 @@ def find_documents(dump: Dump) -> Documents:
         found = {"new_logps": m.new_logps, "old_logps": batch.old_logps}
         others = ("ref_logps", "sampler_logps", "token_advantages")
         found |= {n: x for n in others if (x := getattr(batch, n)) is not None}
-        bad = {name: _sums(~x.isfinite() & batch.loss_mask, batch)[:num] > 0 for name, x in found.items()}
+        bad = {
+            name: _sums(~x.isfinite() & batch.loss_mask, batch)[:num] > 0
+            for name, x in found.items()
+        }
         bad["advantage"] = ~batch.advantages[:num].isfinite()
         means = _means(m.new_logps - batch.old_logps, batch)
         own = batch.token_advantages
-        advantages = batch.advantages if own is None else _means(own, batch)  # those of segments, by their tokens
+        advantages = (
+            batch.advantages if own is None else _means(own, batch)
+        )  # those of segments, by their tokens
         for d, (prompt_id, group_id) in enumerate(batch.ids):
             rows.append(
                 {
@@ -146,7 +174,9 @@ def find_documents(dump: Dump) -> Documents:
                 }
             )
     lengths = torch.tensor([row["length"] for row in rows], dtype=torch.int64)
-    return Documents(rows, lengths, torch.tensor([not row["not_finite"] for row in rows], dtype=torch.bool))
+    return Documents(
+        rows, lengths, torch.tensor([not row["not_finite"] for row in rows], dtype=torch.bool)
+    )
 
 
 def _sums(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D]
@@ -168,7 +198,9 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     with refusals("loss", "correct its arguments"):
         loss = config.instantiate(cfg)
     for key, needed in _NEEDS.items():
-        if getattr(loss, key, None) and any(getattr(m.batch, needed, None) is None for m in dump.microbatches):
+        if getattr(loss, key, None) and any(
+            getattr(m.batch, needed, None) is None for m in dump.microbatches
+        ):
             raise InputError(
                 f"loss.{key}: {getattr(loss, key)!r} needs {needed}, which the file lacks; drop it with ~loss.{key}"
             )
@@ -185,7 +217,8 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     metrics["loss"] = sum(float(total / denominator) for total in totals)
     gradient = torch.cat(gradients)
     documents = [
-        _clipped(terms, found, m.batch) for (terms, found), m in zip(heard, dump.microbatches, strict=bool(heard))
+        _clipped(terms, found, m.batch)
+        for (terms, found), m in zip(heard, dump.microbatches, strict=bool(heard))
     ]
     return Score(
         name=" ".join((preset or "run", *overrides)),
@@ -199,7 +232,9 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     )
 
 
-def _backward(loss: Any, m: DumpedMicrobatch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
+def _backward(
+    loss: Any, m: DumpedMicrobatch
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
     """The undivided loss sum of a microbatch, its metric sums, and the gradient by log-probability, [T]."""
     batch = m.batch
     rows = batch.loss_mask.nonzero().squeeze(-1)
@@ -234,7 +269,9 @@ def _listen(loss: Any) -> list[tuple[RatioTerms, SurrogateTerms]]:
     return heard
 
 
-def _clipped(terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch) -> tuple[Tensor, Tensor]:  # [D, 6], [D]
+def _clipped(
+    terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch
+) -> tuple[Tensor, Tensor]:  # [D, 6], [D]
     """Tokens in clipped ratios as _CLIPS, and the mean ratio of each sampled document's tokens."""
     units, log_ratio = terms.units, terms.log_ratio.detach()
     low, high = found.outside & (log_ratio < 0), found.outside & (log_ratio > 0)
@@ -246,13 +283,18 @@ def _clipped(terms: RatioTerms, found: SurrogateTerms, batch: PackedBatch) -> tu
     return torch.stack(clips, 1), per_label(ratios, batch.label_counts[: len(batch.ids)])
 
 
-def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], top: int) -> dict[str, Any]:
+def result(
+    file: Path, dump: Dump, documents: Documents, scores: list[Score], top: int
+) -> dict[str, Any]:
     """What ``--json`` writes: the dump, each objective, and the ``top`` documents by the first one's gradient share."""
     found = dump.metadata
     order = scores[0].gradient.argsort(descending=True, stable=True)[:top].tolist()
     answer = {
         "file": str(file),
-        **{key: found[key] for key in ("step", "num_documents", "num_label_tokens", "sampling", "seed")},
+        **{
+            key: found[key]
+            for key in ("step", "num_documents", "num_label_tokens", "sampling", "seed")
+        },
         "advantages": found["config"]["advantages"]["estimator"],
         "documents_in_file": len(documents.rows),
         "tokens_in_file": int(documents.lengths.sum()),
@@ -271,10 +313,11 @@ def result(file: Path, dump: Dump, documents: Documents, scores: list[Score], to
             for s in scores
         ],
         "documents": [
-            documents.rows[d] | {"objectives": [_of_document(documents, s, d) for s in scores]} for d in order
+            documents.rows[d] | {"objectives": [_of_document(documents, s, d) for s in scores]}
+            for d in order
         ],
     }
-    return without_nan(answer)
+    return answer
 
 
 def _clip(documents: Documents, s: Score, chosen: Tensor) -> dict[str, dict[str, float]] | None:
@@ -301,118 +344,23 @@ def _by_length(documents: Documents, s: Score) -> list[dict[str, Any]]:
         name = f">{before}" if longest is None else f"{before + 1}-{longest}"
         counts = {"documents": int(chosen.sum()), "tokens": int(documents.lengths[chosen].sum())}
         share = float(s.gradient[chosen].sum())
-        found.append({"length": name, **counts, "gradient": share, "clip": _clip(documents, s, chosen)})
+        found.append(
+            {"length": name, **counts, "gradient": share, "clip": _clip(documents, s, chosen)}
+        )
         before = longest or before
     return found
 
 
 def _of_document(documents: Documents, s: Score, d: int) -> dict[str, Any]:
     """What an objective makes of a document; tokens that are in a clipped ratio, by how."""
-    clipped = None if s.clipped is None else {k: int(n) for k, n in zip(_CLIPS, s.clipped[d].tolist(), strict=True)}
+    clipped = (
+        None
+        if s.clipped is None
+        else {k: int(n) for k, n in zip(_CLIPS, s.clipped[d].tolist(), strict=True)}
+    )
     known = s.ratio is not None and bool(documents.valid[d])
     return {
         "ratio": float(s.ratio[d]) if known else None,  # type: ignore[index]
         "clipped_tokens": clipped,
         "gradient": float(s.gradient[d]),
     }
-
-
-def report(found: dict[str, Any]) -> str:
-    """The result in lines for people."""
-    file, step, objectives = found["file"], found["step"], found["objectives"]
-    lines = [
-        f"{file}: step {step}, {found['documents_in_file']} documents of {found['tokens_in_file']} tokens; the "
-        f"denominators count {found['num_documents']} and {found['num_label_tokens']}"
-    ]
-    for row in found["quarantined"]:
-        lines.append(
-            f"quarantined, in no sum and no denominator: prompt {row['prompt_id']}, group {row['group_id']}, rank "
-            f"{row['rank']}, not finite: {', '.join(row['not_finite'])}"
-        )
-    for objective in objectives:
-        settings = [f"{k} {v}" for k, v in objective["loss"].items() if k != "_component_"]
-        component = objective["loss"]["_component_"]
-        lines.append(f"{objective['name']}: {component}, {', '.join(settings)}; over {objective['denominator']:g}")
-        if objective["advantages"] != found["advantages"]:
-            lines.append(
-                f"  with the file's advantages ({found['advantages']}), not its own ({objective['advantages']})"
-            )
-    names = sorted(set().union(*(o["metrics"] for o in objectives)))
-    table = [["", "logged", *(o["name"] for o in objectives)]]
-    for name in names:
-        table.append([name, *(_number(of.get(name)) for of in (found["logged"], *(o["metrics"] for o in objectives)))])
-    lines += ["", *aligned(table)]
-    for objective in objectives:
-        lines += ["", *aligned(list(_length_lines(objective)))]
-    lines += ["", *aligned(list(_document_lines(found)))]
-    return "\n".join(lines)
-
-
-def _length_lines(objective: dict[str, Any]) -> Iterator[list[str]]:
-    clips = ["documents: any", "binding", "low", "high", "tokens: any", "binding", "low", "high"]
-    yield [f"{objective['name']}: length", "documents", "tokens", "gradient", *clips]
-    keys = [(of, key) for of in ("documents", "tokens") for key in ("any", "binding", "binding_low", "binding_high")]
-    every = {key: sum(row[key] for row in objective["by_length"]) for key in ("documents", "tokens")}
-    shares = [row["gradient"] for row in objective["by_length"]]
-    every["gradient"] = None if None in shares else sum(shares)
-    rows = [row for row in objective["by_length"] if row["documents"]]
-    for row in (*rows, {"length": "all", **every, "clip": objective["clip"]}):
-        clips_of_row = [_share(row["clip"] and row["clip"][of][key], 3) for of, key in keys]
-        yield [row["length"], str(row["documents"]), str(row["tokens"]), _share(row["gradient"], 3), *clips_of_row]
-
-
-def _document_lines(found: dict[str, Any]) -> Iterator[list[str]]:
-    names = [o["name"] for o in found["objectives"]]
-    of_objective = [f"{name}: {what}" for name in names for what in ("ratio", "clipped", "gradient")]
-    yield ["prompt", "group", "length", "advantage", "reward", "log-ratio", *of_objective]
-    for row in found["documents"]:
-        numbers = [_number(row[key]) for key in ("advantage", "reward", "mean_log_ratio")]
-        cells = [row["prompt_id"], str(row["group_id"]), str(row["length"]), *numbers]
-        for o in row["objectives"]:
-            how = "quarantined" if row["not_finite"] else _how(o["clipped_tokens"], row["length"])
-            cells += [_number(o["ratio"]), how, _share(o["gradient"], 4)]
-        yield cells
-
-
-def _how(tokens: dict[str, int] | None, length: int) -> str:
-    """``low``, ``high``, or how many tokens are; ``outside`` is a ratio outside the band that keeps its gradient."""
-    if not tokens:
-        return ""
-    kinds = {"low": tokens["binding_low"], "high": tokens["binding_high"]}
-    kinds["outside"] = tokens["any"] - sum(kinds.values())
-    return " ".join(kind if n == length else f"{kind} {n}/{length}" for kind, n in kinds.items() if n) or "no"
-
-
-def _share(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-@show_errors
-def main(arguments: list[str]) -> None:
-    """Score a dumped step again, under the run's own objective, a preset, or two next to each other.
-
-    Raises:
-        InputError: an option, an override or the file.
-    """
-    parser = argparse.ArgumentParser(prog="python -m gspo replay", description=(main.__doc__ or "").splitlines()[0])
-    parser.add_argument("file", help="a file of a run's folder dumps, see dump_every_n_steps")
-    parser.add_argument("--preset", help="an objective of `python -m gspo presets`; default: the run's own")
-    parser.add_argument("--against", metavar="PRESET", help="another beside it; overrides are for the first")
-    parser.add_argument("--top", type=int, default=20, help="documents to list; default %(default)s")
-    parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the output")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the objective, as loss.clip_high=0.3")
-    args = parser.parse_intermixed_args(arguments)
-    require(args.top >= 0, "--top", args.top, "must be 0 or more", "give the number of documents to list")
-    dump = read(Path(args.file))
-    scores = [score(dump, args.preset, args.overrides)] + ([score(dump, args.against)] if args.against else [])
-    found = result(Path(args.file), dump, find_documents(dump), scores, args.top)
-    if args.json is None:
-        print(report(found))
-    elif args.json == "-":
-        print(json.dumps(found))
-    else:
-        write_json(args.json, json.dumps(found, indent=2))

@@ -19,7 +19,7 @@ from torch import nn
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
-from gspo.data.readers import jsonl_prompts
+from gspo.data.readers.components import jsonl_prompts
 from gspo.errors import InputError
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt
@@ -40,7 +40,11 @@ SHAPE: dict[str, Any] = {
     "rope_base": 10_000.0,
     "tie_word_embeddings": True,
 }
-HEADS = {"num_heads": SHAPE["num_heads"], "num_kv_heads": SHAPE["num_kv_heads"], "dim": SHAPE["embed_dim"]}
+HEADS = {
+    "num_heads": SHAPE["num_heads"],
+    "num_kv_heads": SHAPE["num_kv_heads"],
+    "dim": SHAPE["embed_dim"],
+}
 
 
 def tiny_qwen2() -> TransformerDecoder:
@@ -83,7 +87,9 @@ def read_tokenizer(folder: Path) -> Any:
     from torchtune.models.qwen2 import qwen2_tokenizer
 
     return qwen2_tokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), special_tokens_path=str(folder / "tokenizer.json")
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        special_tokens_path=str(folder / "tokenizer.json"),
     )
 
 
@@ -91,7 +97,12 @@ def read_prompts(model_dir: Path, path: Path) -> list[Prompt]:
     """All questions of a JSONL file, in its order."""
     tokenizer = read_tokenizer(model_dir)
     reader = jsonl_prompts(
-        tokenizer, source=str(path), prompt_template=CHAT_TEMPLATE, add_bos=False, shuffle=False, num_epochs=1
+        tokenizer,
+        source=str(path),
+        prompt_template=CHAT_TEMPLATE,
+        add_bos=False,
+        shuffle=False,
+        num_epochs=1,
     )
     return list(reader)
 
@@ -120,14 +131,23 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
 
     # Its items are seeded by seed + index: neighbouring seeds would share them.
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", size=4 * count, seed=1_000_003 * seed, min_terms=2, max_terms=2, min_digits=2, max_digits=2
+        "chain_sum",
+        size=4 * count,
+        seed=1_000_003 * seed,
+        min_terms=2,
+        max_terms=2,
+        min_digits=2,
+        max_digits=2,
     )
     rows: dict[str, dict[str, Any]] = {}
     for entry in dataset:
         expression, answer = entry["metadata"]["expression"], entry["answer"]
         if not answer.startswith("-"):
             worked = f"{answer[::-1]}={answer}"
-            rows.setdefault(expression, {"expression": expression, "answer": answer, "worked": worked, "entry": entry})
+            rows.setdefault(
+                expression,
+                {"expression": expression, "answer": answer, "worked": worked, "entry": entry},
+            )
         if len(rows) == count:
             return list(rows.values())
     raise InputError(
@@ -150,14 +170,20 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + NUM_MERGES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=256 + NUM_MERGES,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     plain = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     tokenizer.train_from_iterator((plain.sub("", text) for text in texts), trainer)
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -175,7 +201,11 @@ def write_model(folder: Path, *, seed: int) -> None:
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
     weights = qwen2_tune_to_hf(model.state_dict(), tie_word_embeddings=True, **HEADS)
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

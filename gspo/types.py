@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MetricSums = dict[str, tuple["torch.Tensor", "torch.Tensor"]]  # name -> (value sum, weight sum), see gspo.metrics
+MetricSums = dict[
+    str, tuple["torch.Tensor", "torch.Tensor"]
+]  # name -> (value sum, weight sum), see gspo.metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,12 @@ class Completion:
     rewards: dict[str, float] = field(default_factory=dict)  # by reward name, before weights
     reward: float = 0.0  # weighted sum
     advantage: float = 0.0
-    segments: list[int] = field(default_factory=list)  # segment of each token, a number from 0; empty: not cut
-    segment_advantages: list[float] = field(default_factory=list)  # of each segment; empty: the completion's
+    segments: list[int] = field(
+        default_factory=list
+    )  # segment of each token, a number from 0; empty: not cut
+    segment_advantages: list[float] = field(
+        default_factory=list
+    )  # of each segment; empty: the completion's
 
 
 @dataclass(slots=True)
@@ -97,21 +103,39 @@ class PackedBatch:
     positions: torch.Tensor  # [T] int64, from 0 in each document, or from the end of its prefix
     document_index: torch.Tensor  # [T] int64 in [0, D), D - 1 is padding
     loss_mask: torch.Tensor  # [T] bool, True where the label was sampled by the policy
-    old_logps: torch.Tensor  # [T] float32, nats, of the label under the distribution sampled from; 0 outside loss_mask
+    old_logps: (
+        torch.Tensor
+    )  # [T] float32, nats, of the label under the distribution sampled from; 0 outside loss_mask
     advantages: torch.Tensor  # [D] float32
     rewards: torch.Tensor  # [D] float32
     label_counts: torch.Tensor  # [D] int64, labelled tokens of each document
     policy_version: torch.Tensor  # [D] int64
     temperature: torch.Tensor  # [D] float32, > 0 (1 for prefixes and padding)
-    num_documents: int  # documents that count in the step's denominators: those here and the dropped ones
+    num_documents: (
+        int  # documents that count in the step's denominators: those here and the dropped ones
+    )
     num_label_tokens: int  # the same in labelled tokens
-    ids: list[tuple[str, int]] = field(default_factory=list)  # (prompt id, group id) of each sampled document
-    stats: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric sums of the rollouts behind this batch
-    rollout_continues: bool = False  # more of its rollout waits on this rank; False where rollouts share a buffer
-    prefix_index: torch.Tensor | None = None  # [D] int64, document that each also sees, itself if none; None: no prefix
-    ref_logps: torch.Tensor | None = None  # [T] float32, nats, under the reference policy at the same temperature
-    sampler_logps: torch.Tensor | None = None  # [T] float32, nats, where the trainer's own stand in old_logps
-    segment_index: torch.Tensor | None = None  # [T] int64 in [0, K), finer than a document: a turn, a step
+    ids: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # (prompt id, group id) of each sampled document
+    stats: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # metric sums of the rollouts behind this batch
+    rollout_continues: bool = (
+        False  # more of its rollout waits on this rank; False where rollouts share a buffer
+    )
+    prefix_index: torch.Tensor | None = (
+        None  # [D] int64, document that each also sees, itself if none; None: no prefix
+    )
+    ref_logps: torch.Tensor | None = (
+        None  # [T] float32, nats, under the reference policy at the same temperature
+    )
+    sampler_logps: torch.Tensor | None = (
+        None  # [T] float32, nats, where the trainer's own stand in old_logps
+    )
+    segment_index: torch.Tensor | None = (
+        None  # [T] int64 in [0, K), finer than a document: a turn, a step
+    )
     segment_advantages: torch.Tensor | None = None  # [K] float32, in place of ``advantages``
 
     @property
@@ -129,4 +153,6 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """A copy whose tensors are on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()})
+        return PackedBatch(
+            **{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()}
+        )

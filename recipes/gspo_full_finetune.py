@@ -25,22 +25,29 @@ from torchtune import config, training, utils
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from gspo import dump, evaluation, metrics, parallel
-from gspo.config import check_config, keeps_sampled_weights, parse, refusals, require
-from gspo.context import ContextAxis, ShareOverContext
+from gspo import evaluation, metrics, parallel
+from gspo.compat import mend_stochastic_rounding
+from gspo.config.checks import check_config, keeps_sampled_weights, refusals, require
+from gspo.config.command_line import parse
 from gspo.data.graph import GraphOptions, build_graph
-from gspo.data.packing import check_bin_length
+from gspo.data.pack import check_bin_length
 from gspo.data.record import Record
 from gspo.data.sample import check_params
+from gspo.data.share import ShareOverContext
+from gspo.data.steps import FetchSteps, StepBatches
 from gspo.diagnosis import Advisor, UpdateAudit
 from gspo.errors import InputError
 from gspo.kernels import KERNELS
-from gspo.optim import mend_stochastic_rounding
-from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
-from gspo.presets import LENGTHS, effective_weights
+from gspo.losses.presets import LENGTHS, effective_weights
+from gspo.parallel.context import ContextAxis
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
+from gspo.policy.sharding import load_weights, shard_policy
 from gspo.rewards.pool import RewardPool
+from gspo.run import dump
 from gspo.sampling.fingerprint import tokenizer_fingerprint
 from gspo.types import PackedBatch, SamplingParams
+from gspo.update import accumulate_gradients
 
 log = utils.get_logger("INFO")
 
@@ -53,7 +60,11 @@ OPTIONAL_KEYS = {
     "reference_checkpointer": None,
     "lr_scheduler": None,
     "clip_grad_norm": None,
-    "advantages": {"estimator": "group_mean_std", "drop_dead_groups": True, "refill_dead_groups": False},
+    "advantages": {
+        "estimator": "group_mean_std",
+        "drop_dead_groups": True,
+        "refill_dead_groups": False,
+    },
     "segments": None,
     "reward_pool": {},
     "old_logps": "sampler",
@@ -82,7 +93,13 @@ OPTIONAL_KEYS = {
 }
 SECTIONS = {
     "sampling": SamplingParams,
-    "packing": ("tokens_per_microbatch", "bin_length", "buffer_size", "flush_every_rollout", "share_prompts"),
+    "packing": (
+        "tokens_per_microbatch",
+        "bin_length",
+        "buffer_size",
+        "flush_every_rollout",
+        "share_prompts",
+    ),
     "reward_pool": RewardPool,
 }
 PASSED = {  # arguments that the recipe gives to a component itself
@@ -99,8 +116,14 @@ COMPONENTS = (
     "lr_scheduler", "segments", "eval_prompts", "metric_logger",
 )  # fmt: skip
 _GET_MODEL = "correct the path, or get the model first: the head of a copy made with `tune cp` has the commands"
-REMEDIES = {"tokenizer": _GET_MODEL, "checkpointer": _GET_MODEL, "reference_checkpointer": _GET_MODEL}
-MOST_SPOILED_DUMPS = 10  # of steps with a document that is not finite: a run of them must not fill the disk
+REMEDIES = {
+    "tokenizer": _GET_MODEL,
+    "checkpointer": _GET_MODEL,
+    "reference_checkpointer": _GET_MODEL,
+}
+MOST_SPOILED_DUMPS = (
+    10  # of steps with a document that is not finite: a run of them must not fill the disk
+)
 AT_LEAST_1 = (
     "docs_per_step", "num_steps", "group_size", "prompts_per_rollout", "sync_every_steps", "ppo_epochs",
     "data_parallel_replicate_size", "context_parallel_size", "log_every_n_steps", "packing.tokens_per_microbatch",
@@ -166,14 +189,18 @@ class GSPOFullFinetuneRecipe:
             context_parallel_size=cfg.context_parallel_size,
         )
         self._context = ContextAxis.of(self._mesh)
-        self._draws = self._context.rank == 0  # rollouts; the other ranks of its context axis train on the same
+        self._draws = (
+            self._context.rank == 0
+        )  # rollouts; the other ranks of its context axis train on the same
         training.set_seed(cfg.seed)
         self._step = 0  # optimizer steps done
         self._version = 0  # of the weights; the sampler's lags behind by at most sync_every_steps
         self._skipped_in_a_row = 0
         self._num_skipped = 0
         self._num_spoiled_dumps = 0
-        self._quarantined: set[tuple[int, int]] = set()  # microbatch and document, of the step's batches
+        self._quarantined: set[tuple[int, int]] = (
+            set()
+        )  # microbatch and document, of the step's batches
         self._held_out: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._last_evaluation = -1
@@ -184,7 +211,13 @@ class GSPOFullFinetuneRecipe:
         for key in COMPONENTS:
             value = cfg[key]
             named = value is None or (isinstance(value, DictConfig) and "_component_" in value)
-            require(named, key, value, "must be a mapping with a _component_", f"write {key}._component_={value}")
+            require(
+                named,
+                key,
+                value,
+                "must be a mapping with a _component_",
+                f"write {key}._component_={value}",
+            )
         for keys, fits, must in VALUES:
             for key in keys:
                 value = OmegaConf.select(cfg, key)
@@ -227,14 +260,18 @@ class GSPOFullFinetuneRecipe:
             self._output_dir.mkdir(parents=True, exist_ok=True)
         self._tokenizer = self._component("tokenizer")
         self._checkpointer = self._component("checkpointer")
-        self._pool = RewardPool(OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool)
+        self._pool = RewardPool(
+            OmegaConf.to_container(cfg.rewards, resolve=True), **cfg.reward_pool
+        )
         self._params = SamplingParams(**cfg.sampling)
         data_rank, data_size = parallel.data_parallel_rank(self._mesh)
         require(
             cfg.prompts_per_rollout % data_size == 0, "prompts_per_rollout", cfg.prompts_per_rollout,
             f"must be a multiple of the {data_size} data-parallel ranks that share the prompts", "change one of them",
         )  # fmt: skip
-        prompts = self._component("prompts", self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size)
+        prompts = self._component(
+            "prompts", self._tokenizer, seed=cfg.seed, rank=data_rank, world_size=data_size
+        )
         self._eval_prompts = self._take_eval_prompts()
 
         loss = self._component("loss")
@@ -248,28 +285,39 @@ class GSPOFullFinetuneRecipe:
             try:
                 weights = ", ".join(f"{weight:.3g}" for weight in effective_weights(loss))
                 log.info("In a step of documents of %s tokens, each weighs %s.", lengths, weights)
-            except Exception as error:  # a loss of the user's, which may need more than it is given here
+            except (
+                Exception
+            ) as error:  # a loss of the user's, which may need more than it is given here
                 log.info("What documents of %s tokens weigh could not be found: %r", lengths, error)
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss=loss)
         self._reference = None
         if cfg.reference_checkpointer is not None:
             key = "reference_checkpointer"
             self._reference = self._build_policy(key, self._component(key), loss=None)
-        self._sampled = None  # the policy as the sampler has it, where optimizer steps move on from that
+        self._sampled = (
+            None  # the policy as the sampler has it, where optimizer steps move on from that
+        )
         if keeps_sampled_weights(cfg):
             self._sampled = self._build_policy("checkpointer", self._checkpointer, loss=None)
         mend_stochastic_rounding()
         self._optimizer = self._component("optimizer", self._policy.parameters())
         self._audit = UpdateAudit(self._policy.parameters())
-        self._advisor = Advisor(has_band=any(getattr(loss, key, 1) is not None for key in ("clip_low", "clip_high")))
+        self._advisor = Advisor(
+            has_band=any(getattr(loss, key, 1) is not None for key in ("clip_low", "clip_high"))
+        )
         self._lr_scheduler = None
         if cfg.lr_scheduler is not None:
-            self._lr_scheduler = self._component("lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps)
+            self._lr_scheduler = self._component(
+                "lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps
+            )
 
         self._sampler = self._component("sampler", self._build_decoder(), self._tokenizer)
         self._sampler.update(self._policy, self._version)
-        self._steps = parallel.FetchSteps(
-            ShareOverContext(self._build_graph(prompts, data_rank, data_size) if self._draws else None, self._context),
+        self._steps = FetchSteps(
+            ShareOverContext(
+                self._build_graph(prompts, data_rank, data_size) if self._draws else None,
+                self._context,
+            ),
             docs_per_step=cfg.docs_per_step,
             device=self._device,
             context_size=self._context.size,
@@ -335,7 +383,9 @@ class GSPOFullFinetuneRecipe:
         check_bin_length(cfg.packing.get("bin_length"), decoder.max_seq_len)
         with refusals(key, REMEDIES[key]):
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        policy = Policy(decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel, context=self._context)
+        policy = Policy(
+            decoder, loss, chunk_size=cfg.head_chunk_size, kernel=cfg.kernel, context=self._context
+        )
         policy.requires_grad_(loss is not None)
         shard_policy(
             policy,
@@ -351,12 +401,19 @@ class GSPOFullFinetuneRecipe:
     def _take_eval_prompts(self) -> list:
         if self._cfg.eval_prompts is None:
             return []
-        options = {"shuffle": False, "rank": self._rank, "world_size": dist.get_world_size(), "num_epochs": 1}
+        options = {
+            "shuffle": False,
+            "rank": self._rank,
+            "world_size": dist.get_world_size(),
+            "num_epochs": 1,
+        }
         return list(self._component("eval_prompts", self._tokenizer, **options))
 
     def _setup_profiler(self) -> tuple[Any, Any]:
         default = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
-        given = OmegaConf.to_container(self._cfg.profiler, resolve=True) if self._cfg.profiler else {}
+        given = (
+            OmegaConf.to_container(self._cfg.profiler, resolve=True) if self._cfg.profiler else {}
+        )
         return config.instantiate(OmegaConf.create(default | given))
 
     def train(self) -> None:
@@ -366,14 +423,20 @@ class GSPOFullFinetuneRecipe:
         self._held_out_before = self._evaluate()
         self._write(self._held_out_before)  # as step 0
         self._logged_at = time.perf_counter()
-        self._bar = tqdm(total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=cfg.num_steps, disable=self._rank != 0, desc="steps", dynamic_ncols=True
+        )
         with self._profiler:
             while self._step < cfg.num_steps:
                 begin = time.perf_counter()
                 step = next(self._steps, None)
                 if step is None:
                     if self._rank == 0:
-                        log.info("The prompts have ended after %d of %d steps.", self._step, cfg.num_steps)
+                        log.info(
+                            "The prompts have ended after %d of %d steps.",
+                            self._step,
+                            cfg.num_steps,
+                        )
                     break
                 rollout_stats = [{"time/data_wait": (time.perf_counter() - begin, 1.0)}]
                 if self._draws:
@@ -383,7 +446,9 @@ class GSPOFullFinetuneRecipe:
                 for left in reversed(range(min(cfg.ppo_epochs, cfg.num_steps - self._step))):
                     values = self._update(microbatches, step, rollout_stats)
                     rollout_stats = []  # counted once, with the first update that uses them
-                    if left and values.get("ratio/ess", 1.0) < (cfg.min_ess or 0.0):  # the same on all ranks
+                    if left and values.get("ratio/ess", 1.0) < (
+                        cfg.min_ess or 0.0
+                    ):  # the same on all ranks
                         self._sync_sampler()  # or the next rollout would be as far away
                         break
         self._bar.close()
@@ -400,7 +465,9 @@ class GSPOFullFinetuneRecipe:
         return microbatch
 
     def _look_for_older(self, batch: PackedBatch) -> None:
-        oldest = int(batch.policy_version[batch.label_counts > 0].amin()) if batch.ids else self._version
+        oldest = (
+            int(batch.policy_version[batch.label_counts > 0].amin()) if batch.ids else self._version
+        )
         if oldest < self._version and self._rank == 0 and not self._told_of_older:
             self._told_of_older = True
             log.warning(
@@ -412,14 +479,17 @@ class GSPOFullFinetuneRecipe:
             )
 
     def _update(
-        self, microbatches: list[Microbatch], step: parallel.StepBatches, stats: list[dict]
+        self, microbatches: list[Microbatch], step: StepBatches, stats: list[dict]
     ) -> dict[str, float]:
         """One optimizer step over all microbatches, under the totals of the whole step; its metrics."""
         begin = time.perf_counter()
         sums = metrics.StepMetrics(reward.name for reward in self._pool.rewards)
         denominator = self._denominator(step.num_documents, step.num_label_tokens)
         for pairs in accumulate_gradients(
-            self._policy, microbatches, denominator, reduce_every_microbatch=self._cfg.reduce_every_microbatch
+            self._policy,
+            microbatches,
+            denominator,
+            reduce_every_microbatch=self._cfg.reduce_every_microbatch,
         ):
             sums.add(pairs)
         if self._draws:
@@ -430,9 +500,13 @@ class GSPOFullFinetuneRecipe:
         values = sums.reduce(self._device)
         if values.get("_late_documents"):
             self._quarantine(microbatches, values, step, denominator)
-        values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on with it
+        values["lr"] = float(
+            training.get_lr(self._optimizer)
+        )  # of this step: the schedule moves on with it
         every = self._cfg.dump_every_n_steps
-        spoiled = bool(values.get("_late_documents")) and self._num_spoiled_dumps < MOST_SPOILED_DUMPS
+        spoiled = (
+            bool(values.get("_late_documents")) and self._num_spoiled_dumps < MOST_SPOILED_DUMPS
+        )
         if spoiled or (every and (self._step + 1) % every == 0):
             self._num_spoiled_dumps += spoiled
             self._dump(microbatches, step, values)
@@ -445,7 +519,9 @@ class GSPOFullFinetuneRecipe:
         return values
 
     def _denominator(self, num_documents: int, num_label_tokens: int) -> float:
-        return max(self._policy.loss.denominator(num_documents, num_label_tokens), 1.0)  # 0 when nothing is left
+        return max(
+            self._policy.loss.denominator(num_documents, num_label_tokens), 1.0
+        )  # 0 when nothing is left
 
     def _optimizer_step(self) -> float:
         """Clips and applies the gradients; skips the update, on all ranks alike, if their norm is not finite."""
@@ -478,11 +554,16 @@ class GSPOFullFinetuneRecipe:
             )
 
     def _quarantine(
-        self, microbatches: list[Microbatch], values: dict[str, float], step: parallel.StepBatches, denominator: float
+        self,
+        microbatches: list[Microbatch],
+        values: dict[str, float],
+        step: StepBatches,
+        denominator: float,
     ) -> None:
         """Takes documents found not finite in the forward out of the denominator, and writes down which they are."""
         remaining = self._denominator(
-            int(step.num_documents - values["_late_documents"]), int(step.num_label_tokens - values["_late_tokens"])
+            int(step.num_documents - values["_late_documents"]),
+            int(step.num_label_tokens - values["_late_tokens"]),
         )
         factor = denominator / remaining  # every objective is linear in 1 / denominator
         training.scale_grads(self._policy, torch.tensor(factor, device=self._device))
@@ -492,11 +573,16 @@ class GSPOFullFinetuneRecipe:
             whole = microbatch.whole(self._context)
             found = metrics.not_finite_documents(whole, logps.cpu()) if self._draws else {}
             for document, record in found.items():
-                if (i, document) not in self._quarantined:  # else an earlier one of ppo_epochs has written it
+                if (
+                    i,
+                    document,
+                ) not in self._quarantined:  # else an earlier one of ppo_epochs has written it
                     self._quarantined.add((i, document))
                     self._write_quarantined({"step": self._step} | record)
 
-    def _dump(self, microbatches: list[Microbatch], step: parallel.StepBatches, values: dict[str, float]) -> None:
+    def _dump(
+        self, microbatches: list[Microbatch], step: StepBatches, values: dict[str, float]
+    ) -> None:
         """Writes all that the step's objective saw, with its log-probabilities, before the weights change."""
         found = dump.collect(self._policy, microbatches, self._context)
         if self._rank != 0:
@@ -511,7 +597,9 @@ class GSPOFullFinetuneRecipe:
             "metrics": metrics.public(values),
         }
         with refusals("output_dir", "choose a folder that can be written and has space"):
-            dump.write(self._dumps / f"step_{self._step + 1}.safetensors", dump.Dump(found, metadata))
+            dump.write(
+                self._dumps / f"step_{self._step + 1}.safetensors", dump.Dump(found, metadata)
+            )
 
     def _write_quarantined(self, record: dict[str, Any]) -> None:
         metrics.append_jsonl(self._quarantine_file, record)
@@ -549,7 +637,11 @@ class GSPOFullFinetuneRecipe:
         if self._cfg.eval_prompts is None:
             return {}
         pairs = evaluation.evaluate(
-            self._sampler, self._pool, self._eval_prompts, params=self._params, num_samples=self._cfg.eval.num_samples
+            self._sampler,
+            self._pool,
+            self._eval_prompts,
+            params=self._params,
+            num_samples=self._cfg.eval.num_samples,
         )
         sums = metrics.StepMetrics()
         sums.add(pairs)
@@ -570,8 +662,12 @@ class GSPOFullFinetuneRecipe:
             "clip": "clip/any_document",
             "tok/s": "tokens_per_second",
         }
-        self._seen |= self._held_out | metrics.public(values)  # what a step does not have is shown as it last was
-        self._bar.set_postfix({k: f"{self._seen[v]:.3g}" for k, v in shown.items() if v in self._seen})
+        self._seen |= self._held_out | metrics.public(
+            values
+        )  # what a step does not have is shown as it last was
+        self._bar.set_postfix(
+            {k: f"{self._seen[v]:.3g}" for k, v in shown.items() if v in self._seen}
+        )
 
     def _write(self, values: dict[str, float]) -> None:
         """A row of ``metrics.jsonl``, and for the metric logger if its turn has come or there was an evaluation."""
@@ -585,7 +681,9 @@ class GSPOFullFinetuneRecipe:
 
     def _save(self) -> None:
         """Writes the model through torchtune's checkpointer, in the format it was read in."""
-        weights = training.gather_cpu_state_dict(self._policy.decoder, self._rank == 0, self._device)
+        weights = training.gather_cpu_state_dict(
+            self._policy.decoder, self._rank == 0, self._device
+        )
         if self._rank == 0:
             self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=self._step)
             self._write_dtype()
@@ -599,7 +697,11 @@ class GSPOFullFinetuneRecipe:
             dtype = str(self._dtype).removeprefix("torch.")
             found = json.loads(file.read_text())
             file.unlink()  # it was copied with its permissions, which may forbid writing
-            file.write_text(json.dumps(found | {k: dtype for k in ("dtype", "torch_dtype") if k in found}, indent=2))
+            file.write_text(
+                json.dumps(
+                    found | {k: dtype for k in ("dtype", "torch_dtype") if k in found}, indent=2
+                )
+            )
 
     def _finish(self, seconds: float) -> None:
         """The last evaluation, the final model, and ``summary.json``."""
@@ -609,7 +711,9 @@ class GSPOFullFinetuneRecipe:
         self._save()
         if self._rank != 0:
             return
-        before, after = (found.get("eval/accuracy") for found in (self._held_out_before, self._held_out))
+        before, after = (
+            found.get("eval/accuracy") for found in (self._held_out_before, self._held_out)
+        )
         summary = {
             "accuracy_before": None if before is None else round(before, 4),
             "accuracy_after": None if after is None else round(after, 4),
@@ -631,8 +735,12 @@ class GSPOFullFinetuneRecipe:
 @parse
 def recipe_main(cfg: DictConfig) -> None:
     """Configuration comes from the YAML file, then from key=value on the command line."""
-    cfg = check_config(cfg, required=REQUIRED_KEYS, optional=OPTIONAL_KEYS, sections=SECTIONS, passed=PASSED)
-    recipe = GSPOFullFinetuneRecipe(cfg)  # makes the process group, without which every rank would log the config
+    cfg = check_config(
+        cfg, required=REQUIRED_KEYS, optional=OPTIONAL_KEYS, sections=SECTIONS, passed=PASSED
+    )
+    recipe = GSPOFullFinetuneRecipe(
+        cfg
+    )  # makes the process group, without which every rank would log the config
     config.log_config(recipe_name="GSPOFullFinetuneRecipe", cfg=cfg)
     recipe.setup()
     recipe.train()

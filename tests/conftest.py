@@ -7,13 +7,17 @@ import sys
 import zipfile
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and inherited by the processes that tests start
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported, and inherited by the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton, whose kernels then run on the CPU
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton, whose kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +41,9 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE", "_gspo_torch_plugin.py"):
         shutil.copy(ROOT / name, source)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", target)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=300
+    )
     return next(target.glob("*.whl"))
 
 

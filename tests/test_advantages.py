@@ -36,8 +36,12 @@ def test_estimators_match_torch(size):
     others = (rewards.sum() - rewards) / (size - 1)
     deviations = rewards - rewards.mean()
     torch.testing.assert_close(torch.tensor(group_mean(rewards), dtype=torch.float64), deviations)
-    torch.testing.assert_close(torch.tensor(group_mean_std(rewards), dtype=torch.float64), deviations / rewards.std())
-    torch.testing.assert_close(torch.tensor(leave_one_out(rewards), dtype=torch.float64), rewards - others)
+    torch.testing.assert_close(
+        torch.tensor(group_mean_std(rewards), dtype=torch.float64), deviations / rewards.std()
+    )
+    torch.testing.assert_close(
+        torch.tensor(leave_one_out(rewards), dtype=torch.float64), rewards - others
+    )
 
 
 @ALL

@@ -20,9 +20,9 @@ from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from torchtune.training import DummyProfiler
 
 from gspo.advantages import check_group_size, get_estimator
-from gspo.config import check_config
+from gspo.config.checks import check_config
 from gspo.data.graph import GraphOptions
-from gspo.data.packing import Pack, check_bin_length
+from gspo.data.pack import Pack, check_bin_length
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
 from gspo.rewards.pool import _parse_reward
@@ -61,13 +61,22 @@ SPECIAL_TOKENS = {
 }
 # A row with the columns of each dataset, and what a model would have to box.
 ROWS = {
-    "openai/gsm8k": ({"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42 of $5\n#### 1,042"}, "1042"),
+    "openai/gsm8k": (
+        {"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42 of $5\n#### 1,042"},
+        "1042",
+    ),
     "agentica-org/DeepScaleR-Preview-Dataset": (
         {"problem": "Half?", "answer": "\\frac{1}{2}", "solution": "Easy."},
         "0.5",
     ),
     "HuggingFaceH4/MATH-500": (
-        {"problem": "3?", "solution": "Easy.", "answer": "\\left( 3, 1 \\right)", "subject": "A", "level": 1},
+        {
+            "problem": "3?",
+            "solution": "Easy.",
+            "answer": "\\left( 3, 1 \\right)",
+            "subject": "A",
+            "level": 1,
+        },
         "(3,1)",
     ),
 }
@@ -80,7 +89,9 @@ def load(name):
 
 @cache
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_for_configs", shipped_folder("recipes") / f"{RECIPE}.py")
+    spec = importlib.util.spec_from_file_location(
+        "recipe_for_configs", shipped_folder("recipes") / f"{RECIPE}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -126,18 +137,29 @@ def parse_tune(words, monkeypatch):
 
 @every_config
 def test_config_opens_with_the_command_that_runs_it(name, monkeypatch):
-    runs = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "run"]]
-    copies = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "cp"]]
+    runs = [
+        parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "run"]
+    ]
+    copies = [
+        parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "cp"]
+    ]
     assert runs[0].recipe_args == ["--config", name]
     assert {run.recipe for run in runs} == {CONFIGS_OF_OTHER_RECIPES.get(name, RECIPE)}
     assert {copy.file for copy in copies} <= {name}
-    assert {run.recipe_args[1] for run in runs} <= {name, *(str(copy.destination) for copy in copies)}
+    assert {run.recipe_args[1] for run in runs} <= {
+        name,
+        *(str(copy.destination) for copy in copies),
+    }
 
 
 @every_real_config
 def test_config_opens_with_the_commands_that_download_what_it_reads(name, monkeypatch):
     cfg = load(name)
-    (download,) = [parse_tune(words, monkeypatch) for words in commands(name) if words[:2] == ["tune", "download"]]
+    (download,) = [
+        parse_tune(words, monkeypatch)
+        for words in commands(name)
+        if words[:2] == ["tune", "download"]
+    ]
     assert str(download.output_dir) == cfg.checkpointer.checkpoint_dir == cfg.model_dir
     assert download.ignore_patterns is None or "safetensors" not in download.ignore_patterns
     scripts = [words[2] for words in commands(name) if words[:2] == ["python", "-c"]]
@@ -146,12 +168,17 @@ def test_config_opens_with_the_commands_that_download_what_it_reads(name, monkey
         patch.setattr(datasets, "load_dataset", lambda *args: loaded.append(args))
         for script in scripts:
             exec(script, {})
-    wanted = [(node.source, *([node.subset] if "subset" in node else [])) for node in (cfg.prompts, cfg.eval_prompts)]
+    wanted = [
+        (node.source, *([node.subset] if "subset" in node else []))
+        for node in (cfg.prompts, cfg.eval_prompts)
+    ]
     assert set(loaded) == set(wanted)
 
 
 def test_multi_node_config_runs_on_four_nodes_of_eight(monkeypatch):
-    (words, *_) = [words for words in commands("qwen2_5/7B_gspo_math") if words[:2] == ["tune", "run"]]
+    (words, *_) = [
+        words for words in commands("qwen2_5/7B_gspo_math") if words[:2] == ["tune", "run"]
+    ]
     run = parse_tune(words, monkeypatch)
     assert (run.nnodes, run.nproc_per_node, run.rdzv_backend) == ("4", "8", "c10d")
     assert checked("qwen2_5/7B_gspo_math").prompts_per_rollout % 32 == 0
@@ -209,13 +236,17 @@ def test_loss_and_optimizer_are_built(name):
     assert isinstance(config.instantiate(cfg.loss), GRPOLoss if "grpo" in name else GSPOLoss)
     optimizer = config.instantiate(cfg.optimizer, model(name).parameters())
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(cfg.optimizer.lr)
-    bf16 = cfg.dtype == "bf16"  # at these learning rates, round-to-nearest loses nearly every update
+    bf16 = (
+        cfg.dtype == "bf16"
+    )  # at these learning rates, round-to-nearest loses nearly every update
     assert cfg.optimizer.get("bf16_stochastic_round", False) is bf16
 
 
 @every_gspo_config
 def test_profiler_block_gives_a_profiler_that_is_off(name):
-    profiler, _ = recipe().GSPOFullFinetuneRecipe._setup_profiler(SimpleNamespace(_cfg=checked(name)))
+    profiler, _ = recipe().GSPOFullFinetuneRecipe._setup_profiler(
+        SimpleNamespace(_cfg=checked(name))
+    )
     assert type(profiler) is DummyProfiler
 
 
@@ -234,9 +265,13 @@ def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, m
     prompt = next(iter(config.instantiate(cfg[split], CharTokenizer(), num_epochs=1)))
     assert prompt.text.count(row.get("problem", row.get("question"))) == 1
     assert "within \\boxed{}." in prompt.text
-    (reward,) = [_parse_reward(key, spec) for key, spec in OmegaConf.to_container(cfg.rewards).items()]
+    (reward,) = [
+        _parse_reward(key, spec) for key, spec in OmegaConf.to_container(cfg.rewards).items()
+    ]
     scores = [
-        resolve(reward.path)(prompt.text, f"so \\boxed{{{given}}}", prompt.answer, prompt.metadata, **reward.options)
+        resolve(reward.path)(
+            prompt.text, f"so \\boxed{{{given}}}", prompt.answer, prompt.metadata, **reward.options
+        )
         for given in (boxed, "43")
     ]
     assert scores == [1, 0]
@@ -255,7 +290,9 @@ def test_template_uses_special_tokens_of_its_tokenizer(name):
 @every_config
 def test_every_dotted_path_exists(name):
     """Those in comments and reward options, too, which no component check sees."""
-    paths = set(re.findall(r"(?<![\w./])(?:gspo|torchtune|torchao)(?:\.\w+)+", CONFIGS[name].read_text()))
+    paths = set(
+        re.findall(r"(?<![\w./])(?:gspo|torchtune|torchao)(?:\.\w+)+", CONFIGS[name].read_text())
+    )
     assert paths
     for path in paths:
         if path != "gspo.demo":  # a module that is run

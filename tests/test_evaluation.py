@@ -17,7 +17,10 @@ class Sampler:
 
     def sample(self, prompts, *, group_size, params, seeds):
         self.calls.append((group_size, params.temperature, params.max_new_tokens, seeds))
-        return [[completion(text=str(int(j < int(p.answer)))) for j in range(group_size)] for p in prompts]
+        return [
+            [completion(text=str(int(j < int(p.answer)))) for j in range(group_size)]
+            for p in prompts
+        ]
 
 
 class Pool:
@@ -27,11 +30,15 @@ class Pool:
 
     def score(self, items):
         totals = [1.5 if text == "1" else 1.0 for _, text, _, _ in items]
-        return SimpleNamespace(totals=totals, failures={"raised": totals.count(1.0), "nonfinite": totals.count(1.0)})
+        return SimpleNamespace(
+            totals=totals, failures={"raised": totals.count(1.0), "nonfinite": totals.count(1.0)}
+        )
 
 
 def test_evaluation_counts_full_rewards_only():
-    pairs = evaluate(Sampler(), Pool(), [prompt(i) for i in (0, 1, 2, 3)], params=PARAMS, num_samples=3)
+    pairs = evaluate(
+        Sampler(), Pool(), [prompt(i) for i in (0, 1, 2, 3)], params=PARAMS, num_samples=3
+    )
     assert pairs == {
         "eval/accuracy": (3, 4),
         "eval/reward": (5.5, 4),
@@ -57,4 +64,6 @@ def test_rank_without_prompts_draws_nothing_and_counts_alike(num_samples):
     assert sampler.calls == [] and not any(value for value, _ in pairs.values())
     other = evaluate(sampler, Pool(), [prompt(1)], params=PARAMS, num_samples=num_samples)
     assert pairs.keys() == other.keys()  # the ranks' columns must agree
-    assert {name for name, (_, weight) in pairs.items() if weight} == {"eval/reward_failures"}  # no weight in a mean
+    assert {name for name, (_, weight) in pairs.items() if weight} == {
+        "eval/reward_failures"
+    }  # no weight in a mean

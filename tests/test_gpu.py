@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from gspo.data.packing import pack_documents
+from gspo.data.layout import pack_documents
 from gspo.losses import GSPOLoss
-from gspo.policy import Microbatch, Policy
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
 from gspo.sampling.local import LocalSampler
 from gspo.types import Prompt, SamplingParams
 from tests import tiny_policy
-from tests.test_policy import assert_parts_attend_as_the_whole
+from tests.policy.test_policy import assert_parts_attend_as_the_whole
 
 pytestmark = pytest.mark.gpu
 
@@ -58,13 +59,17 @@ def test_sampler_logps_on_cuda_are_those_of_a_full_forward(dtype):
     decoder.load_state_dict(tiny_policy.weights())
     prompts = [Prompt(f"p{n}", "", list(range(1, n + 1))) for n in (1, 5, 9)]
     params = SamplingParams(temperature=0.7, max_new_tokens=20)
-    groups = LocalSampler(decoder, Tokenizer()).sample(prompts, group_size=4, params=params, seeds=range(3))
+    groups = LocalSampler(decoder, Tokenizer()).sample(
+        prompts, group_size=4, params=params, seeds=range(3)
+    )
     plain = tiny_policy.build_decoder().to("cuda", dtype)
     plain.load_state_dict(tiny_policy.weights())
     for prompt, group in zip(prompts, groups, strict=True):
         for c in group:
             logits = plain(torch.tensor([prompt.tokens + c.tokens], device="cuda"))[0].float()
             logps = (logits / 0.7).log_softmax(-1)[len(prompt.tokens) - 1 : -1]
-            expected = logps.gather(-1, torch.tensor(c.tokens, device="cuda")[:, None]).squeeze(-1).cpu()
+            expected = (
+                logps.gather(-1, torch.tensor(c.tokens, device="cuda")[:, None]).squeeze(-1).cpu()
+            )
             tolerance = 1e-4 if dtype == torch.float32 else 0.1
             torch.testing.assert_close(torch.tensor(c.logps), expected, rtol=0, atol=tolerance)

@@ -15,28 +15,33 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module or package of gspo imports from itself and from lower rows only.
 LAYERS = (
     ("types", "errors"),
-    ("report", "terms"),
-    ("objective_metrics",),
-    ("functional", "advantages", "rewards", "sampling", "plugin"),
-    ("kernels", "data", "presets"),
-    ("losses", "parallel", "context", "metrics", "config", "evaluation"),
-    ("policy", "optim", "tiny", "plot", "diagnosis"),
-    ("demo", "validate", "dump", "__main__"),
-    ("plan", "replay"),
+    ("metrics", "compat", "plugin"),
+    ("losses", "advantages", "rewards", "sampling", "parallel"),
+    ("kernels", "config"),
+    ("data",),
+    ("policy", "evaluation", "diagnosis", "tiny"),
+    ("update", "run"),
+    ("replay", "plan", "demo"),
+    ("commands",),
+    ("__main__",),
     ("recipe",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 MAY_USE_TORCH_DISTRIBUTED = (
-    "gspo.parallel",
-    "gspo.context",
+    "gspo.compat",
+    "gspo.data.share",
+    "gspo.data.steps",
     "gspo.diagnosis",
-    "gspo.dump",
-    "gspo.policy",
     "gspo.metrics",
-    "gspo.optim",
-    "gspo.plan.ledger",
-    "gspo.plan.rehearsal",
-    "gspo.sampling.vllm",
+    "gspo.parallel.context",
+    "gspo.parallel.mesh",
+    "gspo.plan.dry_run",
+    "gspo.plan.memory_tracker",
+    "gspo.policy.attention",
+    "gspo.policy.model",
+    "gspo.policy.sharding",
+    "gspo.run.dump",
+    "gspo.update",
     "recipe",
 )
 
@@ -44,7 +49,10 @@ MAY_USE_TORCH_DISTRIBUTED = (
 def sources() -> dict[str, ast.Module]:
     """The syntax trees by module name; the recipe is called ``recipe``."""
     paths = {path.relative_to(ROOT): path for path in (ROOT / "gspo").rglob("*.py")}
-    names = {".".join(relative.with_suffix("").parts).removesuffix(".__init__"): p for relative, p in paths.items()}
+    names = {
+        ".".join(relative.with_suffix("").parts).removesuffix(".__init__"): p
+        for relative, p in paths.items()
+    }
     names["recipe"] = ROOT / "recipes" / "gspo_full_finetune.py"
     return {name: ast.parse(path.read_text()) for name, path in sorted(names.items())}
 
@@ -59,7 +67,10 @@ def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not into_functions:
+        if (
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            and not into_functions
+        ):
             continue
         yield child
         yield from walk(child, into_functions=into_functions)
@@ -72,7 +83,9 @@ def imported(tree: ast.Module, *, into_functions: bool = True) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute, so that a copy of the file works elsewhere"
+            assert node.level == 0, (
+                "imports are absolute, so that a copy of the file works elsewhere"
+            )
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -118,7 +131,9 @@ def test_nothing_imports_the_recipe(module):
 def test_torch_distributed_stays_where_ranks_meet(module):
     tree = SOURCES[module]
     attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    used = sorted(name for name in imported(tree) | attributes if re.match(r"torch\.distributed\b", name))
+    used = sorted(
+        name for name in imported(tree) | attributes if re.match(r"torch\.distributed\b", name)
+    )
     assert not used or module in MAY_USE_TORCH_DISTRIBUTED, f"{module} uses {used}"
 
 
@@ -133,7 +148,9 @@ def test_reward_workers_start_without_torch(module):
     seen, waiting = set(), {module}
     while waiting:
         seen |= waiting
-        waiting = set().union(*(modules_of_the_pack(imported(SOURCES[name])) for name in waiting)) - seen
+        waiting = (
+            set().union(*(modules_of_the_pack(imported(SOURCES[name])) for name in waiting)) - seen
+        )
     heavy = {"torch", "torchtune", "torchao", "torchdata", "transformers", "datasets"}
     assert not {top(name) for loaded in seen for name in imported(SOURCES[loaded])} & heavy
 
@@ -151,11 +168,15 @@ def normalized(requirement: str) -> str:
 def test_third_party_imports_are_declared(module):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {normalized(text) for text in project["dependencies"]}
-    extras = {normalized(text) for texts in project["optional-dependencies"].values() for text in texts}
+    extras = {
+        normalized(text) for texts in project["optional-dependencies"].values() for text in texts
+    }
     always = imported(SOURCES[module], into_functions=False)
     for name in imported(SOURCES[module]):
         if top(name) in sys.stdlib_module_names or top(name) == "gspo":
             continue
         distributions = {normalized(text) for text in DISTRIBUTIONS.get(top(name), [top(name)])}
         declared = needed if name in always else needed | extras | {"vllm"}
-        assert distributions & declared, f"{module} imports {name}, which pyproject.toml does not declare"
+        assert distributions & declared, (
+            f"{module} imports {name}, which pyproject.toml does not declare"
+        )

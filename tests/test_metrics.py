@@ -5,13 +5,19 @@ import pytest
 import torch
 
 from gspo import metrics
-from gspo.data.packing import pack_documents
+from gspo.data.layout import pack_documents
 from tests import tiny_policy
 
 
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [("mean", (5.0, 6.0)), ("sum", (5.0, 6.0)), ("time", (5.0, 6.0)), ("max", (4.0, 5.0)), ("min", (1.0, 5.0))],
+    [
+        ("mean", (5.0, 6.0)),
+        ("sum", (5.0, 6.0)),
+        ("time", (5.0, 6.0)),
+        ("max", (4.0, 5.0)),
+        ("min", (1.0, 5.0)),
+    ],
 )
 def test_combine_follows_the_declared_reduction(how, expected):
     assert metrics.combine(how, (4.0, 5.0), (1.0, 1.0)) == expected
@@ -44,12 +50,16 @@ def test_finalize_derives_what_sums_alone_do_not_give():
         "_log_ratio_sq": log_ratios.square().mean().item(),
     }
     found = metrics.finalize(values)
-    assert found["ratio/ess"] == pytest.approx(ratios.sum().item() ** 2 / ratios.square().sum().item() / 3)
+    assert found["ratio/ess"] == pytest.approx(
+        ratios.sum().item() ** 2 / ratios.square().sum().item() / 3
+    )
     assert found["reward/std"] == pytest.approx(rewards.std(correction=0).item())
     assert found["log_ratio/rms_token"] == pytest.approx(math.sqrt(0.125))
 
 
-@pytest.mark.parametrize("values", [{}, {"ratio/mean": 0.0, "_ratio_sq": 0.0}], ids=["absent", "zero"])
+@pytest.mark.parametrize(
+    "values", [{}, {"ratio/mean": 0.0, "_ratio_sq": 0.0}], ids=["absent", "zero"]
+)
 def test_finalize_leaves_out_what_has_no_ingredients(values):
     assert metrics.finalize(values) == values
 
@@ -59,7 +69,9 @@ def test_equal_rewards_have_no_std():
 
 
 def test_public_hides_ingredients_and_what_is_not_finite():
-    assert metrics.public({"loss": 1.0, "_places": 2.0, "kl_ref": math.nan, "ratio/max": -math.inf}) == {"loss": 1.0}
+    assert metrics.public(
+        {"loss": 1.0, "_places": 2.0, "kl_ref": math.nan, "ratio/max": -math.inf}
+    ) == {"loss": 1.0}
 
 
 def test_batch_pairs_count_real_documents_and_their_age():
@@ -104,7 +116,9 @@ def test_not_finite_documents_are_named_with_their_values(spoil):
     labels = batch.labels[(batch.document_index == 2) & batch.loss_mask].tolist()
     assert (record["prompt_id"], record["group_id"]) == (prompt_id, group_id)
     assert record["labels"] == [str(label) for label in labels]
-    assert record[spoil][0] == "-inf" and len(record["logps"]) == len(record["old_logps"]) == len(labels)
+    assert record[spoil][0] == "-inf" and len(record["logps"]) == len(record["old_logps"]) == len(
+        labels
+    )
 
 
 def test_noise_floor_reads_what_is_there():

@@ -35,7 +35,9 @@ def recipes(monkeypatch):
     """torchtune's registry as it is without the plugin, restored afterwards."""
     own = [recipe for recipe in deepcopy(registry._ALL_RECIPES) if recipe.name != plugin.RECIPE]
     for recipe in own:
-        recipe.configs = [config for config in recipe.configs if config.name not in plugin.shipped_configs()]
+        recipe.configs = [
+            config for config in recipe.configs if config.name not in plugin.shipped_configs()
+        ]
     monkeypatch.setattr(registry, "_ALL_RECIPES", own)
     return own
 
@@ -43,7 +45,9 @@ def recipes(monkeypatch):
 def python(*arguments, path, cwd, **environment):
     environment = os.environ | {"PYTHONPATH": str(path)} | environment
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def config_names(recipes, name):
@@ -61,14 +65,19 @@ def test_wheel_holds_every_module_recipe_and_config(wheel):
     assert {f"gspo/{name}" for name in modules} <= names
     assert {f"gspo/configs/{name}" for name in configs} <= names
     assert {f"gspo/recipes/{plugin.RECIPE}.py", "_gspo_torch_plugin.py"} <= names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gspo", "_gspo_torch_plugin.py"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "gspo",
+        "_gspo_torch_plugin.py",
+    }
 
 
 def test_tune_lists_the_recipe_and_its_configs(installed, tmp_path):
     lines = python(*TUNE, "ls", path=installed, cwd=tmp_path).stdout.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(plugin.RECIPE))
     listed = [line.split()[-1] for line in lines[first:]]
-    expected = [name for name in plugin.shipped_configs() if name not in plugin.CONFIGS_OF_OTHER_RECIPES]
+    expected = [
+        name for name in plugin.shipped_configs() if name not in plugin.CONFIGS_OF_OTHER_RECIPES
+    ]
     assert listed == expected
     assert sum(line.startswith(plugin.RECIPE) for line in lines) == 1
 
@@ -84,8 +93,12 @@ for command in ("cp gspo_full_finetune my_recipe.py", "cp tiny/gspo my_config.ya
 """
     result = python("-c", script, path=installed, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "my_recipe.py").read_bytes() == (ROOT / "recipes" / f"{plugin.RECIPE}.py").read_bytes()
-    assert (tmp_path / "my_config.yaml").read_bytes() == (ROOT / "configs" / "tiny" / "gspo.yaml").read_bytes()
+    assert (tmp_path / "my_recipe.py").read_bytes() == (
+        ROOT / "recipes" / f"{plugin.RECIPE}.py"
+    ).read_bytes()
+    assert (tmp_path / "my_config.yaml").read_bytes() == (
+        ROOT / "configs" / "tiny" / "gspo.yaml"
+    ).read_bytes()
     assert "docs_per_step:" in result.stdout
     assert result.stdout.endswith("Config is well-formed!\n")
 
@@ -99,7 +112,9 @@ def test_tune_runs_the_recipe_by_name(installed_stub, tmp_path):
 
 def test_module_runs_the_recipe_on_two_ranks_without_the_plugin(installed_stub, tmp_path):
     command = ("run", "--nproc_per_node", "2", plugin.RECIPE, "--config", "tiny/gspo")
-    result = python("-m", "gspo", *command, path=installed_stub, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    result = python(
+        "-m", "gspo", *command, path=installed_stub, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0"
+    )
     config = installed_stub / "gspo" / "configs" / "tiny" / "gspo.yaml"
     ranks = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
     assert ranks == [f"rank {rank} got --config {config}" for rank in (0, 1)], result.stderr
@@ -141,7 +156,10 @@ def test_register_swallows_and_tells_what_goes_wrong(recipes, monkeypatch, capsy
 
     monkeypatch.setattr(plugin, "shipped_folder", fail)
     plugin.register()
-    assert capsys.readouterr().err == "gspo: not registered with tune: FileNotFoundError('no folder recipes')\n"
+    assert (
+        capsys.readouterr().err
+        == "gspo: not registered with tune: FileNotFoundError('no folder recipes')\n"
+    )
 
 
 def test_register_does_nothing_until_torchtune_is_imported(recipes, monkeypatch):
@@ -179,8 +197,14 @@ def test_configs_go_to_the_recipe_that_they_are_for(recipes, monkeypatch, tmp_pa
         (["tiny/gspo"], ""),
         (["tiny/sft"], ""),  # for a recipe of torchtune's own
         (["my.yaml", "loss.clip_low=0.1", "~eval_prompts"], ""),
-        (["my.yaml", "docs_per_stepp=3"], "error: docs_per_stepp: unknown key. Did you mean 'docs_per_step'?\n"),
-        (["my.yaml", "num_steps=0"], "error: num_steps: 0 must be a whole number of 1 or more; change it\n"),
+        (
+            ["my.yaml", "docs_per_stepp=3"],
+            "error: docs_per_stepp: unknown key. Did you mean 'docs_per_step'?\n",
+        ),
+        (
+            ["my.yaml", "num_steps=0"],
+            "error: num_steps: 0 must be a whole number of 1 or more; change it\n",
+        ),
         (["nowhere.yaml"], "error: --config: no such file or registered config: "),
     ],
     ids=["registered", "other_recipe", "overrides", "misspelt_key", "bad_value", "no_file"],
@@ -192,19 +216,27 @@ def test_module_validates_a_config(monkeypatch, capsys, tmp_path, arguments, ref
     with pytest.raises(SystemExit) as stopped:
         gspo.__main__.main()
     shown = capsys.readouterr()
-    assert (stopped.value.code, shown.out) == ((1, "") if refused else (None, "Config is well-formed!\n"))
+    assert (stopped.value.code, shown.out) == (
+        (1, "") if refused else (None, "Config is well-formed!\n")
+    )
     assert shown.err.startswith(refused)
 
 
 def test_module_runs_a_command_of_the_pack(monkeypatch):
     monkeypatch.setitem(gspo.__main__.COMMANDS, "shout", "tests_shout:main")
-    monkeypatch.setitem(sys.modules, "tests_shout", type("shout", (), {"main": staticmethod(lambda words: words[0])}))
+    monkeypatch.setitem(
+        sys.modules,
+        "tests_shout",
+        type("shout", (), {"main": staticmethod(lambda words: words[0])}),
+    )
     monkeypatch.setattr(sys, "argv", ["gspo", "shout", "loud"])
     with pytest.raises(SystemExit, match="loud"):
         gspo.__main__.main()
 
 
-@pytest.mark.parametrize(("arguments", "code"), [([], None), (["--help"], None), (["lss"], 1)], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], None), (["--help"], None), (["lss"], 1)], ids=str
+)
 def test_module_lists_its_commands(monkeypatch, capsys, arguments, code):
     monkeypatch.setattr(sys, "argv", ["gspo", *arguments])
     if code is None:

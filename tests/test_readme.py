@@ -10,10 +10,11 @@ import torch
 from omegaconf import OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 
-from gspo import plugin, validate
+from gspo import plugin
+from gspo.commands import validate
 from gspo.data.segments import Segment
+from gspo.losses.inputs import LossInputs
 from gspo.rewards.pool import _parse_reward
-from gspo.terms import LossInputs
 from gspo.tiny import make_untrained
 from tests.data.fakes import Items, completion, rollout
 
@@ -24,7 +25,9 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-FILES = {code.split()[1]: code for code in blocks("python") if code.startswith("# my_")}  # by the name they open with
+FILES = {
+    code.split()[1]: code for code in blocks("python") if code.startswith("# my_")
+}  # by the name they open with
 SCRIPTS = [code for code in blocks("python") if code not in FILES.values()]
 
 
@@ -47,13 +50,19 @@ def commands():
 
 
 def test_script_ends_with_a_gradient(folder):
-    make_untrained(Path("runs/demo/base"), Path("runs/demo/data"), seed=0, num_train=64, num_heldout=64)
-    Path("runs/demo/base/model.safetensors").rename("runs/demo/base/model-00001-of-00001.safetensors")
+    make_untrained(
+        Path("runs/demo/base"), Path("runs/demo/data"), seed=0, num_train=64, num_heldout=64
+    )
+    Path("runs/demo/base/model.safetensors").rename(
+        "runs/demo/base/model-00001-of-00001.safetensors"
+    )
     (script,) = SCRIPTS
     found = {}
     exec(script, found)
     gradients = [parameter.grad for parameter in found["policy"].parameters()]
-    assert all(gradient.isfinite().all() for gradient in gradients) and any(g.abs().max() > 0 for g in gradients)
+    assert all(gradient.isfinite().all() for gradient in gradients) and any(
+        g.abs().max() > 0 for g in gradients
+    )
     assert found["metrics"]["kl_new_old"][0] < 1e-4
 
 
@@ -89,7 +98,9 @@ def test_own_splitter_cuts_in_two(folder, num_tokens):
 def test_yaml_fits_into_a_config(folder, block):
     own = OmegaConf.create(block)
     tiny = OmegaConf.load(plugin.shipped_configs()["tiny/gspo"])
-    OmegaConf.save(dict(tiny.items_ex(resolve=False)) | dict(own.items_ex(resolve=False)), "my.yaml")
+    OmegaConf.save(
+        dict(tiny.items_ex(resolve=False)) | dict(own.items_ex(resolve=False)), "my.yaml"
+    )
     validate.main(["my.yaml"])
     for name, spec in OmegaConf.to_container(own).get("rewards", {}).items():
         _parse_reward(name, spec)

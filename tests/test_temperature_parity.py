@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gspo.data.packing import pack_documents, rollout_documents
+from gspo.data.layout import pack_documents, rollout_documents
 from gspo.losses import GSPOLoss
 from gspo.metrics import combine
-from gspo.policy import Microbatch, Policy
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
 from gspo.sampling.local import LocalSampler
 from gspo.types import Group, Prompt, Rollout, SamplingParams
 from tests import tiny_policy
@@ -30,7 +31,9 @@ class Tokenizer:
 
 def decoder():
     model = tiny_policy.build_decoder()
-    model.load_state_dict({k: 4 * v if v.dim() == 2 else v for k, v in tiny_policy.weights().items()})
+    model.load_state_dict(
+        {k: 4 * v if v.dim() == 2 else v for k, v in tiny_policy.weights().items()}
+    )
     return model
 
 
@@ -39,8 +42,13 @@ def batch():
     """Completions drawn at temperature 0.7, packed several to a bin."""
     prompts = [Prompt(str(i), "", list(range(3 + i, 9 + 2 * i))) for i in range(6)]
     params = SamplingParams(temperature=0.7, max_new_tokens=24)
-    answers = LocalSampler(decoder(), Tokenizer()).sample(prompts, group_size=4, params=params, seeds=range(6))
-    groups = [Group(i, prompt, answer) for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
+    answers = LocalSampler(decoder(), Tokenizer()).sample(
+        prompts, group_size=4, params=params, seeds=range(6)
+    )
+    groups = [
+        Group(i, prompt, answer)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
     for i, completion in enumerate(c for group in groups for c in group.completions):
         completion.advantage = (-1.0) ** i
     return pack_documents(rollout_documents(Rollout(groups)), bin_length=96)
@@ -59,13 +67,17 @@ def test_trainer_agrees_with_the_sampler_at_its_temperature(batch):
 
 
 def test_another_temperature_shows(batch):
-    assert metric(replace(batch, temperature=torch.ones_like(batch.temperature)), "kl_new_old") > 1e-2
+    assert (
+        metric(replace(batch, temperature=torch.ones_like(batch.temperature)), "kl_new_old") > 1e-2
+    )
 
 
 def test_temperature_is_each_documents_own(batch):
     mixed = batch.temperature.clone()
     mixed[0] = 1.0
-    _, one = Policy(decoder(), GSPOLoss())(Microbatch.prepare(replace(batch, temperature=mixed), CPU))
+    _, one = Policy(decoder(), GSPOLoss())(
+        Microbatch.prepare(replace(batch, temperature=mixed), CPU)
+    )
     logps = Policy(decoder()).logps(Microbatch.prepare(replace(batch, temperature=mixed), CPU))
     off = (logps - batch.old_logps).abs() > 1e-4
     assert set(batch.document_index[off].tolist()) == {0}

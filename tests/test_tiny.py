@@ -12,22 +12,32 @@ from gspo.errors import InputError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.make_untrained(folder / "model", folder / "data", seed=3, num_train=50, num_heldout=20, num_validation=10)
+    tiny.make_untrained(
+        folder / "model", folder / "data", seed=3, num_train=50, num_heldout=20, num_validation=10
+    )
     return folder
 
 
 def rows(folder, name):
-    return [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 def test_data_sets_share_no_question(folder):
-    found = {name: [row["expression"] for row in rows(folder, name)] for name in ("train", "heldout", "validation")}
+    found = {
+        name: [row["expression"] for row in rows(folder, name)]
+        for name in ("train", "heldout", "validation")
+    }
     assert [len(questions) for questions in found.values()] == [50, 20, 10]
     assert len(set().union(*found.values())) == 80
 
 
 def test_more_questions_than_there_are_is_refused():
-    with pytest.raises(InputError, match="num_train.*: 12300 in all, but only 116.. distinct questions came of 49200"):
+    with pytest.raises(
+        InputError,
+        match="num_train.*: 12300 in all, but only 116.. distinct questions came of 49200",
+    ):
         tiny.chain_sum_rows(12_300, seed=0)
 
 
@@ -44,7 +54,8 @@ def test_seed_decides_weights_and_questions(folder, tmp_path):
     for name, seed in (("again", 3), ("other", 4)):
         tiny.make_untrained(tmp_path / name / "model", tmp_path / name / "data", seed=seed, **sizes)
     weights = {
-        p: load_file(p / "model" / "model.safetensors") for p in (folder, tmp_path / "again", tmp_path / "other")
+        p: load_file(p / "model" / "model.safetensors")
+        for p in (folder, tmp_path / "again", tmp_path / "other")
     }
     first, again, other = weights.values()
     name = "model.layers.0.mlp.up_proj.weight"

@@ -3,7 +3,7 @@
 import torch
 from torchtune.models.qwen2 import qwen2
 
-from gspo.data.packing import Document
+from gspo.data.layout import Document
 
 VOCAB_SIZE = 61
 

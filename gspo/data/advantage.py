@@ -12,7 +12,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gspo.advantages import Estimator, all_equal, check_group_size, get_estimator
-from gspo.data.stateless import Stateless
+from gspo.data.node import Stateless
 from gspo.errors import InputError
 from gspo.types import Completion, Group, Rollout
 
@@ -127,9 +127,20 @@ class Advantage(Stateless[Rollout]):
         return live
 
     def _report(self, group: Group, completion: Completion, cause: str) -> None:
-        names = ("tokens", "logps", "text", "reward", "rewards", "advantage", "temperature", "policy_version")
+        names = (
+            "tokens",
+            "logps",
+            "text",
+            "reward",
+            "rewards",
+            "advantage",
+            "temperature",
+            "policy_version",
+        )
         values = {name: getattr(completion, name) for name in names}
-        self.on_quarantine({"prompt_id": group.prompt.id, "group_id": group.id, "cause": cause, **values})
+        self.on_quarantine(
+            {"prompt_id": group.prompt.id, "group_id": group.id, "cause": cause, **values}
+        )
 
 
 def _is_finite(value: float) -> bool:

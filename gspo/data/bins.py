@@ -9,7 +9,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-MULTIPLE = 8  # bins as long as their longest document are rounded up to this, for fewer distinct shapes
+MULTIPLE = (
+    8  # bins as long as their longest document are rounded up to this, for fewer distinct shapes
+)
 SHORT_BIN = 64  # up to here a dense mask costs next to nothing, so bins may be longer than their longest document
 _FULL_ENOUGH = 0.95
 
@@ -56,7 +58,9 @@ def best_fit(places: list[int], bin_length: int) -> list[int]:
         ValueError: a document is longer than a bin.
     """
     if max(places, default=0) > bin_length:
-        raise ValueError(f"a document takes {max(places)} places, more than bin_length {bin_length}; raise it")
+        raise ValueError(
+            f"a document takes {max(places)} places, more than bin_length {bin_length}; raise it"
+        )
     bin_of = [0] * len(places)
     spaces: list[int] = []  # free places of the open bins, ascending
     bins: list[int] = []  # which bins these are
@@ -92,7 +96,9 @@ def short_bins(places: list[int], max_length: int | None = None) -> tuple[int, l
     for length in range(shortest + MULTIPLE, min(SHORT_BIN, limit) + 1, MULTIPLE):
         if sum(places) >= _FULL_ENOUGH * _total_places(*best):
             break
-        best = min(best, (length, best_fit(places, length)), key=lambda layout: _total_places(*layout))
+        best = min(
+            best, (length, best_fit(places, length)), key=lambda layout: _total_places(*layout)
+        )
     return best
 
 

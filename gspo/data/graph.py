@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torchdata.nodes import BaseNode, Prefetcher
+from torchdata.nodes import BaseNode
 
 from gspo.advantages import Estimator, check_group_size
 from gspo.data.advantage import Advantage, log_quarantine
-from gspo.data.packing import Pack
+from gspo.data.pack import Pack
+from gspo.data.prefetch import prefetched
 from gspo.data.sample import Sample
 from gspo.data.score import Score
 from gspo.data.segments import Segment, Splitter
-from gspo.data.stateless import Stateless
 from gspo.errors import InputError
 from gspo.rewards.pool import RewardPool
 from gspo.sampling import Sampler
@@ -79,7 +79,9 @@ def build_graph(
         InputError: an option that a node refuses, a group size too small for the estimator, or a negative prefetch.
     """
     if options.prefetch < 0:
-        raise InputError(f"prefetch: {options.prefetch} is negative. Set it to 0 to make microbatches on demand.")
+        raise InputError(
+            f"prefetch: {options.prefetch} is negative. Set it to 0 to make microbatches on demand."
+        )
     check_group_size(options.estimator, options.group_size)
     node: BaseNode[Any] = Sample(
         reader,
@@ -112,40 +114,3 @@ def build_graph(
         max_seq_len=options.max_seq_len,
     )
     return prefetched(node, options.prefetch) if options.prefetch else node
-
-
-def prefetched(source: BaseNode[Any], num_items: int) -> BaseNode[Any]:
-    """``source`` run up to ``num_items`` ahead on a thread; what it raises arrives in ``next`` as it was raised.
-
-    The Prefetcher alone would raise it with the thread's stack in its message, which a user's typo does not deserve.
-    """
-    return _RaiseErrors(Prefetcher(_CatchErrors(source), num_items, snapshot_frequency=1))
-
-
-class _CatchErrors(Stateless[Any]):
-    """Gives an exception of ``source`` as the last item."""
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self._failed = False
-
-    def next(self) -> Any:
-        if self._failed:
-            raise StopIteration
-        try:
-            return next(self.source)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self._failed = True
-            return error
-
-
-class _RaiseErrors(Stateless[Any]):
-    """Raises the item that is an exception, on the thread that asks for it."""
-
-    def next(self) -> Any:
-        item = next(self.source)
-        if isinstance(item, Exception):
-            raise item
-        return item

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.stateless import Stateless
+from gspo.data.node import Stateless
 from gspo.types import Rollout
 
 

@@ -83,7 +83,9 @@ class Sample(BaseNode[Rollout]):
         started = time.perf_counter()
         numbers = self._num_rollouts * self.prompts_per_rollout + np.arange(len(prompts))
         seeds = [prompt_seed(self.seed, int(n) * self.world_size + self.rank) for n in numbers]
-        answers = self.sampler.sample(prompts, group_size=self.group_size, params=self.params, seeds=seeds)
+        answers = self.sampler.sample(
+            prompts, group_size=self.group_size, params=self.params, seeds=seeds
+        )
         seconds = time.perf_counter() - started
         self._check_answers(prompts, answers)
         first_id = (self.rank << _RANK_SHIFT) + self._num_rollouts * self.prompts_per_rollout
@@ -107,8 +109,13 @@ class Sample(BaseNode[Rollout]):
     def _check_prompt(self, prompt: Prompt) -> None:
         num_tokens = len(prompt.tokens)
         if num_tokens == 0:
-            raise InputError(f"prompt {prompt.id} has no tokens. A completion's first token needs one before it.")
-        if self.max_tokens is not None and num_tokens + self.params.max_new_tokens > self.max_tokens:
+            raise InputError(
+                f"prompt {prompt.id} has no tokens. A completion's first token needs one before it."
+            )
+        if (
+            self.max_tokens is not None
+            and num_tokens + self.params.max_new_tokens > self.max_tokens
+        ):
             raise InputError(
                 f"prompt {prompt.id} has {num_tokens} tokens, which with max_new_tokens {self.params.max_new_tokens} "
                 f"is more than the {self.max_tokens} that one bin takes. Raise tokens_per_microbatch (and bin_length), "
@@ -145,7 +152,9 @@ def length_stats(groups: list[Group]) -> dict[str, tuple[float, float]]:
     }
 
 
-def check_completion(completion: Completion, prompt_id: str, *, tokenizer: str | None = None) -> None:
+def check_completion(
+    completion: Completion, prompt_id: str, *, tokenizer: str | None = None
+) -> None:
     """Refuse a completion whose log-probabilities the trainer would not reproduce. Readers of records use it too.
 
     The trainer computes log-probabilities of the whole softmax at the record's temperature.
@@ -162,7 +171,12 @@ def check_completion(completion: Completion, prompt_id: str, *, tokenizer: str |
     if completion.logps_of not in ("processed", "raw"):
         _refuse(prompt_id, "logps_of", completion.logps_of, "'processed' or 'raw'")
     if completion.logps_of == "raw" and completion.temperature != 1.0:
-        _refuse(prompt_id, "logps_of", "raw", f"'processed' at temperature {completion.temperature} (or temperature 1)")
+        _refuse(
+            prompt_id,
+            "logps_of",
+            "raw",
+            f"'processed' at temperature {completion.temperature} (or temperature 1)",
+        )
     if tokenizer is not None and completion.tokenizer != tokenizer:
         _refuse(prompt_id, "tokenizer", completion.tokenizer, f"{tokenizer!r}, the trainer's")
     if len(completion.logps) != len(completion.tokens):
@@ -181,7 +195,9 @@ def check_params(params: SamplingParams) -> None:
         InputError: naming the key in ``sampling``, the value found and the value needed.
     """
     if type(params.max_new_tokens) is not int or params.max_new_tokens < 1:
-        raise InputError(f"sampling.max_new_tokens: {params.max_new_tokens!r} must be a whole number of 1 or more")
+        raise InputError(
+            f"sampling.max_new_tokens: {params.max_new_tokens!r} must be a whole number of 1 or more"
+        )
     if isinstance(params.temperature, bool) or not isinstance(params.temperature, int | float):
         raise InputError(f"sampling.temperature: {params.temperature!r} must be a number above 0")
     check_sampling(params, "sampling.")
@@ -200,9 +216,13 @@ def check_sampling(sampled: SamplingParams | Completion, where: str) -> None:
             f"{where}temperature is {sampled.temperature}, needed: above 0 (1.0 samples the model as it is)."
         )
     if sampled.top_p != 1.0:
-        raise InputError(f"{where}top_p is {sampled.top_p}, needed: 1.0, as the trainer computes the whole softmax.")
+        raise InputError(
+            f"{where}top_p is {sampled.top_p}, needed: 1.0, as the trainer computes the whole softmax."
+        )
     if sampled.top_k != 0:
-        raise InputError(f"{where}top_k is {sampled.top_k}, needed: 0, as the trainer computes the whole softmax.")
+        raise InputError(
+            f"{where}top_k is {sampled.top_k}, needed: 0, as the trainer computes the whole softmax."
+        )
 
 
 def _refuse(prompt_id: str, name: str, found: Any, needed: str) -> None:

@@ -6,7 +6,7 @@ import time
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.stateless import Stateless
+from gspo.data.node import Stateless
 from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.rewards.worker import Item
 from gspo.types import Completion, Group, Rollout
@@ -35,19 +35,26 @@ class Score(Stateless[Rollout]):
         start = time.perf_counter()
         completions = [completion for group in rollout.groups for completion in group.completions]
         result = self._pool.score(reward_items(rollout.groups))
-        for completion, rewards, total in zip(completions, result.rewards, result.totals, strict=True):
+        for completion, rewards, total in zip(
+            completions, result.rewards, result.totals, strict=True
+        ):
             completion.rewards, completion.reward = rewards, total
         self._add_stats(rollout, completions, result)
         rollout.stats["time/score"] = (time.perf_counter() - start, 1)
         return rollout
 
-    def _add_stats(self, rollout: Rollout, completions: list[Completion], result: RewardResult) -> None:
+    def _add_stats(
+        self, rollout: Rollout, completions: list[Completion], result: RewardResult
+    ) -> None:
         stats, num = rollout.stats, len(completions)
         full = self._pool.full_reward - FULL_REWARD_TOLERANCE
         stats["reward/mean"] = (sum(result.totals), num)
         stats["_reward_sq"] = (sum(total * total for total in result.totals), num)
         for reward in self._pool.rewards:
-            stats[f"reward/{reward.name}"] = (sum(values[reward.name] for values in result.rewards), num)
+            stats[f"reward/{reward.name}"] = (
+                sum(values[reward.name] for values in result.rewards),
+                num,
+            )
         solved = sum(any(c.reward >= full for c in group.completions) for group in rollout.groups)
         stats["solved"] = (solved, len(rollout.groups))
         stats["reward_failures"] = (sum(result.failures.values()), 1)
@@ -60,7 +67,11 @@ def reward_items(groups: list[Group]) -> list[Item]:
             group.prompt.text,
             completion.text,
             group.prompt.answer,
-            {**group.prompt.metadata, "num_tokens": len(completion.tokens), "finish_reason": completion.finish_reason},
+            {
+                **group.prompt.metadata,
+                "num_tokens": len(completion.tokens),
+                "finish_reason": completion.finish_reason,
+            },
         )
         for group in groups
         for completion in group.completions

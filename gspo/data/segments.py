@@ -13,7 +13,7 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.stateless import Stateless
+from gspo.data.node import Stateless
 from gspo.errors import InputError
 from gspo.types import Completion, Rollout
 
@@ -33,7 +33,9 @@ class AtDelimiter:
 
     def __init__(self, tokenizer: Any, *, delimiter: str = "\n\n") -> None:
         if not isinstance(delimiter, str) or not delimiter:
-            raise InputError(f"segments.delimiter: {delimiter!r} is no text to cut at. Give one, e.g. '\\n\\n'.")
+            raise InputError(
+                f"segments.delimiter: {delimiter!r} is no text to cut at. Give one, e.g. '\\n\\n'."
+            )
         if "\\n" in delimiter:
             raise InputError(
                 f"segments.delimiter: {delimiter!r} has a backslash and an n where a newline is meant. Write it as "
@@ -51,7 +53,9 @@ class AtDelimiter:
             if ended and piece.strip():
                 segment, text, ended = segment + 1, "", False
             segments.append(segment)
-            text = (text + piece)[-len(self._delimiter) - len(piece) :]  # all that can hold a delimiter not yet seen
+            text = (text + piece)[
+                -len(self._delimiter) - len(piece) :
+            ]  # all that can hold a delimiter not yet seen
             ended = ended or self._delimiter in text
         return segments
 
@@ -90,7 +94,11 @@ class Segment(Stateless[Rollout]):
 
 
 def _check(completion: Completion, prompt_id: str) -> None:
-    tokens, segments, advantages = completion.tokens, completion.segments, completion.segment_advantages
+    tokens, segments, advantages = (
+        completion.tokens,
+        completion.segments,
+        completion.segment_advantages,
+    )
     lowest, number = min(segments, default=0), max(segments, default=0) + 1
     remedy = f"Correct the splitter, for a completion of prompt {prompt_id}."
     if len(segments) != len(tokens):

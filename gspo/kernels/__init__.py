@@ -18,11 +18,20 @@ from gspo.errors import InputError
 from gspo.kernels import head, reference, rows
 from gspo.types import MetricSums
 
-__all__ = ["KERNELS", "choose_kernel", "linear_logps", "linear_loss", "logits_logps", "rows_per_chunk"]
+__all__ = [
+    "KERNELS",
+    "choose_kernel",
+    "linear_logps",
+    "linear_loss",
+    "logits_logps",
+    "rows_per_chunk",
+]
 
 KERNELS = ("auto", "triton", "compile", "reference")
 _SMALL_VOCABULARY = 4096  # below, a chunk of plain torch takes no time that is worth a compilation
-_CPU_BUFFER = 96 * 2**20  # bytes of a chunk's logits: products of fewer rows are slower, of 300 by a tenth
+_CPU_BUFFER = (
+    96 * 2**20
+)  # bytes of a chunk's logits: products of fewer rows are slower, of 300 by a tenth
 _GPU_ROWS = 4096  # enough to fill a product with any vocabulary
 
 logger = logging.getLogger(__name__)
@@ -38,10 +47,14 @@ def choose_kernel(kernel: str, device_type: str, vocab_size: int) -> str:
     if kernel not in KERNELS:
         raise InputError(f"kernel is {kernel!r}: it must be one of {', '.join(KERNELS)}.")
     if kernel == "triton" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InputError(f"kernel is 'triton', which needs a CUDA device, not {device_type}: set it to 'auto'.")
+        raise InputError(
+            f"kernel is 'triton', which needs a CUDA device, not {device_type}: set it to 'auto'."
+        )
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if kernel == "compile" and device_type == "cpu" and not compiler:
-        raise InputError("kernel is 'compile', which needs a C++ compiler: install g++, or set it to 'auto'.")
+        raise InputError(
+            "kernel is 'compile', which needs a C++ compiler: install g++, or set it to 'auto'."
+        )
     if kernel != "auto":
         return kernel
     if device_type == "cuda":
@@ -98,7 +111,13 @@ def linear_logps(
             hidden, weight, labels, temperature, chunk_size=chunk_size, entropy_grad=entropy_grad
         )
     return head.linear_logps(
-        hidden, weight, labels, temperature, kernels=kernels, chunk_size=chunk_size, entropy_grad=entropy_grad
+        hidden,
+        weight,
+        labels,
+        temperature,
+        kernels=kernels,
+        chunk_size=chunk_size,
+        entropy_grad=entropy_grad,
     )
 
 
@@ -138,7 +157,9 @@ def linear_loss(
         ValueError: ``label_counts`` are not those of the rows, or the inputs are not of as many rows.
     """
     if sum(label_counts) != labels.numel() or min(label_counts, default=0) < 0:
-        raise ValueError(f"label_counts add up to {sum(label_counts)}, but there are {labels.numel()} labels")
+        raise ValueError(
+            f"label_counts add up to {sum(label_counts)}, but there are {labels.numel()} labels"
+        )
     _check_rows(hidden, labels, temperature)
     chunk_size, kernels = _settle(weight, chunk_size, kernel)
     if kernels is None:
@@ -178,7 +199,9 @@ def logits_logps(
     _, kernels = _settle(logits, 1, kernel, vocab_size=logits.shape[-1])
     if kernels is None:
         return reference.logits_logps(logits, labels, temperature, entropy_grad=entropy_grad)
-    return head.logits_logps(logits, labels, temperature, kernels=kernels, entropy_grad=entropy_grad)
+    return head.logits_logps(
+        logits, labels, temperature, kernels=kernels, entropy_grad=entropy_grad
+    )
 
 
 def _check_rows(rows_of: Tensor, labels: Tensor, temperature: Tensor) -> None:
@@ -194,7 +217,9 @@ def _settle(
 ) -> tuple[int, rows.RowKernels | None]:
     """Rows of a chunk, and the backend's operations, None for the reference."""
     if hasattr(weight, "full_tensor"):  # a DTensor
-        raise TypeError("the loss head needs the whole weight: call it inside the forward of the FSDP root")
+        raise TypeError(
+            "the loss head needs the whole weight: call it inside the forward of the FSDP root"
+        )
     device_type, vocab_size = weight.device.type, vocab_size or weight.shape[0]
     chosen = choose_kernel(kernel, device_type, vocab_size)
     chunk_size = chunk_size or rows_per_chunk(vocab_size, device_type)

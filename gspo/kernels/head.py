@@ -80,13 +80,20 @@ def linear_loss(
             part, found = seam(logps, entropy, first, last)
         metrics.append(found)
         loss += part.detach()
-        if not part.requires_grad:  # none is asked for, or the objective has none for these documents
+        if (
+            not part.requires_grad
+        ):  # none is asked for, or the objective has none for these documents
             continue
         d_logps, d_entropy = _coefficients(part, logps, entropy)
         with torch.no_grad():
             for i, (a, b) in reversed(list(enumerate(spans))):
                 at = slice(a - start, b - start)
-                rest = (log_z[at], entropy[at], d_logps[at], None if d_entropy is None else d_entropy[at])
+                rest = (
+                    log_z[at],
+                    entropy[at],
+                    d_logps[at],
+                    None if d_entropy is None else d_entropy[at],
+                )
                 head.add_gradient(a, *rest, filled=i == len(spans) - 1)
     if not metrics:  # no rows, but the names of the metrics must be those of the other ranks
         none = loss.new_zeros(0)
@@ -99,7 +106,9 @@ def linear_loss(
 def _chunks(label_counts: list[int], chunk_size: int) -> list[tuple[int, int, int, int]]:
     """As few chunks as can be, and the longest of them as short as it can then be: products of few rows are slow."""
     fewest = len(_filled(label_counts, chunk_size))
-    smallest = bisect_left(range(chunk_size), True, key=lambda size: len(_filled(label_counts, size)) == fewest)
+    smallest = bisect_left(
+        range(chunk_size), True, key=lambda size: len(_filled(label_counts, size)) == fewest
+    )
     return _filled(label_counts, smallest)
 
 
@@ -145,7 +154,12 @@ class _Head:
         self.beta = 0.0  # what is in d_weight before the first product is not read
         if hidden.device.type == "cpu":  # where no product of bf16 has a float32 output
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        self.hidden, self.weight, self.labels, self.temperature = hidden, weight, labels, temperature
+        self.hidden, self.weight, self.labels, self.temperature = (
+            hidden,
+            weight,
+            labels,
+            temperature,
+        )
         self.kernels = kernels
         num_rows, vocab_size = min(chunk_size, hidden.shape[0]), weight.shape[0]
         self.buffer = hidden.new_empty(num_rows, vocab_size + _APART, dtype=dtype)[:, :vocab_size]
@@ -157,7 +171,9 @@ class _Head:
 
     def statistics(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.fill(start, stop)
-        return self.kernels.statistics(logits, self.labels[start:stop], self.temperature[start:stop])
+        return self.kernels.statistics(
+            logits, self.labels[start:stop], self.temperature[start:stop]
+        )
 
     def add_gradient(
         self,
@@ -212,7 +228,9 @@ def _to_front(logits: Tensor, active: Tensor) -> Tensor:
     if num_rows == active.numel() or not num_rows:
         return rows
     holes = (~active[:num_rows]).nonzero().squeeze(-1)
-    late = rows[num_rows - holes.numel() :]  # as many active rows lie behind the first M as there are holes in these
+    late = rows[
+        num_rows - holes.numel() :
+    ]  # as many active rows lie behind the first M as there are holes in these
     part = max(_MOVED_AT_A_TIME, num_rows // 16)
     for to, source in zip(holes.split(part), late.split(part), strict=True):
         logits.index_copy_(0, to, logits.index_select(0, source))
@@ -226,7 +244,12 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss: Tensor,
+        d_hidden: Tensor | None,
+        d_weight: Tensor | None,
     ) -> Tensor:
         ctx.gradients = (d_hidden, d_weight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -238,7 +261,8 @@ class _Attach(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss head's gradients are used up: call backward once")
         found = [
-            None if x is None else x.mul_(d_loss).to(dtype) for x, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if x is None else x.mul_(d_loss).to(dtype)
+            for x, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
         return *found, None, None, None
@@ -283,15 +307,29 @@ class _LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, temperature, log_z, entropy = ctx.saved_tensors
-        active = ((d_logps != 0) | (d_entropy != 0)).nonzero().squeeze(-1)  # the others are not computed again
-        rows = (x[active] for x in (hidden, labels, temperature, log_z, entropy, d_logps, d_entropy))
+        active = (
+            ((d_logps != 0) | (d_entropy != 0)).nonzero().squeeze(-1)
+        )  # the others are not computed again
+        rows = (
+            x[active] for x in (hidden, labels, temperature, log_z, entropy, d_logps, d_entropy)
+        )
         hidden_rows, labels, temperature, log_z, entropy, d_logps, d_entropy = rows
         with_entropy = bool((d_entropy != 0).any())
-        head = _Head(hidden_rows, weight, labels, temperature, ctx.kernels, ctx.chunk_size, ctx.needs_input_grad[:2])
+        head = _Head(
+            hidden_rows,
+            weight,
+            labels,
+            temperature,
+            ctx.kernels,
+            ctx.chunk_size,
+            ctx.needs_input_grad[:2],
+        )
         for a in range(0, active.numel(), ctx.chunk_size):
             b = min(a + ctx.chunk_size, active.numel())
             head.fill(a, b)
-            head.add_gradient(a, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None)
+            head.add_gradient(
+                a, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None
+            )
         d_hidden, d_weight = head.gradients()
         if d_hidden is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, active, d_hidden.to(hidden.dtype))
@@ -301,7 +339,12 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def logits_logps(
-    logits: Tensor, labels: Tensor, temperature: Tensor, *, kernels: RowKernels, entropy_grad: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    *,
+    kernels: RowKernels,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of logits that are there; see :func:`gspo.kernels.logits_logps`."""
     logps, entropy = _LogitsLogps.apply(logits, labels, temperature, kernels)

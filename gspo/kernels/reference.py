@@ -33,7 +33,10 @@ def linear_logps(
     parts = [
         checkpoint(one_chunk, h, weight, y, t, use_reentrant=False, preserve_rng_state=False)
         for h, y, t in zip(
-            hidden.split(chunk_size), labels.split(chunk_size), temperature.split(chunk_size), strict=True
+            hidden.split(chunk_size),
+            labels.split(chunk_size),
+            temperature.split(chunk_size),
+            strict=True,
         )
     ]
     logps, entropy = zip(*parts, strict=True)

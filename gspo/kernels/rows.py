@@ -42,7 +42,9 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
-def statistics(logits: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    logits: Tensor, labels: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`RowKernels`."""
     logits = _at_least_float32(logits)
     inverse = temperature.reciprocal()
@@ -73,7 +75,11 @@ def gradient(
     """See :class:`RowKernels`; ``overwrite`` is :func:`_overwrite`, compiled or not."""
     inverse = temperature.reciprocal()
     scale = d_logps * inverse
-    rest = (inverse, log_z, scale) if d_entropy is None else (inverse, log_z, scale, entropy, d_entropy * inverse)
+    rest = (
+        (inverse, log_z, scale)
+        if d_entropy is None
+        else (inverse, log_z, scale, entropy, d_entropy * inverse)
+    )
     # By itself and before anything is rounded: near a probability of 1 it is a small difference.
     at_label = _entries(logits.gather(-1, labels[:, None]), *rest) + scale[:, None]
     overwrite(logits, *rest)
@@ -97,10 +103,14 @@ def _entries(
     # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products slow down at these.
     all_logps = (_at_least_float32(logits) * inverse[:, None] - log_z[:, None]).clamp(min=-60.0)
     p = all_logps.exp()
-    found = torch.where(scale[:, None] == 0, 0.0, -scale[:, None] * p)  # not a product: nan * 0 is nan
+    found = torch.where(
+        scale[:, None] == 0, 0.0, -scale[:, None] * p
+    )  # not a product: nan * 0 is nan
     if entropy is not None and entropy_scale is not None:
         surprise = all_logps + entropy[:, None]
-        found = found - torch.where(entropy_scale[:, None] == 0, 0.0, entropy_scale[:, None] * p * surprise)
+        found = found - torch.where(
+            entropy_scale[:, None] == 0, 0.0, entropy_scale[:, None] * p * surprise
+        )
     return found
 
 
@@ -129,4 +139,6 @@ def compiled() -> RowKernels:
     )
 
 
-PLAIN = RowKernels("plain", product, statistics, partial(gradient, overwrite=_overwrite), accumulate)
+PLAIN = RowKernels(
+    "plain", product, statistics, partial(gradient, overwrite=_overwrite), accumulate
+)

@@ -19,7 +19,9 @@ BLOCK = 4096  # columns that a program takes at a time
 NUM_WARPS = 8  # so 16 columns a thread, which are four loads of 16 bytes in flight in float32
 
 
-def statistics(logits: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    logits: Tensor, labels: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`gspo.kernels.rows.RowKernels`. Logits may be of 16 bits too; a label out of range gives nan."""
     logits = _with_whole_rows(logits)
     num_rows = logits.shape[0]
@@ -49,7 +51,9 @@ def gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """See :class:`gspo.kernels.rows.RowKernels`. A narrower ``dtype`` takes the first part of each row's memory."""
-    assert dtype.itemsize <= logits.dtype.itemsize, "the gradient does not fit in the logits' memory"
+    assert dtype.itemsize <= logits.dtype.itemsize, (
+        "the gradient does not fit in the logits' memory"
+    )
     torch.autograd.graph.increment_version(logits)  # so that autograd refuses a second backward
     logits = _with_whole_rows(logits)
     out = logits.view(dtype)[:, : logits.shape[1]]
@@ -78,7 +82,9 @@ def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
 
 def _sizes(logits: Tensor) -> dict[str, int]:
     vocab_size = logits.shape[1]
-    block = BLOCK if logits.stride(0) % 16 == 0 else BLOCK // 2  # entries loaded one by one take twice the registers
+    block = (
+        BLOCK if logits.stride(0) % 16 == 0 else BLOCK // 2
+    )  # entries loaded one by one take twice the registers
     block = min(block, max(8, triton.next_power_of_2(vocab_size)))
     return {"VOCAB_SIZE": vocab_size, "BLOCK": block, "num_warps": NUM_WARPS}
 
@@ -129,7 +135,9 @@ def _statistics_kernel(
     row_total = tl.sum(keep * total)
     log_total = tl.log(row_total)
     label = tl.load(labels + row)
-    label_logit = tl.load(logits + label, mask=(label >= 0) & (label < VOCAB_SIZE), other=float("nan")).to(tl.float32)
+    label_logit = tl.load(
+        logits + label, mask=(label >= 0) & (label < VOCAB_SIZE), other=float("nan")
+    ).to(tl.float32)
     tl.store(logps + row, (label_logit - row_largest) * inverse - log_total)
     tl.store(log_z + row, row_largest * inverse + log_total)
     tl.store(entropy + row, log_total - row_weighted / row_total)
@@ -162,7 +170,9 @@ def _gradient_kernel(
         row_entropy = tl.load(entropy + row)
         entropy_scale = tl.load(d_entropy + row) * inverse
         active = active | (entropy_scale != 0)
-    num_read = tl.where(active, VOCAB_SIZE, 0)  # a row without a coefficient is zeroed, whatever it holds
+    num_read = tl.where(
+        active, VOCAB_SIZE, 0
+    )  # a row without a coefficient is zeroed, whatever it holds
     for start in range(0, VOCAB_SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(logits + at, mask=at < num_read, other=float("-inf")).to(tl.float32)

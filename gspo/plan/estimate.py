@@ -16,13 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 from torchtune.modules import TransformerDecoder
 
-from gspo.config import keeps_sampled_weights, refusals, require
-from gspo.data.packing import Document, check_bin_length, pack_documents
+from gspo.config.checks import keeps_sampled_weights, refusals, require
+from gspo.data.layout import Document, pack_documents
+from gspo.data.pack import check_bin_length
 from gspo.errors import InputError
 from gspo.kernels import choose_kernel, rows_per_chunk
-from gspo.plan import ledger
-from gspo.plan.ledger import Transfer
-from gspo.plan.rehearsal import Options, Rehearsal, num_data_ranks, rehearse
+from gspo.plan import memory_tracker as ledger
+from gspo.plan.dry_run import Options, Rehearsal, num_data_ranks, rehearse
+from gspo.plan.memory_tracker import Transfer
 from gspo.types import PackedBatch
 
 GIB = 2**30
@@ -53,8 +54,15 @@ class Machine:
     ranks_per_node: int
 
 
-DEFAULT_RATES: dict[str, dict[str, float]] = {  # assumed to be reached: about half of an H100's, or of two CPU cores'
-    "cuda": {"tflops": 400.0, "link_gbps": 2400.0, "node_link_gbps": 320.0, "memory_gbytes": 2000.0},
+DEFAULT_RATES: dict[
+    str, dict[str, float]
+] = {  # assumed to be reached: about half of an H100's, or of two CPU cores'
+    "cuda": {
+        "tflops": 400.0,
+        "link_gbps": 2400.0,
+        "node_link_gbps": 320.0,
+        "memory_gbytes": 2000.0,
+    },
     "cpu": {"tflops": 0.1, "link_gbps": 40.0, "node_link_gbps": 8.0, "memory_gbytes": 10.0},
 }
 
@@ -68,7 +76,9 @@ class Planner:
         mean_document_tokens: prompt and completion; None guesses.
     """
 
-    def __init__(self, cfg: DictConfig, machine: Machine, mean_document_tokens: int | None = None) -> None:
+    def __init__(
+        self, cfg: DictConfig, machine: Machine, mean_document_tokens: int | None = None
+    ) -> None:
         self._cfg, self._machine, self._mean = cfg, machine, mean_document_tokens
         self._rehearsals: dict[str, Rehearsal] = {}
 
@@ -135,7 +145,11 @@ class Planner:
             replicate_size=cfg.data_parallel_replicate_size,
             context_size=cfg.context_parallel_size,
         )
-        plain = {k: v for k, v in ((f, getattr(options, f)) for f in Options.__slots__) if not callable(v)}
+        plain = {
+            k: v
+            for k, v in ((f, getattr(options, f)) for f in Options.__slots__)
+            if not callable(v)
+        }
         plain["microbatch"] = layout.describe()
         key = repr((plain, OmegaConf.to_yaml(cfg.model), OmegaConf.to_yaml(cfg.optimizer)))
         if key not in self._rehearsals:
@@ -170,7 +184,9 @@ class Planner:
             return None
         sums = {moment: sum(parts.values()) for moment, parts in memory["moments"].items()}
         too_much = {m: sum(p.values()) for m, p in before["moments"].items()}
-        too_much = {m: size for m, size in too_much.items() if size + before["reserve"] > before["limit"]}
+        too_much = {
+            m: size for m, size in too_much.items() if size + before["reserve"] > before["limit"]
+        }
         return {
             "change": name,
             "changes": changes,
@@ -194,13 +210,23 @@ class Planner:
         if cfg.data_parallel_replicate_size > 1:
             found.append({"data_parallel_replicate_size": 1})
         if "8bit" not in cfg.optimizer._component_:
-            found.append({"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": float(cfg.optimizer.lr)}})
+            found.append(
+                {
+                    "optimizer": {
+                        "_component_": "torchao.optim.AdamW8bit",
+                        "lr": float(cfg.optimizer.lr),
+                    }
+                }
+            )
         if (cfg.head_chunk_size or rows_per_chunk(1, cfg.device)) > 1024:
             found.append({"head_chunk_size": 1024})
         found.append({"context_parallel_size": 2 * cfg.context_parallel_size})
         tokens, length = cfg.packing.tokens_per_microbatch, cfg.packing.get("bin_length")
         halves = {"packing.tokens_per_microbatch": tokens // 2}
-        found.append(halves | ({} if length is None or length < tokens else {"packing.bin_length": length // 2}))
+        found.append(
+            halves
+            | ({} if length is None or length < tokens else {"packing.bin_length": length // 2})
+        )
         if cfg.sampler._component_ == LOCAL_SAMPLER:
             rows = _rows_at_once(cfg, Layout.of(cfg, world_size, self._mean))
             found.append({"sampler.max_batch_size": max(rows // 2, 1)})
@@ -212,8 +238,13 @@ class Planner:
 
 def _named(changes: dict[str, Any]) -> str:
     """As on a command line."""
-    plain = {key: value["_component_"] if isinstance(value, dict) else value for key, value in changes.items()}
-    return " ".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in plain.items())
+    plain = {
+        key: value["_component_"] if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return " ".join(
+        f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in plain.items()
+    )
 
 
 def _component(cfg: DictConfig, key: str, *args: Any) -> Any:
@@ -260,7 +291,9 @@ class Layout:
             InputError: see :meth:`Planner.plan`.
         """
         context_size, replicate_size = cfg.context_parallel_size, cfg.data_parallel_replicate_size
-        data_ranks = num_data_ranks(world_size, replicate_size=replicate_size, context_size=context_size)
+        data_ranks = num_data_ranks(
+            world_size, replicate_size=replicate_size, context_size=context_size
+        )
         require(
             cfg.prompts_per_rollout % data_ranks == 0, "prompts_per_rollout", cfg.prompts_per_rollout,
             f"must be a multiple of the {data_ranks} data-parallel ranks that share the prompts", "change one of them",
@@ -305,26 +338,49 @@ class Layout:
 
     def describe(self) -> dict[str, Any]:
         """In plain values."""
-        plain = {name: getattr(self, name) for name in self.__slots__ if name not in ("microbatch", "dtype")}
-        shape = {"bins": self.microbatch.num_bins, "bin_length": self.microbatch.bin_length, "places": self.places}
+        plain = {
+            name: getattr(self, name)
+            for name in self.__slots__
+            if name not in ("microbatch", "dtype")
+        }
+        shape = {
+            "bins": self.microbatch.num_bins,
+            "bin_length": self.microbatch.bin_length,
+            "places": self.places,
+        }
         return plain | shape | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def _document_tokens(cfg: DictConfig, mean: int | None) -> tuple[int, int]:
     """Expected tokens of a prompt and of its completion."""
     longest_prompt = cfg.prompts.get("max_prompt_tokens")
-    prompt = max((longest_prompt // 4) if longest_prompt else min(PROMPT_GUESS, cfg.sampling.max_new_tokens), 2)
+    prompt = max(
+        (longest_prompt // 4) if longest_prompt else min(PROMPT_GUESS, cfg.sampling.max_new_tokens),
+        2,
+    )
     completion = max(cfg.sampling.max_new_tokens // 2, 1)
     if mean is None:
         return prompt, completion
-    require(mean >= 3, "--mean-document-tokens", mean, "must be at least 3", "give a prompt's and completion's tokens")
+    require(
+        mean >= 3,
+        "--mean-document-tokens",
+        mean,
+        "must be at least 3",
+        "give a prompt's and completion's tokens",
+    )
     prompt = min(max(round(mean * prompt / (prompt + completion)), 2), mean - 1)
     return prompt, mean - prompt
 
 
-def _microbatch(cfg: DictConfig, prompt: int, completion: int, rollout_documents: int) -> PackedBatch:
+def _microbatch(
+    cfg: DictConfig, prompt: int, completion: int, rollout_documents: int
+) -> PackedBatch:
     """As many documents of the expected length as one holds, or a rollout has."""
-    places, limit, length = prompt + completion - 1, cfg.packing.tokens_per_microbatch, cfg.packing.get("bin_length")
+    places, limit, length = (
+        prompt + completion - 1,
+        cfg.packing.tokens_per_microbatch,
+        cfg.packing.get("bin_length"),
+    )
     bin_length = length or -(-places // 8) * 8
     require(
         places <= bin_length <= limit, "packing.bin_length" if length else "packing.tokens_per_microbatch",
@@ -333,11 +389,15 @@ def _microbatch(cfg: DictConfig, prompt: int, completion: int, rollout_documents
     )  # fmt: skip
     count = min(bin_length // places * (limit // bin_length), rollout_documents)
     one = [0] * (prompt + completion)
-    documents = [Document(one, prompt, [0.0] * completion, 1.0, 0.0, 1.0, 0, str(i), i) for i in range(count)]
+    documents = [
+        Document(one, prompt, [0.0] * completion, 1.0, 0.0, 1.0, 0, str(i), i) for i in range(count)
+    ]
     return pack_documents(documents, length)
 
 
-def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+def _memory(
+    cfg: DictConfig, layout: Layout, done: Rehearsal
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Bytes by moment and part, and of what is held all the time."""
     beside: dict[str, int] = {}
     if cfg.reference_checkpointer is not None:
@@ -348,7 +408,9 @@ def _memory(cfg: DictConfig, layout: Layout, done: Rehearsal) -> tuple[dict[str,
     if cfg.sampler._component_ == LOCAL_SAMPLER:
         beside[SAMPLER_COPY] = _sampler_copy(layout, done)
         sampling = _sampling(cfg, layout)
-    resting = {label: done.always[label] for label in (ledger.WEIGHTS, ledger.OPTIMIZER, ledger.BUFFERS)}
+    resting = {
+        label: done.always[label] for label in (ledger.WEIGHTS, ledger.OPTIMIZER, ledger.BUFFERS)
+    }
     training = sampling if cfg.prefetch else {}  # then it goes on in a thread, at any moment
     moments = {name: dict(parts) | beside | training for name, parts in done.peaks.items()}
     if sampling:
@@ -387,7 +449,9 @@ def _rows_at_once(cfg: DictConfig, layout: Layout) -> int:
 def _work(cfg: DictConfig, layout: Layout, done: Rehearsal) -> dict[str, Any]:
     """Operations of an optimizer step on one rank: a product of n numbers with n others is 2 n."""
     pairs = _attended_pairs(layout)
-    attention = 4.0 * pairs * layout.num_layers * layout.num_heads * layout.head_dim / layout.context_size
+    attention = (
+        4.0 * pairs * layout.num_layers * layout.num_heads * layout.head_dim / layout.context_size
+    )
     passes = 1 + ATTENTION_BACKWARD + bool(cfg.enable_activation_checkpointing)
     parts = {
         "decoder forward": done.operations.get(ledger.FORWARD, 0.0),
@@ -401,7 +465,8 @@ def _work(cfg: DictConfig, layout: Layout, done: Rehearsal) -> dict[str, Any]:
         "microbatches": layout.num_microbatches,
         "operations": step,
         "total": sum(step.values()),
-        "head_units": parts["loss head"] / (2.0 * done.num_labels * layout.hidden_size * layout.vocab_size),
+        "head_units": parts["loss head"]
+        / (2.0 * done.num_labels * layout.hidden_size * layout.vocab_size),
     }
 
 
@@ -413,7 +478,9 @@ def _attended_pairs(layout: Layout) -> float:
     return layout.documents_per_microbatch * places**2 / 2
 
 
-def _transfers(cfg: DictConfig, layout: Layout, done: Rehearsal, machine: Machine) -> list[dict[str, Any]]:
+def _transfers(
+    cfg: DictConfig, layout: Layout, done: Rehearsal, machine: Machine
+) -> list[dict[str, Any]]:
     """Collectives of an optimizer step: bytes that a rank receives, and how long they take by themselves."""
     found = done.transfers
     usual = found.get("a microbatch", found["the last microbatch"])
@@ -426,26 +493,40 @@ def _transfers(cfg: DictConfig, layout: Layout, done: Rehearsal, machine: Machin
         rows.append(_transfer(transfer, layout.num_microbatches - 1, None, 0, layout, machine))
     rows += [_transfer(t, 1, None, 0, layout, machine) for t in found["an update"]]
     if cfg.sampler._component_ == LOCAL_SAMPLER:
-        rows += [_transfer(t, 1 / cfg.sync_every_steps, None, 0, layout, machine) for t in found["a sync"]]
+        rows += [
+            _transfer(t, 1 / cfg.sync_every_steps, None, 0, layout, machine)
+            for t in found["a sync"]
+        ]
     return rows
 
 
 def _transfer(
-    one: Transfer, times: float, other: Transfer | None, other_times: int, layout: Layout, machine: Machine
+    one: Transfer,
+    times: float,
+    other: Transfer | None,
+    other_times: int,
+    layout: Layout,
+    machine: Machine,
 ) -> dict[str, Any]:
     calls = one.calls * times + (other.calls * other_times if other else 0)
     num_bytes = one.num_bytes * times + (other.num_bytes * other_times if other else 0)
     if one.kind == "all-reduce":
         num_bytes *= 2  # a reduce-scatter and an all-gather
     size, here = one.group_size, machine.ranks_per_node
-    if one.kind == "all-reduce" and one.purpose == ledger.REDUCING:  # replicas: as far apart as a set of shards
+    if (
+        one.kind == "all-reduce" and one.purpose == ledger.REDUCING
+    ):  # replicas: as far apart as a set of shards
         members = min(max(here * layout.replicate_size // layout.world_size, 1), size)
     else:
         members = min(here, size)
     nodes = -(-size // members)
     received = num_bytes * (size - 1) / size
-    over_nodes = num_bytes * (nodes - 1) / nodes / members  # of a rank, where the ranks of a node share what comes in
-    seconds = max(received * 8 / (machine.link_gbps * 1e9), over_nodes * 8 / (machine.node_link_gbps * 1e9))
+    over_nodes = (
+        num_bytes * (nodes - 1) / nodes / members
+    )  # of a rank, where the ranks of a node share what comes in
+    seconds = max(
+        received * 8 / (machine.link_gbps * 1e9), over_nodes * 8 / (machine.node_link_gbps * 1e9)
+    )
     return {
         "purpose": _PURPOSES.get(one.purpose, "counts and norms"),
         "kind": one.kind,
@@ -467,7 +548,12 @@ _PURPOSES = {
 
 
 def _time(
-    cfg: DictConfig, layout: Layout, done: Rehearsal, work: dict, transfers: list[dict], machine: Machine
+    cfg: DictConfig,
+    layout: Layout,
+    done: Rehearsal,
+    work: dict,
+    transfers: list[dict],
+    machine: Machine,
 ) -> dict[str, Any]:
     """Expected seconds of an optimizer step. FSDP2 sends while layers compute; the rest waits."""
     seconds = {purpose: 0.0 for purpose in (*_PURPOSES.values(), "counts and norms")}
@@ -494,7 +580,9 @@ def _sampling_seconds(cfg: DictConfig, layout: Layout, machine: Machine) -> floa
     num_rows = _rows_at_once(cfg, layout)
     batches = -(-layout.rollout_documents // num_rows)
     columns = layout.prompt_tokens + cfg.sampling.max_new_tokens / 2
-    of_a_token = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+    of_a_token = (
+        2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+    )
     read = layout.weight_bytes + num_rows * columns * of_a_token
     rollout = batches * cfg.sampling.max_new_tokens * read / (machine.memory_gbytes * 1e9)
     documents = cfg.prompts_per_rollout * cfg.group_size
@@ -517,11 +605,15 @@ def _assumptions(cfg: DictConfig, layout: Layout) -> list[str]:
             "keeps no scores and no dense mask; the head widens no weights"
         )
     else:
-        found.append("dense masks where a bin holds several documents; all work and all ranks have the rates stated")
+        found.append(
+            "dense masks where a bin holds several documents; all work and all ranks have the rates stated"
+        )
     if cfg.compile:
         found.append("compile: true is planned as if it were false; compiled layers keep less")
     if cfg.fsdp_cpu_offload and layout.on_gpu:
-        found.append("fsdp_cpu_offload: weights, gradients and optimizer state are on the host; copies take no time")
+        found.append(
+            "fsdp_cpu_offload: weights, gradients and optimizer state are on the host; copies take no time"
+        )
     if cfg.sampler._component_ == LOCAL_SAMPLER:
         found.append(
             "sampling: the longest prompts with the longest completions fill the cache; time at least that of reading "

@@ -32,7 +32,9 @@ def overlong_penalty(
         ValueError: the buffer is not within 1 and ``max_tokens``.
     """
     if not 0 < buffer_tokens <= max_tokens:
-        raise ValueError(f"buffer_tokens: {buffer_tokens} must be from 1 to max_tokens: {max_tokens}")
+        raise ValueError(
+            f"buffer_tokens: {buffer_tokens} must be from 1 to max_tokens: {max_tokens}"
+        )
     over = metadata["num_tokens"] - (max_tokens - buffer_tokens)
     return -min(max(over / buffer_tokens, 0.0), 1.0)
 

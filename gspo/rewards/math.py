@@ -45,12 +45,18 @@ def math_verify(
         raise ValueError("math_verify needs an answer; set the reader's answer_column")
     reference = answer if answer_marker is None else extract_answer(answer, marker=answer_marker)
     if reference is None:
-        raise ValueError(f"math_verify finds no answer_marker {answer_marker!r} in the reference {answer[-80:]!r}")
+        raise ValueError(
+            f"math_verify finds no answer_marker {answer_marker!r} in the reference {answer[-80:]!r}"
+        )
     gold = _parse_gold(reference)
     if not gold:
-        raise ValueError(f"math_verify finds no expression in the reference answer {reference[:80]!r}")
+        raise ValueError(
+            f"math_verify finds no expression in the reference answer {reference[:80]!r}"
+        )
     given = parse(completion, parsing_timeout=None)
-    return float(verify(gold, given, float_rounding=float_rounding, strict=strict, timeout_seconds=None))
+    return float(
+        verify(gold, given, float_rounding=float_rounding, strict=strict, timeout_seconds=None)
+    )
 
 
 @functools.lru_cache(maxsize=1024)  # the completions of a group share their reference

@@ -65,7 +65,9 @@ class _Worker:
     process: subprocess.Popen[bytes]
     channel: socket.socket
     reader: LineReader
-    deadline: float  # time.monotonic() by which it must have sent a message, while it starts or has calls
+    deadline: (
+        float  # time.monotonic() by which it must have sent a message, while it starts or has calls
+    )
     ready: bool = False
     calls: list[Call] = field(default_factory=list)  # given and not yet answered
 
@@ -97,13 +99,17 @@ class RewardPool:
         on_failure: str = "zero",
     ) -> None:
         if type(num_workers) is not int or num_workers < 1:
-            raise InputError(f"reward_pool.num_workers: {num_workers!r} must be a whole number of 1 or more")
+            raise InputError(
+                f"reward_pool.num_workers: {num_workers!r} must be a whole number of 1 or more"
+            )
         if not (math.isfinite(timeout) and timeout > 0):
             raise InputError(f"reward_pool.timeout: {timeout} must be a number of seconds above 0")
         if on_failure not in ("zero", "error"):
             raise InputError(f"reward_pool.on_failure: {on_failure!r} must be 'zero' or 'error'")
         if not rewards:
-            raise InputError("rewards: there is none; name at least one, e.g. {correct: {function: my_file.reward}}")
+            raise InputError(
+                "rewards: there is none; name at least one, e.g. {correct: {function: my_file.reward}}"
+            )
         self.rewards = [_parse_reward(name, spec) for name, spec in rewards.items()]
         self._timeout = timeout
         self._on_failure = on_failure
@@ -155,8 +161,13 @@ class RewardPool:
 
     def _chunks(self, num_items: int) -> list[list[Call]]:
         size = max(1, math.ceil(num_items / (self._num_workers * CHUNKS_PER_WORKER)))
-        calls = [[(item, reward) for reward in range(len(self.rewards))] for item in range(num_items)]
-        return [list(chain.from_iterable(calls[start : start + size])) for start in range(0, num_items, size)]
+        calls = [
+            [(item, reward) for reward in range(len(self.rewards))] for item in range(num_items)
+        ]
+        return [
+            list(chain.from_iterable(calls[start : start + size]))
+            for start in range(0, num_items, size)
+        ]
 
     def _start_worker(self) -> None:
         if not self.close.alive:
@@ -170,7 +181,9 @@ class RewardPool:
         )
         theirs.close()
         _post(ours, ([(reward.path, reward.options) for reward in self.rewards], self._timeout))
-        self._workers.append(_Worker(process, ours, LineReader(ours), deadline=time.monotonic() + START_SECONDS))
+        self._workers.append(
+            _Worker(process, ours, LineReader(ours), deadline=time.monotonic() + START_SECONDS)
+        )
 
     def _replace(self, worker: _Worker) -> int:
         """End the worker, start another, and give the exit code."""
@@ -202,12 +215,17 @@ class RewardPool:
         for worker in watched:
             lost = self._receive(worker, outcomes) if worker.channel in readable else None
             if lost is None and time.monotonic() > worker.deadline:
-                lost = ("timed_out", f"did not react to its time limit of {self._timeout:g} s; its process was ended")
+                lost = (
+                    "timed_out",
+                    f"did not react to its time limit of {self._timeout:g} s; its process was ended",
+                )
             if lost is not None:
                 again += self._lose(worker, *lost, outcomes)
         return again
 
-    def _receive(self, worker: _Worker, outcomes: dict[Call, tuple[str, Any]]) -> tuple[str, str] | None:
+    def _receive(
+        self, worker: _Worker, outcomes: dict[Call, tuple[str, Any]]
+    ) -> tuple[str, str] | None:
         """Take the messages that a worker has sent; give the kind and cause of failure of a worker that is lost."""
         try:
             for message in worker.reader.read():
@@ -230,11 +248,15 @@ class RewardPool:
         outcomes[worker.calls.pop(0)] = (kind, value)  # answers come in the order of the calls
         worker.deadline = self._silent_until()
 
-    def _lose(self, worker: _Worker, kind: str, why: str, outcomes: dict[Call, tuple[str, Any]]) -> list[list[Call]]:
+    def _lose(
+        self, worker: _Worker, kind: str, why: str, outcomes: dict[Call, tuple[str, Any]]
+    ) -> list[list[Call]]:
         """Replace a worker; give the calls to be sent again, or put down the outcome of a lone culprit."""
         if not worker.ready:
             how = why if kind == "died" else f"it was not ready after {START_SECONDS:g} s"
-            raise InputError(f"rewards: a worker cannot start: {how}; import the modules of your rewards by hand")
+            raise InputError(
+                f"rewards: a worker cannot start: {how}; import the modules of your rewards by hand"
+            )
         exit_code = self._replace(worker)
         first_time = self._suspects.isdisjoint(worker.calls)
         self._suspects.update(worker.calls)
@@ -272,7 +294,9 @@ class RewardPool:
             raise InputError(f"{message}, on the completion {item[1][:200]!r}")
         if (index, kind) not in self._logged:
             self._logged.add((index, kind))
-            logger.warning("%s. The value is 0; more of this kind are counted and not logged.", message)
+            logger.warning(
+                "%s. The value is 0; more of this kind are counted and not logged.", message
+            )
 
 
 def _outcome(message: Any, calls: Sequence[Call]) -> tuple[str, Any]:
@@ -282,7 +306,9 @@ def _outcome(message: Any, calls: Sequence[Call]) -> tuple[str, Any]:
         BadMessage: The message is not such an answer.
     """
     match message:
-        case [int(item), int(reward), "", int() | float() as value] if calls and (item, reward) == calls[0]:
+        case [int(item), int(reward), "", int() | float() as value] if (
+            calls and (item, reward) == calls[0]
+        ):
             if math.isfinite(value):
                 return "", float(value)
         case [int(item), int(reward), str(kind), str(text)] if calls and (item, reward) == calls[0]:
@@ -316,7 +342,9 @@ def _stop(workers: list[_Worker]) -> int:
 
 def _parse_reward(name: str, spec: Mapping[str, Any]) -> Reward:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("function"), str):
-        raise InputError(f"rewards.{name}: {spec!r} needs a function, a dotted path like gspo.rewards.exact_match")
+        raise InputError(
+            f"rewards.{name}: {spec!r} needs a function, a dotted path like gspo.rewards.exact_match"
+        )
     options = dict(spec)
     path, weight = options.pop("function"), options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -326,13 +354,19 @@ def _parse_reward(name: str, spec: Mapping[str, Any]) -> Reward:
         signature = inspect.signature(function)
     except ValueError as error:  # InputError is one; the other is of a builtin without a signature
         missing = isinstance(error.__cause__, ModuleNotFoundError)
-        hint = f"; looked in {os.getcwd()}: run from the file's folder or set PYTHONPATH" if missing else ""
+        hint = (
+            f"; looked in {os.getcwd()}: run from the file's folder or set PYTHONPATH"
+            if missing
+            else ""
+        )
         raise InputError(f"rewards.{name}.function: {error}{hint}") from error
     _check_options(name, path, signature, options)
     return Reward(name, path, float(weight), options, float(getattr(function, "max_value", 1.0)))
 
 
-def _check_options(name: str, path: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
+def _check_options(
+    name: str, path: str, signature: inspect.Signature, options: Mapping[str, Any]
+) -> None:
     try:
         signature.bind("", "", None, {}, **options)
         return

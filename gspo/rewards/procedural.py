@@ -38,7 +38,9 @@ def reasoning_gym(
     """
     entry = metadata.get("entry")
     if entry is None:
-        raise ValueError("reasoning_gym scores prompts of gspo.data.readers.reasoning_gym_prompts only")
+        raise ValueError(
+            "reasoning_gym scores prompts of gspo.data.readers.reasoning_gym_prompts only"
+        )
     given = (
         gym.utils.extract_answer(completion, tag_name=tag)
         if tag is not None

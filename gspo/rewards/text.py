@@ -56,8 +56,12 @@ def exact_match(
     given = extract_answer(completion, marker=marker, last_line=last_line)
     if given is None:
         return 0.0
-    wanted = extract_answer(answer, marker=marker) if marker and marker in answer else answer.strip()
-    return float(_normalise(given, ignore, ignore_case) == _normalise(wanted or "", ignore, ignore_case))
+    wanted = (
+        extract_answer(answer, marker=marker) if marker and marker in answer else answer.strip()
+    )
+    return float(
+        _normalise(given, ignore, ignore_case) == _normalise(wanted or "", ignore, ignore_case)
+    )
 
 
 def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
@@ -86,4 +90,6 @@ def regex_match(
         whole: the pattern must match the whole completion, less white space at both ends; else a part is enough.
     """
     matcher = re.compile(pattern, re.DOTALL)  # re keeps compiled patterns
-    return float(bool(matcher.fullmatch(completion.strip()) if whole else matcher.search(completion)))
+    return float(
+        bool(matcher.fullmatch(completion.strip()) if whole else matcher.search(completion))
+    )

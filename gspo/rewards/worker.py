@@ -25,7 +25,9 @@ from gspo.rewards.wire import send_lines
 RewardFunction = Callable[..., float]
 Item = tuple[str, str, "str | None", dict[str, Any]]  # prompt, completion, answer, metadata
 Call = tuple[int, int]  # item, reward
-Outcome = tuple[int, int, str, Any]  # item, reward, "" and its value or the kind of failure and its text
+Outcome = tuple[
+    int, int, str, Any
+]  # item, reward, "" and its value or the kind of failure and its text
 
 FLUSH_SECONDS = 0.5  # how long a result may wait for others before it is sent, the sign of life that the pool counts on
 
@@ -42,7 +44,9 @@ def resolve(path: str) -> RewardFunction:
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise InputError(f"{path!r} is not a dotted path, as gspo.rewards.exact_match or my_file.reward are")
+        raise InputError(
+            f"{path!r} is not a dotted path, as gspo.rewards.exact_match or my_file.reward are"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -51,7 +55,9 @@ def resolve(path: str) -> RewardFunction:
     except Exception as error:
         raise InputError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
     if function is None:
-        names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+        names = getattr(module, "__all__", None) or [
+            n for n in vars(module) if not n.startswith("_")
+        ]
         raise InputError(f"{module_name} has no {name!r}.{did_you_mean(name, names)}")
     if not callable(function):
         raise InputError(f"{path!r} is a {type(function).__name__}, not a function")
@@ -62,7 +68,9 @@ def main(file_descriptor: int) -> None:
     """Answer the pool's messages until it goes away."""
     # The descriptor was inherited. A program that a reward starts must not get it: it could answer in our place.
     os.set_inheritable(file_descriptor, False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the pool ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group; the pool ends its workers
     with contextlib.suppress(EOFError, ConnectionError):
         _serve(socket.socket(fileno=file_descriptor))
 
@@ -71,7 +79,9 @@ def _serve(channel: socket.socket) -> None:
     from_pool = channel.makefile("rb")
     rewards, timeout = pickle.load(from_pool)
     try:
-        functions: list[RewardFunction] = [functools.partial(resolve(path), **options) for path, options in rewards]
+        functions: list[RewardFunction] = [
+            functools.partial(resolve(path), **options) for path, options in rewards
+        ]
     except InputError as error:
         send_lines(channel, [str(error)[:2000]])
         return
@@ -82,7 +92,11 @@ def _serve(channel: socket.socket) -> None:
 
 
 def _answer(
-    channel: socket.socket, functions: list[RewardFunction], items: dict[int, Item], calls: list[Call], timeout: float
+    channel: socket.socket,
+    functions: list[RewardFunction],
+    items: dict[int, Item],
+    calls: list[Call],
+    timeout: float,
 ) -> None:
     outcomes: list[Outcome] = []
     last_sent = time.monotonic()
@@ -97,14 +111,18 @@ def _answer(
 def _call(function: RewardFunction, item: Item, timeout: float) -> tuple[str, Any]:
     worker = os.getpid()
     try:
-        signal.signal(signal.SIGALRM, _raise_time_up)  # each time, since a reward may have put its own handler there
+        signal.signal(
+            signal.SIGALRM, _raise_time_up
+        )  # each time, since a reward may have put its own handler there
         # It fires again every second: a bare `except:` in the reward would swallow a single one.
         signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)
         try:
             value = function(*item)
         finally:
             if os.getpid() != worker:
-                os._exit(0)  # a child that the reward forked came back: it must not answer in the worker's place
+                os._exit(
+                    0
+                )  # a child that the reward forked came back: it must not answer in the worker's place
             signal.setitimer(signal.ITIMER_REAL, 0)
         return _checked(value)
     except _TimeUp:

@@ -15,7 +15,12 @@ class Sampler(Protocol):
     """
 
     def sample(
-        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self,
+        prompts: list[Prompt],
+        *,
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
     ) -> list[list[Completion]]:
         """``group_size`` completions for each prompt.
 

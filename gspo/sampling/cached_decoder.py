@@ -35,12 +35,16 @@ class KVCache:
     batch. ``bias`` hides the columns between. Attention does not depend on the order of columns, so no row is moved.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, ragged: bool) -> None:
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, ragged: bool
+    ) -> None:
         self.keys = keys  # per layer [N, num_kv_heads, capacity, head_dim]
         self.values = values
         self.capacity = self.num_columns = keys[0].shape[2]
         self.positions = lengths  # [N] int64, position of the next token
-        self.bias = _gap_bias(lengths, self.capacity, keys[0].dtype) if ragged else None  # [N, 1, 1, capacity]
+        self.bias = (
+            _gap_bias(lengths, self.capacity, keys[0].dtype) if ragged else None
+        )  # [N, 1, 1, capacity]
 
     def select(self, rows: Tensor | None, room: int = 0) -> None:
         """Keep ``rows`` ([M] int64, repeats allowed; None for all), with at least ``room`` free columns, up to 256."""
@@ -84,12 +88,16 @@ class Rotary:
     angles and in which features pair up, neighbours or halves. Both are measured by passing unit vectors through.
     """
 
-    def __init__(self, module: nn.Module, head_dim: int, max_seq_len: int, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, head_dim: int, max_seq_len: int, device: torch.device
+    ) -> None:
         unit = torch.eye(head_dim, device=device)[None, None]
         turned = module(unit, input_pos=torch.ones(1, 1, dtype=torch.int64, device=device))[0, 0]
         # Feature 0 has the largest angle, one radian in position 1: its partner is plain to see.
         self.stride = max(int(turned[0, 1:].abs().argmax()) + 1, 1)
-        first = torch.arange(head_dim, device=device) // self.stride % 2 == 0  # the first of each pair
+        first = (
+            torch.arange(head_dim, device=device) // self.stride % 2 == 0
+        )  # the first of each pair
         positions = torch.arange(max_seq_len, device=device)[None]
         from_first, from_second = (
             module(half.float().expand(1, max_seq_len, 1, head_dim), input_pos=positions)[0, :, 0]
@@ -127,7 +135,11 @@ class _Layer:
     def __init__(self, layer: TransformerSelfAttentionLayer, rotary: Rotary | None) -> None:
         attn = layer.attn
         self.layer, self.attn, self.rotary = layer, attn, rotary
-        self.num_heads, self.num_kv_heads, self.head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            attn.num_heads,
+            attn.num_kv_heads,
+            attn.head_dim,
+        )
         self.qkv = _fuse([attn.q_proj, attn.k_proj, attn.v_proj])
 
     def project(
@@ -203,14 +215,18 @@ class CachedDecoder:
         _check_supported(decoder)
         self.decoder = decoder
         self.max_prefill_tokens = max_prefill_tokens
-        self.head = decoder.output.tied_module if isinstance(decoder.output, TiedLinear) else decoder.output
+        self.head = (
+            decoder.output.tied_module if isinstance(decoder.output, TiedLinear) else decoder.output
+        )
         rotaries: dict[int, Rotary] = {}
         self.layers = []
         for layer in decoder.layers:
             module = layer.attn.pos_embeddings
             if module is not None and id(module) not in rotaries:
                 device = decoder.tok_embeddings.weight.device
-                rotaries[id(module)] = Rotary(module, layer.attn.head_dim, decoder.max_seq_len, device)
+                rotaries[id(module)] = Rotary(
+                    module, layer.attn.head_dim, decoder.max_seq_len, device
+                )
             self.layers.append(_Layer(layer, rotaries.get(id(module))))
         self.rotaries = list(rotaries.values())
 
@@ -228,23 +244,32 @@ class CachedDecoder:
         values = [weight.new_empty(shape) for _ in self.layers]
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=weight.device)
-        cache = KVCache(keys, values, lengths.to(weight.device), ragged=bool((lengths != longest).any()))
+        cache = KVCache(
+            keys, values, lengths.to(weight.device), ragged=bool((lengths != longest).any())
+        )
         size = max(self.max_prefill_tokens // longest, 1)
-        logits = [self._prefill(tokens[i : i + size], cache, i) for i in range(0, len(prompts), size)]
+        logits = [
+            self._prefill(tokens[i : i + size], cache, i) for i in range(0, len(prompts), size)
+        ]
         return torch.cat(logits), cache
 
     def _prefill(self, tokens: Tensor, cache: KVCache, start: int) -> Tensor:
         rows = slice(start, start + tokens.shape[0])
         num_rows, num_columns = tokens.shape
         x = self.decoder.tok_embeddings(tokens).flatten(0, 1)
-        tables: dict[Rotary | None, Tensor] = {r: r.table[:num_columns].repeat(num_rows, 1, 1) for r in self.rotaries}
+        tables: dict[Rotary | None, Tensor] = {
+            r: r.table[:num_columns].repeat(num_rows, 1, 1) for r in self.rotaries
+        }
         for index, layer in enumerate(self.layers):
             q, k, v = (
-                part.unflatten(0, (num_rows, -1)).transpose(1, 2) for part in layer.project(x, tables.get(layer.rotary))
+                part.unflatten(0, (num_rows, -1)).transpose(1, 2)
+                for part in layer.project(x, tables.get(layer.rotary))
             )
             cache.keys[index][rows], cache.values[index][rows] = k, v
             if index + 1 < len(self.layers):
-                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+                attended = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                )
                 x = layer.finish(x, attended.transpose(1, 2).reshape(x.shape[0], -1))
         # After the last layer's keys and values only the last token of each prompt is of use.
         last = torch.arange(num_rows, device=tokens.device), cache.positions[rows] - 1
@@ -290,7 +315,9 @@ def _check_supported(decoder: Any) -> None:
             f"model: the in-process sampler needs a torchtune TransformerDecoder, got {type(decoder).__name__}. "
             "Pass the decoder itself, unsharded and without wrappers."
         )
-    output = decoder.output.tied_module if isinstance(decoder.output, TiedLinear) else decoder.output
+    output = (
+        decoder.output.tied_module if isinstance(decoder.output, TiedLinear) else decoder.output
+    )
     parts: list[tuple[Any, tuple[type, ...], str]] = [(output, (nn.Linear, nn.Embedding), "output")]
     for layer in decoder.layers:
         parts.append((layer, (TransformerSelfAttentionLayer,), "layers"))
@@ -305,7 +332,9 @@ def _check_supported(decoder: Any) -> None:
             parts.append((getattr(layer, name, None), (nn.Identity,), name))
     for part, known, name in parts:
         # A subclass of an embedding only looks up in its own way; one of a projection computes something else.
-        if type(part) not in known and not (nn.Embedding in known and isinstance(part, nn.Embedding)):
+        if type(part) not in known and not (
+            nn.Embedding in known and isinstance(part, nn.Embedding)
+        ):
             raise InputError(
                 f"model: the in-process sampler does not know {type(part).__name__} as `{name}`; it needs "
                 f"{' or '.join(k.__name__ for k in known)}. Merge adapters into the weights, or use a server sampler."

@@ -47,4 +47,6 @@ def vocabulary_of(tokenizer: Any) -> dict[Any, int] | None:
     if callable(getattr(tokenizer, "id_to_piece", None)):
         return {tokenizer.id_to_piece(i): i for i in range(tokenizer.get_piece_size())}
     inner = (getattr(tokenizer, name, None) for name in _INNER)
-    return next((found for i in inner if i is not None and (found := vocabulary_of(i)) is not None), None)
+    return next(
+        (found for i in inner if i is not None and (found := vocabulary_of(i)) is not None), None
+    )

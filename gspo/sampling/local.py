@@ -56,7 +56,9 @@ class LocalSampler:
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._stops = _stop_tokens(tokenizer) if stop_token_ids is None else set(stop_token_ids)
         if not self._stops and stop_token_ids is None:
-            raise InputError("stop_token_ids: the tokenizer names no stop token. Set stop_token_ids; [] for none.")
+            raise InputError(
+                "stop_token_ids: the tokenizer names no stop token. Set stop_token_ids; [] for none."
+            )
         # A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have no text.
         vocabulary = vocabulary_of(tokenizer) or {}
         self._text_tokens = set(vocabulary.values()) - self._stops - _special_tokens(tokenizer)
@@ -100,7 +102,12 @@ class LocalSampler:
             self._version = version
 
     def sample(
-        self, prompts: list[Prompt], *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self,
+        prompts: list[Prompt],
+        *,
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
     ) -> list[list[Completion]]:
         """``group_size`` completions for each prompt, with their log-probabilities in nats.
 
@@ -116,13 +123,21 @@ class LocalSampler:
         """
         self._check(prompts, group_size, params)
         if len(seeds) != len(prompts):
-            raise InputError(f"seeds: there are {len(seeds)} for {len(prompts)} prompts. Give one for each.")
+            raise InputError(
+                f"seeds: there are {len(seeds)} for {len(prompts)} prompts. Give one for each."
+            )
         num_rows = len(prompts) * group_size
         uniforms = _uniforms(seeds, group_size, params.max_new_tokens)
         # Rows of like length go together: the gap between a short prompt and the longest is computed in vain.
         order = sorted(range(num_rows), key=lambda row: len(prompts[row // group_size].tokens))
         completions: dict[int, Completion] = {}
-        bar = tqdm(total=num_rows, desc="sample", unit="completion", leave=False, disable=not self._progress)
+        bar = tqdm(
+            total=num_rows,
+            desc="sample",
+            unit="completion",
+            leave=False,
+            disable=not self._progress,
+        )
         with self._lock, torch.inference_mode(), bar:
             for start in range(0, num_rows, self._max_batch_size):
                 rows = order[start : start + self._max_batch_size]
@@ -130,7 +145,9 @@ class LocalSampler:
                 drawn = self._draw(batch, uniforms[:, rows], params.temperature, bar)
                 for row, tokens, logps in zip(rows, *drawn, strict=True):
                     completions[row] = self._completion(tokens, logps, params)
-        return [[completions[i + j] for j in range(group_size)] for i in range(0, num_rows, group_size)]
+        return [
+            [completions[i + j] for j in range(group_size)] for i in range(0, num_rows, group_size)
+        ]
 
     def _draw(
         self,
@@ -178,7 +195,9 @@ class LocalSampler:
         cache.select(rows, room=max_new_tokens)
         return logits[rows], cache
 
-    def _completion(self, tokens: list[int], logps: list[float], params: SamplingParams) -> Completion:
+    def _completion(
+        self, tokens: list[int], logps: list[float], params: SamplingParams
+    ) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._stops), None)
         tokens, logps = tokens[:end], logps[:end]
         return Completion(
@@ -240,7 +259,9 @@ def draw_tokens(
         # float64: in float32 the sum over a large vocabulary loses tokens rarer than 6e-8.
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         targets = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)
+        tokens = torch.searchsorted(cumulative, targets, right=True).clamp_(
+            max=logits.shape[-1] - 1
+        )
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
 
 

@@ -37,7 +37,12 @@ class Items(BaseNode[Any]):
 
 
 def prompt(index: int) -> Prompt:
-    return Prompt(id=f"p:{index}", text=f"prompt {index}", tokens=list(range(1, 2 + index % 4)), answer=str(index))
+    return Prompt(
+        id=f"p:{index}",
+        text=f"prompt {index}",
+        tokens=list(range(1, 2 + index % 4)),
+        answer=str(index),
+    )
 
 
 class FakeSampler:
@@ -91,7 +96,9 @@ def completion(num_tokens: int = 3, reward: float = 0.0, **fields: Any) -> Compl
 
 
 def rollout(*groups: list[Completion], **fields: Any) -> Rollout:
-    return Rollout([Group(i, prompt(i), list(completions)) for i, completions in enumerate(groups)], **fields)
+    return Rollout(
+        [Group(i, prompt(i), list(completions)) for i, completions in enumerate(groups)], **fields
+    )
 
 
 def exact(item: Any) -> Any:

@@ -9,7 +9,10 @@ from torchdata.nodes import BaseNode
 
 
 def assert_resumes_anywhere(
-    make_node: Callable[[], BaseNode], num_items: int, *, key: Callable[[Any], Any] = lambda item: item
+    make_node: Callable[[], BaseNode],
+    num_items: int,
+    *,
+    key: Callable[[Any], Any] = lambda item: item,
 ) -> None:
     """Interrupt after each of the first ``num_items`` items, restore into a fresh node, and compare what is left.
 
@@ -25,7 +28,9 @@ def assert_resumes_anywhere(
         assert _take(node, done, key) == expected[:done], "two fresh nodes differ"
         state = pickle.dumps(node.state_dict())
         left = num_items - done
-        assert _take(node, left, key) == expected[done:], f"taking the state after {done} items changed the node"
+        assert _take(node, left, key) == expected[done:], (
+            f"taking the state after {done} items changed the node"
+        )
         for restored in (make_node(), node):
             restored.reset(pickle.loads(state))
             assert _take(restored, left, key) == expected[done:], f"restored after {done} items"

@@ -32,7 +32,9 @@ def test_advantage_is_taken_over_each_group_alone():
 
 def test_advantage_uses_the_estimator_given():
     assert advantages(run([0.0, 1.0], estimator="leave_one_out")) == [[-1.0, 1.0]]
-    assert advantages(run([0.0, 1.0], estimator=lambda rewards: [10 * r for r in rewards])) == [[0.0, 10.0]]
+    assert advantages(run([0.0, 1.0], estimator=lambda rewards: [10 * r for r in rewards])) == [
+        [0.0, 10.0]
+    ]
 
 
 def test_dead_groups_are_dropped_and_stay_in_the_denominators():
@@ -108,27 +110,44 @@ def test_quarantine_is_logged_by_default(caplog):
     node = Advantage(Items(lambda _: rollout([completion(3, NAN), completion(3, 1.0)]), 1))
     with caplog.at_level(logging.WARNING, logger="gspo.data.advantage"):
         next(node)
-    assert "quarantined a completion of prompt p:0 (group 0): reward is not finite; reward nan" in caplog.text
+    assert (
+        "quarantined a completion of prompt p:0 (group 0): reward is not finite; reward nan"
+        in caplog.text
+    )
 
 
 def test_earlier_counts_and_stats_are_kept():
     node = Advantage(
-        Items(lambda _: rollout([completion(3)] * 2, stats={"x": (1, 2)}, dropped_documents=5, dropped_tokens=7), 1)
+        Items(
+            lambda _: rollout(
+                [completion(3)] * 2, stats={"x": (1, 2)}, dropped_documents=5, dropped_tokens=7
+            ),
+            1,
+        )
     )
     result = next(node)
-    assert (result.dropped_documents, result.dropped_tokens) == (7, 13) and result.stats["x"] == (1, 2)
+    assert (result.dropped_documents, result.dropped_tokens) == (7, 13) and result.stats["x"] == (
+        1,
+        2,
+    )
 
 
 def test_advantage_refuses_groups_of_one_and_a_refill_without_a_drop():
     with pytest.raises(InputError, match="group_size: 1 "):
         run([1.0], estimator="group_mean_std")
-    with pytest.raises(InputError, match="^advantages.refill_dead_groups: true needs drop_dead_groups"):
+    with pytest.raises(
+        InputError, match="^advantages.refill_dead_groups: true needs drop_dead_groups"
+    ):
         run([1.0, 1.0], drop_dead_groups=False, refill_dead_groups=True)
     assert advantages(run([1.0], estimator=list, drop_dead_groups=False)) == [[1.0]]
 
 
 def test_advantage_resumes_anywhere():
     def make():
-        return Advantage(Items(lambda i: rollout([completion(3, i), completion(2, 2)], [completion(1, 0)] * 2), 4))
+        return Advantage(
+            Items(
+                lambda i: rollout([completion(3, i), completion(2, 2)], [completion(1, 0)] * 2), 4
+            )
+        )
 
     assert_resumes_anywhere(make, 4, key=exact)

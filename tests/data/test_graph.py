@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from gspo.data.graph import GraphOptions, build_graph, prefetched
+from gspo.data.graph import GraphOptions, build_graph
+from gspo.data.prefetch import prefetched
 from gspo.data.record import Record
 from gspo.errors import InputError
-from gspo.terms import find_segments
+from gspo.losses.inputs import find_segments
 from tests.data.fakes import PARAMS, FakePool, FakeSampler, Items, exact, prompt
 from tests.data.law import assert_resumes_anywhere
 
-OPTIONS = GraphOptions(prompts_per_rollout=3, group_size=4, params=PARAMS, seed=5, tokens_per_microbatch=64)
+OPTIONS = GraphOptions(
+    prompts_per_rollout=3, group_size=4, params=PARAMS, seed=5, tokens_per_microbatch=64
+)
 
 
 def graph(num_prompts=10, sampler=None, rank=0, record=None, splitter=None, **changes):
@@ -34,7 +37,14 @@ def test_graph_turns_prompts_into_microbatches():
     for batch in batches:
         odd = batch.label_counts[:-1] % 2 == 1
         assert ((batch.advantages[:-1] > 0) == odd).all()
-    names = {"length/mean", "reward/mean", "dead_groups", "quarantined_documents", "packing_efficiency", "time/score"}
+    names = {
+        "length/mean",
+        "reward/mean",
+        "dead_groups",
+        "quarantined_documents",
+        "packing_efficiency",
+        "time/score",
+    }
     assert names <= batches[0].stats.keys()
 
 
@@ -48,7 +58,9 @@ def cut(batches):
 def test_graph_cuts_completions_into_segments():
     def in_threes(completion):
         if completion.advantage > 0:  # the others keep that of their document
-            completion.segment_advantages = [float(i) for i in range((len(completion.tokens) + 2) // 3)]
+            completion.segment_advantages = [
+                float(i) for i in range((len(completion.tokens) + 2) // 3)
+            ]
         return [i // 3 for i in range(len(completion.tokens))]
 
     for batch in cut(graph(splitter=in_threes)):
@@ -59,12 +71,21 @@ def test_graph_cuts_completions_into_segments():
             assert (index - first).tolist() == [i // 3 for i in range(count)]
             given = batch.segment_advantages[index.unique()].tolist()
             own = count and batch.advantages[d] > 0
-            assert given == (list(range(len(given))) if own else [batch.advantages[d].item()] * len(given))
+            assert given == (
+                list(range(len(given))) if own else [batch.advantages[d].item()] * len(given)
+            )
             owners |= dict.fromkeys(index.tolist(), d)
         numbered = batch.segment_index[batch.loss_mask]
         assert len(owners) == len(numbered.unique()) <= batch.segment_advantages.numel()
-        assert find_segments(batch.segment_index, batch.document_index, batch.loss_mask).label_counts.max() <= 3
-    assert all(batch.segment_index is None and batch.segment_advantages is None for batch in graph())
+        assert (
+            find_segments(
+                batch.segment_index, batch.document_index, batch.loss_mask
+            ).label_counts.max()
+            <= 3
+        )
+    assert all(
+        batch.segment_index is None and batch.segment_advantages is None for batch in graph()
+    )
 
 
 def test_documents_that_are_not_cut_are_segments():
@@ -164,5 +185,7 @@ def test_graph_refuses_options_before_any_thread_starts(changes, message):
 
 
 def test_graph_refuses_a_prompt_that_no_bin_holds():
-    with pytest.raises(InputError, match="prompt p:3 has 4 tokens, which with max_new_tokens 9 is more than the 12"):
+    with pytest.raises(
+        InputError, match="prompt p:3 has 4 tokens, which with max_new_tokens 9 is more than the 12"
+    ):
         list(graph(tokens_per_microbatch=11))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gspo.data.bins import best_fit, share_prefixes, short_bins
-from gspo.data.packing import Document, Pack, merge_stats, pack_documents, rollout_documents
+from gspo.data.layout import Document, pack_documents, rollout_documents
+from gspo.data.pack import Pack, merge_stats
 from gspo.errors import InputError
 from gspo.types import Group, PackedBatch, Prompt, Rollout
 from tests.data.fakes import Items, completion, exact, rollout
@@ -31,7 +32,10 @@ def document(num_prompt_tokens: int, num_sampled: int, seed: int = 0) -> Documen
 
 def documents(num: int, seed: int = 0, longest: int = 20) -> list[Document]:
     draw = random.Random(seed)
-    return [document(draw.randint(1, longest // 2), draw.randint(1, longest // 2), i) for i in range(num)]
+    return [
+        document(draw.randint(1, longest // 2), draw.randint(1, longest // 2), i)
+        for i in range(num)
+    ]
 
 
 def grouped(num: int, group_size: int, longest: int = 20) -> list[Document]:
@@ -41,7 +45,9 @@ def grouped(num: int, group_size: int, longest: int = 20) -> list[Document]:
         prompt = document((i // group_size) % (longest // 2) + 1, 1, i // group_size).tokens[:-1]
         sampled = d.tokens[d.num_prompt_tokens :]
         where = {"prompt_id": f"p:{i // group_size}", "group_id": i // group_size}
-        found.append(replace(d, tokens=prompt + sampled, num_prompt_tokens=len(prompt), reward=i, **where))
+        found.append(
+            replace(d, tokens=prompt + sampled, num_prompt_tokens=len(prompt), reward=i, **where)
+        )
     return found
 
 
@@ -49,14 +55,22 @@ def unpack(batch: PackedBatch) -> list[Document]:
     """The documents, rebuilt place by place from the tensors, every other promise of PackedBatch checked on the way."""
     found = []
     num_documents = len(batch.ids)
-    prefix_index = range(batch.advantages.numel()) if batch.prefix_index is None else batch.prefix_index.tolist()
-    assert list(prefix_index)[num_documents:] == list(range(num_documents, batch.advantages.numel()))
+    prefix_index = (
+        range(batch.advantages.numel())
+        if batch.prefix_index is None
+        else batch.prefix_index.tolist()
+    )
+    assert list(prefix_index)[num_documents:] == list(
+        range(num_documents, batch.advantages.numel())
+    )
     for d in range(num_documents):
         pieces = sorted({prefix_index[d], d}, reverse=True)  # the prefix has the higher index
         places = [(batch.document_index == piece).nonzero().flatten() for piece in pieces]
         for at in places:
             assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(at))), "not in one piece"
-        assert len({int(at[i]) // batch.bin_length for at in places for i in (0, -1)}) == 1, "over a bin's end"
+        assert len({int(at[i]) // batch.bin_length for at in places for i in (0, -1)}) == 1, (
+            "over a bin's end"
+        )
         assert places[0][0] <= places[-1][0], "before its prefix"
         at = torch.cat(places)
         assert batch.positions[at].tolist() == list(range(len(at)))
@@ -87,7 +101,9 @@ def check_padding(batch: PackedBatch) -> None:
     padding = batch.document_index == last
     for values in (batch.tokens, batch.labels, batch.loss_mask, batch.old_logps):
         assert values.numel() == batch.num_bins * batch.bin_length and not values[padding].any()
-    for row, positions in zip(padding.view(batch.num_bins, -1), batch.positions.view(batch.num_bins, -1), strict=True):
+    for row, positions in zip(
+        padding.view(batch.num_bins, -1), batch.positions.view(batch.num_bins, -1), strict=True
+    ):
         assert row.tolist() == sorted(row.tolist()), "padding before a document"
         assert positions[row].tolist() == list(range(int(row.sum())))
     other = slice(len(batch.ids), None)  # prefixes and padding
@@ -101,7 +117,9 @@ def as_float32(d: Document) -> Document:
         return float(np.float32(x))
 
     return replace(
-        d, logps=[cast(x) for x in d.logps], **{k: cast(getattr(d, k)) for k in ("advantage", "reward", "temperature")}
+        d,
+        logps=[cast(x) for x in d.logps],
+        **{k: cast(getattr(d, k)) for k in ("advantage", "reward", "temperature")},
     )
 
 
@@ -160,7 +178,10 @@ def test_pack_documents_round_trips_groups(group_size, bin_length, share_prompts
 
 def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
     prompt = [5, 6, 7]
-    group = [Document(prompt + s, 3, [-0.5] * len(s), 1.0, r, 1.0, 3, "a", 11) for r, s in enumerate(([8, 9], [4]))]
+    group = [
+        Document(prompt + s, 3, [-0.5] * len(s), 1.0, r, 1.0, 3, "a", 11)
+        for r, s in enumerate(([8, 9], [4]))
+    ]
     alone = Document([1, 2, 3], 2, [-0.75], -1.5, 0.0, 1.0, 4, "b", 12)
     batch = pack_documents([*group, alone], bin_length=8)
     assert batch.tokens.tolist() == [5, 6, 7, 8, 7, 1, 2, 0]
@@ -184,24 +205,41 @@ def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
     ],
     ids=["tiny", "long_prompt", "limited", "short_prompt", "in_pairs"],
 )
-def test_share_prefixes_never_pays_more_for_the_mask_than_apart(places, prefixes, max_places, units):
+def test_share_prefixes_never_pays_more_for_the_mask_than_apart(
+    places, prefixes, max_places, units
+):
     found, sizes = share_prefixes(places, prefixes, [0] * len(places), max_places)
     assert found == units
-    assert sizes == [sum(places[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units]
+    assert sizes == [
+        sum(places[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units
+    ]
 
 
 def test_pack_documents_has_the_types_of_packed_batch():
     batch = pack_documents(documents(3))
     int64 = {"tokens", "labels", "positions", "document_index", "label_counts", "policy_version"}
     float32 = {"old_logps", "advantages", "rewards", "temperature"}
-    types = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if torch.is_tensor(getattr(batch, f.name))}
-    expected = {**dict.fromkeys(int64, torch.int64), **dict.fromkeys(float32, torch.float32), "loss_mask": torch.bool}
+    types = {
+        f.name: getattr(batch, f.name).dtype
+        for f in fields(batch)
+        if torch.is_tensor(getattr(batch, f.name))
+    }
+    expected = {
+        **dict.fromkeys(int64, torch.int64),
+        **dict.fromkeys(float32, torch.float32),
+        "loss_mask": torch.bool,
+    }
     assert types == expected
 
 
 def test_pack_documents_of_nothing_is_one_bin_of_padding():
     batch = pack_documents([])
-    assert (batch.num_bins, batch.bin_length, batch.num_documents, batch.num_label_tokens) == (1, 8, 0, 0)
+    assert (batch.num_bins, batch.bin_length, batch.num_documents, batch.num_label_tokens) == (
+        1,
+        8,
+        0,
+        0,
+    )
     assert batch.document_index.tolist() == [0] * 8
     check_padding(batch)
 
@@ -248,7 +286,13 @@ def test_short_bins_are_little_longer_than_their_documents(places, length, num_b
 def test_merge_stats_adds_means_and_takes_extremes():
     a = {"x": (1.0, 2.0), "l/max": (3.0, 1.0), "l/min": (3.0, 1.0), "a": (1.0, 1.0)}
     b = {"x": (10.0, 20.0), "l/max": (2.0, 1.0), "l/min": (2.0, 1.0), "b": (2.0, 2.0)}
-    expected = {"x": (11.0, 22.0), "l/max": (3.0, 1.0), "l/min": (2.0, 1.0), "a": (1.0, 1.0), "b": (2.0, 2.0)}
+    expected = {
+        "x": (11.0, 22.0),
+        "l/max": (3.0, 1.0),
+        "l/min": (2.0, 1.0),
+        "a": (1.0, 1.0),
+        "b": (2.0, 2.0),
+    }
     assert merge_stats(a, b) == merge_stats(b, a) == expected
     assert a["x"] == (1.0, 2.0)
 
@@ -265,7 +309,9 @@ def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> Rollout:
         )
         for i in range(num)
     ]
-    return Rollout(groups, {"n": (num, 1), "i/max": (index, 1)}, dropped_documents=1, dropped_tokens=index)
+    return Rollout(
+        groups, {"n": (num, 1), "i/max": (index, 1)}, dropped_documents=1, dropped_tokens=index
+    )
 
 
 def grouped_rollout(index: int) -> Rollout:
@@ -273,7 +319,9 @@ def grouped_rollout(index: int) -> Rollout:
     groups = []
     for i in range((3, 0, 7)[index % 3]):
         sampled = [completion(draw.randint(1, 30), draw.random()) for _ in range(6)]
-        groups.append(Group(100 * index + i, Prompt(f"p:{i}", "", [1] * draw.randint(1, 20)), sampled))
+        groups.append(
+            Group(100 * index + i, Prompt(f"p:{i}", "", [1] * draw.randint(1, 20)), sampled)
+        )
     return Rollout(groups)
 
 
@@ -298,7 +346,9 @@ def test_pack_gives_every_document_once_and_every_count_once(options):
     given = [as_float32(d) for r in rollouts for d in rollout_documents(r)]
     assert by_id([d for b in batches for d in unpack(b)]) == by_id(given)
     assert sum(b.num_documents for b in batches) == len(given) + 9
-    assert sum(b.num_label_tokens for b in batches) == sum(len(d.logps) for d in given) + sum(range(9))
+    assert sum(b.num_label_tokens for b in batches) == sum(len(d.logps) for d in given) + sum(
+        range(9)
+    )
     totals = {}
     for batch in batches:
         totals = merge_stats(totals, batch.stats)
@@ -323,10 +373,14 @@ def test_pack_of_groups_gives_every_document_once_in_fewer_places(options):
 
 def test_pack_keeps_short_bins_within_the_model():
     def make(index):
-        return Rollout([Group(index, Prompt("p", "", [1] * 70), [completion(9, 0.5) for _ in range(8)])])
+        return Rollout(
+            [Group(index, Prompt("p", "", [1] * 70), [completion(9, 0.5) for _ in range(8)])]
+        )
 
     for limit, longest in ((None, 144), (104, 96), (80, 80)):
-        lengths = {b.bin_length for b in pack(3, make, tokens_per_microbatch=1024, max_seq_len=limit)}
+        lengths = {
+            b.bin_length for b in pack(3, make, tokens_per_microbatch=1024, max_seq_len=limit)
+        }
         assert max(lengths) == longest
 
 
@@ -383,13 +437,17 @@ def test_pack_emits_a_rollout_without_live_documents_at_once():
 
     for flush in (True, False):
         batches = list(pack(2, make, flush_every_rollout=flush))
-        assert [(b.num_documents, b.num_label_tokens, b.num_bins, b.bin_length) for b in batches] == [(3, 8, 1, 8)] * 2
+        assert [
+            (b.num_documents, b.num_label_tokens, b.num_bins, b.bin_length) for b in batches
+        ] == [(3, 8, 1, 8)] * 2
         assert all(b.stats["n"] == (1, 1) and b.advantages.numel() == 1 for b in batches)
 
 
 def test_pack_with_a_buffer_always_takes_the_oldest_document():
     source = Items(lambda i: random_rollout(i, sizes=(10,)), 30)
-    node = Pack(source, tokens_per_microbatch=64, bin_length=64, flush_every_rollout=False, buffer_size=40)
+    node = Pack(
+        source, tokens_per_microbatch=64, bin_length=64, flush_every_rollout=False, buffer_size=40
+    )
     gone = set()
     for batch in node:
         oldest = next(g for i in range(30) for g in range(100 * i, 100 * i + 10) if g not in gone)
@@ -408,7 +466,9 @@ def test_pack_fills_long_bins_to_97_percent(sigma):
         mine = sizes[64 * index : 64 * index + 64]
         return Rollout([Group(0, Prompt("p", "", [1]), [completion(n - 1) for n in mine.tolist()])])
 
-    batches = list(pack(64, make, tokens_per_microbatch=8192, bin_length=8192, flush_every_rollout=False))
+    batches = list(
+        pack(64, make, tokens_per_microbatch=8192, bin_length=8192, flush_every_rollout=False)
+    )
     assert {b.tokens.numel() for b in batches} == {8192}
     used = sum(b.stats["packing_efficiency"][0] for b in batches)
     assert used == (sizes - 1).sum()

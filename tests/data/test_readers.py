@@ -40,7 +40,9 @@ def ids(reader, num=None):
 
 
 def make_jsonl(tmp_path, **knobs):
-    return readers.jsonl_prompts(TOKENIZER, source=write_jsonl(tmp_path / "train.jsonl", ROWS), **knobs)
+    return readers.jsonl_prompts(
+        TOKENIZER, source=write_jsonl(tmp_path / "train.jsonl", ROWS), **knobs
+    )
 
 
 def make_parquet(tmp_path, **knobs):
@@ -50,12 +52,16 @@ def make_parquet(tmp_path, **knobs):
 
 def make_saved_dataset(tmp_path, **knobs):
     if not (tmp_path / "saved").exists():
-        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "saved"))
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(
+            str(tmp_path / "saved")
+        )
     return readers.huggingface_prompts(TOKENIZER, source=str(tmp_path / "saved"), **knobs)
 
 
 def make_reasoning_gym(tmp_path, **knobs):
-    return readers.reasoning_gym_prompts(TOKENIZER, name="chain_sum", size=7, dataset_seed=5, **knobs)
+    return readers.reasoning_gym_prompts(
+        TOKENIZER, name="chain_sum", size=7, dataset_seed=5, **knobs
+    )
 
 
 SOURCES = pytest.mark.parametrize(
@@ -98,7 +104,9 @@ def test_local_folder_of_data_files_loads_as_huggingface_dataset(tmp_path, monke
 
 
 def test_order_depends_on_seed_alone(jsonl):
-    orders = [ids(readers.jsonl_prompts(TOKENIZER, source=jsonl, seed=seed), 14) for seed in (3, 3, 4)]
+    orders = [
+        ids(readers.jsonl_prompts(TOKENIZER, source=jsonl, seed=seed), 14) for seed in (3, 3, 4)
+    ]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -106,14 +114,18 @@ def test_order_depends_on_seed_alone(jsonl):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_split_every_epoch(jsonl, world_size, shuffle):
     knobs = {"source": jsonl, "world_size": world_size, "shuffle": shuffle, "num_epochs": 1}
-    drawn = [ids(readers.jsonl_prompts(TOKENIZER, rank=rank, **knobs)) for rank in range(world_size)]
+    drawn = [
+        ids(readers.jsonl_prompts(TOKENIZER, rank=rank, **knobs)) for rank in range(world_size)
+    ]
     flat = sum(drawn, [])
     assert sorted(flat) == [f"train.jsonl:{i}" for i in range(1, 8)]
     assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
 
 
 def test_rank_resumes_anywhere(jsonl):
-    assert_resumes_anywhere(lambda: readers.jsonl_prompts(TOKENIZER, source=jsonl, rank=1, world_size=3), 9)
+    assert_resumes_anywhere(
+        lambda: readers.jsonl_prompts(TOKENIZER, source=jsonl, rank=1, world_size=3), 9
+    )
 
 
 def test_state_of_other_data_is_refused(jsonl, tmp_path):
@@ -127,8 +139,17 @@ def test_state_of_other_data_is_refused(jsonl, tmp_path):
 
 
 def test_prompt_has_template_tokens_answer_and_metadata(jsonl):
-    prompt = next(readers.jsonl_prompts(TOKENIZER, source=jsonl, prompt_template="Q{{{question}}}:", shuffle=False))
-    assert (prompt.id, prompt.text, prompt.answer, prompt.metadata) == ("train.jsonl:1", "Q{x}:", "0", ROWS[0])
+    prompt = next(
+        readers.jsonl_prompts(
+            TOKENIZER, source=jsonl, prompt_template="Q{{{question}}}:", shuffle=False
+        )
+    )
+    assert (prompt.id, prompt.text, prompt.answer, prompt.metadata) == (
+        "train.jsonl:1",
+        "Q{x}:",
+        "0",
+        ROWS[0],
+    )
     assert prompt.tokens == [1, *map(ord, "Q{x}:")]
 
 
@@ -145,8 +166,15 @@ def test_jsonl_ids_are_line_numbers_over_blank_lines_and_unicode(tmp_path):
         '{"question":"b","answer":1}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    prompts = list(readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "a.jsonl"), shuffle=False, num_epochs=1))
-    assert [(p.id, p.text, p.answer) for p in prompts] == [("a.jsonl:2", "größe", "é"), ("a.jsonl:4", "b", "1")]
+    prompts = list(
+        readers.jsonl_prompts(
+            TOKENIZER, source=str(tmp_path / "a.jsonl"), shuffle=False, num_epochs=1
+        )
+    )
+    assert [(p.id, p.text, p.answer) for p in prompts] == [
+        ("a.jsonl:2", "größe", "é"),
+        ("a.jsonl:4", "b", "1"),
+    ]
 
 
 def test_reasoning_gym_prompt_carries_its_entry(tmp_path):
@@ -160,12 +188,24 @@ def test_reasoning_gym_prompt_carries_its_entry(tmp_path):
 
 def test_component_shows_its_keywords():
     parameters = inspect.signature(readers.reasoning_gym_prompts).parameters
-    assert {"tokenizer", "name", "size", "dataset_options", "prompt_template", "rank", "num_epochs"} <= set(parameters)
+    assert {
+        "tokenizer",
+        "name",
+        "size",
+        "dataset_options",
+        "prompt_template",
+        "rank",
+        "num_epochs",
+    } <= set(parameters)
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def test_long_prompts_are_skipped_and_counted(jsonl, caplog):
-    knobs = {"source": jsonl, "max_prompt_tokens": 4, "on_long_prompt": "skip"}  # of 2..8 tokens with the first one
+    knobs = {
+        "source": jsonl,
+        "max_prompt_tokens": 4,
+        "on_long_prompt": "skip",
+    }  # of 2..8 tokens with the first one
     reader = readers.jsonl_prompts(TOKENIZER, num_epochs=2, **knobs)
     with caplog.at_level(logging.WARNING):
         assert sorted(set(ids(reader))) == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
@@ -185,15 +225,21 @@ def test_skips_survive_a_resume(jsonl):
 
 
 def test_pass_without_any_prompt_raises(jsonl):
-    reader = readers.jsonl_prompts(TOKENIZER, source=jsonl, max_prompt_tokens=1, on_long_prompt="skip")
-    with pytest.raises(InputError, match="all 7 prompts of a pass are longer than max_prompt_tokens: 1"):
+    reader = readers.jsonl_prompts(
+        TOKENIZER, source=jsonl, max_prompt_tokens=1, on_long_prompt="skip"
+    )
+    with pytest.raises(
+        InputError, match="all 7 prompts of a pass are longer than max_prompt_tokens: 1"
+    ):
         next(reader)
 
 
 def test_long_prompt_raises_by_default(jsonl):
     reader = readers.jsonl_prompts(TOKENIZER, source=jsonl, max_prompt_tokens=7, shuffle=False)
     assert len(ids(reader, 6)) == 6
-    with pytest.raises(InputError, match=r"train.jsonl:7: the prompt has 8 tokens, more than max_prompt_tokens: 7"):
+    with pytest.raises(
+        InputError, match=r"train.jsonl:7: the prompt has 8 tokens, more than max_prompt_tokens: 7"
+    ):
         next(reader)
 
 
@@ -211,7 +257,10 @@ GOOD_LINE = '{"question": "q", "answer": "a"}'
             '{"question": "q", "solution": "a"}\n',
             "answer_column: bad.jsonl:1 has no field 'answer'; it has 'question', 's",
         ),
-        ('{"problem": "q", "answer": "a"}\n', "prompt_template: bad.jsonl:1 has no field 'question'"),
+        (
+            '{"problem": "q", "answer": "a"}\n',
+            "prompt_template: bad.jsonl:1 has no field 'question'",
+        ),
     ],
     ids=["not_json", "not_an_object", "empty", "blank", "no_answer_column", "no_template_field"],
 )
@@ -228,7 +277,9 @@ def test_bytes_that_are_not_text_name_their_line(tmp_path):
 
 
 def test_later_row_without_a_field_names_its_line(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}, {"question": "q"}])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}, {"question": "q"}]
+    )
     reader = readers.jsonl_prompts(TOKENIZER, source=source, shuffle=False)
     next(reader)
     with pytest.raises(InputError, match="answer_column: a.jsonl:2 has no field 'answer'"):
@@ -243,9 +294,15 @@ def test_later_row_without_a_field_names_its_line(tmp_path):
         ({"rank": 2, "world_size": 2}, "rank: 2 must be"),
         ({"world_size": 8}, "7 rows are too few for 8 data-parallel ranks"),
         ({"prompt_template": "{question"}, "prompt_template: .*double a brace"),
-        ({"prompt_template": "Solve it."}, "prompt_template: 'Solve it.' must name the row's fields"),
+        (
+            {"prompt_template": "Solve it."},
+            "prompt_template: 'Solve it.' must name the row's fields",
+        ),
         ({"prompt_template": "{}"}, "must name the row's fields"),
-        ({"promt_template": "{question}"}, "promt_template: jsonl_prompts takes no such .* mean 'prompt_template'"),
+        (
+            {"promt_template": "{question}"},
+            "promt_template: jsonl_prompts takes no such .* mean 'prompt_template'",
+        ),
     ],
     ids=["long", "budget", "rank", "ranks", "brace", "constant", "nameless", "typo"],
 )
@@ -259,7 +316,9 @@ def test_source_is_needed():
         readers.jsonl_prompts(TOKENIZER)
 
 
-@pytest.mark.parametrize("component", [readers.jsonl_prompts, readers.parquet_prompts], ids=["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "component", [readers.jsonl_prompts, readers.parquet_prompts], ids=["jsonl", "parquet"]
+)
 def test_missing_file_is_named(component, tmp_path):
     with pytest.raises(InputError, match=re.escape(f"source: {tmp_path}/none does not exist")):
         component(TOKENIZER, source=f"{tmp_path}/none")
@@ -284,9 +343,15 @@ def test_folder_without_data_does_not_load(tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"name": "chain_sums"}, "name: reasoning-gym has no 'chain_sums'. Did you mean 'chain_sum'"),
+        (
+            {"name": "chain_sums"},
+            "name: reasoning-gym has no 'chain_sums'. Did you mean 'chain_sum'",
+        ),
         ({"name": "chain_sum", "size": 0}, "size: 0 must be at least 1"),
-        ({"name": "chain_sum", "dataset_options": {"terms": 2}}, "dataset_options: reasoning-gym's chain_sum refuses"),
+        (
+            {"name": "chain_sum", "dataset_options": {"terms": 2}},
+            "dataset_options: reasoning-gym's chain_sum refuses",
+        ),
         (
             {"name": "chain_sum", "dataset_options": {"min_terms": 9}},
             "dataset_options: reasoning-gym's chain_sum refuses",

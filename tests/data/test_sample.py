@@ -73,7 +73,10 @@ def test_sample_counts_lengths():
         ({"temperature": float("nan")}, "temperature is nan, needed: above 0"),
         ({"top_p": 0.9}, "top_p is 0.9, needed: 1.0"),
         ({"top_k": 50}, "top_k is 50, needed: 0"),
-        ({"logps_of": "raw", "temperature": 0.7}, "logps_of: 'raw', needed: 'processed' at temperature 0.7"),
+        (
+            {"logps_of": "raw", "temperature": 0.7},
+            "logps_of: 'raw', needed: 'processed' at temperature 0.7",
+        ),
         ({"logps_of": "top"}, "logps_of: 'top', needed: 'processed' or 'raw'"),
         ({"tokenizer": "abc"}, "tokenizer: 'abc', needed: 'def'"),
         ({"logps": [-1.0]}, "logps: 1 values, needed: 3 values"),
@@ -100,7 +103,8 @@ def test_sample_refuses_what_the_sampler_got_wrong():
     short = FakeSampler()
     short.sample = lambda prompts, **_: [[completion(1)]] * len(prompts)
     with pytest.raises(
-        InputError, match=r"sampler: .*4 completions of each of 3 prompts and gave groups of \[1, 1, 1\]"
+        InputError,
+        match=r"sampler: .*4 completions of each of 3 prompts and gave groups of \[1, 1, 1\]",
     ):
         next(make(sampler=short))
 
@@ -111,13 +115,31 @@ def test_sample_refuses_what_the_sampler_got_wrong():
         ({"prompts_per_rollout": 0}, "prompts_per_rollout: 0"),
         ({"group_size": 0}, "group_size: 0"),
         ({"seed": -1}, "seed: -1"),
-        ({"params": SamplingParams(temperature=0.0)}, "^sampling.temperature is 0.0, needed: above 0"),
-        ({"params": SamplingParams(temperature=True)}, "^sampling.temperature: True must be a number above 0"),
-        ({"params": SamplingParams(temperature=[1])}, r"^sampling.temperature: \[1\] must be a number above 0"),
+        (
+            {"params": SamplingParams(temperature=0.0)},
+            "^sampling.temperature is 0.0, needed: above 0",
+        ),
+        (
+            {"params": SamplingParams(temperature=True)},
+            "^sampling.temperature: True must be a number above 0",
+        ),
+        (
+            {"params": SamplingParams(temperature=[1])},
+            r"^sampling.temperature: \[1\] must be a number above 0",
+        ),
         ({"params": SamplingParams(top_k=5)}, "^sampling.top_k is 5, needed: 0"),
-        ({"params": SamplingParams(max_new_tokens=0)}, "^sampling.max_new_tokens: 0 must be a whole number of 1"),
-        ({"params": SamplingParams(max_new_tokens=True)}, "^sampling.max_new_tokens: True must be a whole number"),
-        ({"params": SamplingParams(max_new_tokens=2.5)}, "^sampling.max_new_tokens: 2.5 must be a whole number"),
+        (
+            {"params": SamplingParams(max_new_tokens=0)},
+            "^sampling.max_new_tokens: 0 must be a whole number of 1",
+        ),
+        (
+            {"params": SamplingParams(max_new_tokens=True)},
+            "^sampling.max_new_tokens: True must be a whole number",
+        ),
+        (
+            {"params": SamplingParams(max_new_tokens=2.5)},
+            "^sampling.max_new_tokens: 2.5 must be a whole number",
+        ),
     ],
     ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
 )
@@ -128,7 +150,9 @@ def test_sample_refuses_arguments_before_drawing(changes, message):
 
 def test_sample_refuses_prompts_before_sampling():
     sampler = FakeSampler()
-    with pytest.raises(InputError, match="prompt p:2 has 3 tokens.*max_new_tokens 9 is more than the 11"):
+    with pytest.raises(
+        InputError, match="prompt p:2 has 3 tokens.*max_new_tokens 9 is more than the 11"
+    ):
         next(make(sampler=sampler, max_tokens=11))
     with pytest.raises(InputError, match="prompt empty has no tokens"):
         next(make(sampler=sampler, make_prompt=lambda i: Prompt("empty", "", [])))

@@ -8,7 +8,12 @@ from tests.data.law import assert_resumes_anywhere
 
 REWARDS = {
     "correct": {"function": "gspo.rewards.exact_match", "weight": 1.0},
-    "length": {"function": "gspo.rewards.overlong_penalty", "weight": 0.5, "max_tokens": 4, "buffer_tokens": 2},
+    "length": {
+        "function": "gspo.rewards.overlong_penalty",
+        "weight": 0.5,
+        "max_tokens": 4,
+        "buffer_tokens": 2,
+    },
 }
 
 
@@ -27,7 +32,11 @@ class Rollouts(BaseNode):
             raise StopIteration
         i, self.i = self.i, self.i + 1
         groups = [
-            Group(k, Prompt(f"p:{i}", "?", [1], answer=str(answer)), [completion(i, max(i, 1)), completion(0, 1)])
+            Group(
+                k,
+                Prompt(f"p:{i}", "?", [1], answer=str(answer)),
+                [completion(i, max(i, 1)), completion(0, 1)],
+            )
             for k, answer in enumerate((i, 99))
         ]
         return Rollout(groups, stats={"length/mean": (4.0, 2)})

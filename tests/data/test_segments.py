@@ -24,7 +24,10 @@ def cut(*pieces, delimiter="\n\n"):
         (["a", "\n\n", "b", "a", ""], [0, 0, 1, 1, 1]),
         (["a", ".\n", "\n", "b"], [0, 0, 0, 1]),  # over two tokens
         (["a", "\n", " ", "\n", "b"], [0, 0, 0, 0, 0]),  # not a delimiter
-        (["a", "\n\n", "\n", "\n\n\n", " ", "b"], [0, 0, 0, 0, 0, 1]),  # blank tokens make no segment
+        (
+            ["a", "\n\n", "\n", "\n\n\n", " ", "b"],
+            [0, 0, 0, 0, 0, 1],
+        ),  # blank tokens make no segment
         (["a\n\nb", "b", "a\n\nb", "a"], [0, 1, 1, 2]),  # within a token
         (["a", "\n\n", ""], [0, 0, 0]),  # the stop token is in the last one
         (["\n\n", "a"], [0, 1]),
@@ -36,7 +39,15 @@ def test_segments_end_with_the_delimiter_and_what_is_blank_behind_it(pieces, seg
 
 
 def test_a_delimiter_is_found_across_tokens_wherever_it_starts():
-    assert cut("a", "</s", "tep>", "b", "</s", "tep>", "a", delimiter="</step>") == [0, 0, 0, 1, 1, 1, 2]
+    assert cut("a", "</s", "tep>", "b", "</s", "tep>", "a", delimiter="</step>") == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+    ]
     assert cut("a", "b", "a", "b", delimiter="b") == [0, 0, 1, 1]
     assert cut(*["a"] * 9, "b", "\n\n", "a", delimiter="ab\n") == [0] * 11 + [1]
 
@@ -52,7 +63,9 @@ def segmented(splitter, *groups):
 
 
 def test_a_newline_that_the_shell_left_as_two_characters_is_refused():
-    with pytest.raises(InputError, match=r"^segments\.delimiter: .* a backslash and an n where a newline is meant"):
+    with pytest.raises(
+        InputError, match=r"^segments\.delimiter: .* a backslash and an n where a newline is meant"
+    ):
         AtDelimiter(TOKENIZER, delimiter=r"\n\n")
 
 
@@ -64,9 +77,14 @@ def test_a_completion_may_stay_whole(nothing):
 
 def test_every_completion_is_cut():
     result = segmented(
-        lambda c: [i // 2 for i in range(len(c.tokens))], [completion(3), completion(1)], [completion(4)]
+        lambda c: [i // 2 for i in range(len(c.tokens))],
+        [completion(3), completion(1)],
+        [completion(4)],
     )
-    assert [[c.segments for c in g.completions] for g in result.groups] == [[[0, 0, 1], [0]], [[0, 0, 1, 1]]]
+    assert [[c.segments for c in g.completions] for g in result.groups] == [
+        [[0, 0, 1], [0]],
+        [[0, 0, 1, 1]],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +100,17 @@ def test_segments_that_do_not_fit_are_refused(segments, advantages, message):
         given.segment_advantages = advantages
         return segments
 
-    with pytest.raises(InputError, match=f"^segments: {message}. Correct the splitter, for a completion of prompt p:0"):
+    with pytest.raises(
+        InputError,
+        match=f"^segments: {message}. Correct the splitter, for a completion of prompt p:0",
+    ):
         segmented(splitter, [completion(3)])
 
 
 def test_segments_resume_anywhere():
     def make():
-        return Segment(Items(lambda i: rollout([completion(i + 1)]), 4), lambda c: list(range(len(c.tokens))))
+        return Segment(
+            Items(lambda i: rollout([completion(i + 1)]), 4), lambda c: list(range(len(c.tokens)))
+        )
 
     assert_resumes_anywhere(make, 4, key=exact)

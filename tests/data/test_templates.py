@@ -34,7 +34,8 @@ def folder(tmp_path):
 @pytest.fixture
 def huggingface(folder):
     return HuggingFaceBaseTokenizer(
-        str(folder / "tokenizer.json"), tokenizer_config_json_path=str(folder / "tokenizer_config.json")
+        str(folder / "tokenizer.json"),
+        tokenizer_config_json_path=str(folder / "tokenizer_config.json"),
     )
 
 
@@ -67,13 +68,18 @@ def test_llama_header_tokens_of_the_template_are_single_tokens(llama, tmp_path, 
 
 
 def test_llama_special_token_in_the_data_stays_text(llama, tmp_path):
-    prompt = draw(llama, tmp_path, "<|eot_id|>", prompt_template="<|eot_id|>{question}", add_bos=False)
+    prompt = draw(
+        llama, tmp_path, "<|eot_id|>", prompt_template="<|eot_id|>{question}", add_bos=False
+    )
     assert prompt.tokens == [LLAMA["<|eot_id|>"], *b"<|eot_id|>"]
 
 
 def test_longest_special_token_of_the_template_is_taken(llama, tmp_path):
     llama.special_tokens = llama.special_tokens | {"<|eot": 300, "<|eot_id|><|eot_id|>": 301}
-    assert draw(llama, tmp_path, "", prompt_template="<|eot_id|><|eot_id|>{question}").tokens == [llama.bos_id, 301]
+    assert draw(llama, tmp_path, "", prompt_template="<|eot_id|><|eot_id|>{question}").tokens == [
+        llama.bos_id,
+        301,
+    ]
 
 
 def test_qwen_template_gives_the_tokens_of_its_own_encode(folder):
@@ -93,7 +99,8 @@ def test_huggingface_template_has_single_special_tokens_and_one_bos(folder, hugg
         )
         inner.save(str(folder / "tokenizer.json"))
         huggingface = HuggingFaceBaseTokenizer(
-            str(folder / "tokenizer.json"), tokenizer_config_json_path=str(folder / "tokenizer_config.json")
+            str(folder / "tokenizer.json"),
+            tokenizer_config_json_path=str(folder / "tokenizer_config.json"),
         )
     tokens = draw(huggingface, folder, "user 1 + 2", prompt_template=TEMPLATE, add_bos=True).tokens
     assert tokens[:2] == [huggingface.bos_id, huggingface.eos_id]
@@ -105,7 +112,14 @@ def test_bos_in_the_template_and_from_the_tokenizer_is_refused(folder, huggingfa
     for tokenizer, bos in ((huggingface, BOS), (llama, "<|begin_of_text|>")):
         with pytest.raises(InputError, match="prompts.jsonl:1 begins with the token .* twice"):
             draw(tokenizer, folder, "1", prompt_template=f"{bos}{{question}}", add_bos=True)
-        assert len(draw(tokenizer, folder, "1", prompt_template=f"{bos}{{question}}", add_bos=False).tokens) == 2
+        assert (
+            len(
+                draw(
+                    tokenizer, folder, "1", prompt_template=f"{bos}{{question}}", add_bos=False
+                ).tokens
+            )
+            == 2
+        )
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "llama"])
@@ -114,16 +128,24 @@ def test_sampler_draws_stops_and_decodes_with_the_tokenizer(kind, request, folde
     size = {"huggingface": tiny.VOCAB_SIZE, "llama": 256 + len(LLAMA)}[kind]
     torch.manual_seed(0)
     model = qwen2(**tiny.SHAPE | {"vocab_size": size, "num_layers": 1})
-    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.01)  # nearly uniform over the vocabulary
+    torch.nn.init.normal_(
+        model.tok_embeddings.weight, std=0.01
+    )  # nearly uniform over the vocabulary
     prompt = draw(tokenizer, folder, "1", prompt_template="{question}")
     params = SamplingParams(temperature=1.0, max_new_tokens=100)
-    (group,) = LocalSampler(model, tokenizer).sample([prompt], group_size=16, params=params, seeds=[0])
+    (group,) = LocalSampler(model, tokenizer).sample(
+        [prompt], group_size=16, params=params, seeds=[0]
+    )
 
     stops = set(getattr(tokenizer, "stop_tokens", [tokenizer.eos_id]))
     assert {"stop", "length"} >= {completion.finish_reason for completion in group} >= {"stop"}
     for completion in group:
-        assert [token in stops for token in completion.tokens[:-1]] == [False] * (len(completion.tokens) - 1)
+        assert [token in stops for token in completion.tokens[:-1]] == [False] * (
+            len(completion.tokens) - 1
+        )
         assert (completion.tokens[-1] in stops) == (completion.finish_reason == "stop")
-        assert not any(token in completion.text for token in (BOS, END, "<|eot_id|>", "<|end_of_text|>"))
+        assert not any(
+            token in completion.text for token in (BOS, END, "<|eot_id|>", "<|end_of_text|>")
+        )
         assert completion.text
     assert {completion.tokenizer for completion in group} == {tokenizer_fingerprint(tokenizer)}

@@ -4,16 +4,22 @@ import random
 
 import torch
 
-from gspo.context import ContextAxis
-from gspo.data.packing import pack_documents
+from gspo.data.layout import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import StepMetrics
-from gspo.parallel import build_mesh, data_parallel_rank, fsdp_mesh, sum_over_ranks
-from gspo.policy import Microbatch, Policy, accumulate_gradients, load_weights, shard_policy
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.mesh import build_mesh, data_parallel_rank, fsdp_mesh, sum_over_ranks
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
+from gspo.policy.sharding import load_weights, shard_policy
+from gspo.update import accumulate_gradients
 from tests import tiny_policy
 
 CPU = torch.device("cpu")
-LOSSES = {"gspo": GSPOLoss(clip_low=0.2, clip_high=0.2), "grpo": GRPOLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.0)}
+LOSSES = {
+    "gspo": GSPOLoss(clip_low=0.2, clip_high=0.2),
+    "grpo": GRPOLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.0),
+}
 ARRANGEMENTS: dict[str, dict] = {
     "one_bin": {"bin_length": 512},
     "many_bins": {"bin_length": 32},
@@ -27,7 +33,12 @@ ARRANGEMENTS: dict[str, dict] = {
     "compiled_head": {"bin_length": 48, "chunk_size": 24, "kernel": "compile"},
     "compiled_head_whole": {"bin_length": 48, "kernel": "compile"},
     "compiled_head_long_documents": {"bin_length": 48, "chunk_size": 7, "kernel": "compile"},
-    "compiled_head_untied": {"bin_length": 48, "chunk_size": 24, "kernel": "compile", "tied": False},
+    "compiled_head_untied": {
+        "bin_length": 48,
+        "chunk_size": 24,
+        "kernel": "compile",
+        "tied": False,
+    },
     "compiled_head_in_compiled_checkpoints": {
         "bin_length": 48,
         "chunk_size": 24,
@@ -40,7 +51,12 @@ ARRANGEMENTS: dict[str, dict] = {
     "context": {"bin_length": 48, "context": 2},
     "context_one_bin": {"bin_length": 512, "context": 2},
     "context_short_bins": {"bin_length": None, "context": 2, "num_microbatches": 5},
-    "context_prompts_apart": {"bin_length": 64, "context": 2, "share_prompts": False, "tied": False},
+    "context_prompts_apart": {
+        "bin_length": 64,
+        "context": 2,
+        "share_prompts": False,
+        "tied": False,
+    },
     "context_compiled_head": {"bin_length": 48, "context": 2, "chunk_size": 7, "kernel": "compile"},
     "context_in_compiled_checkpoints": {
         "bin_length": 48,
@@ -57,7 +73,11 @@ ARRANGEMENTS: dict[str, dict] = {
 
 def all_gradients(names):
     """``{(arrangement, loss): (metrics, gradients by parameter)}``, full tensors, the same on every rank."""
-    return {(name, loss): gradients(LOSSES[loss], **ARRANGEMENTS[name]) for name in names for loss in LOSSES}
+    return {
+        (name, loss): gradients(LOSSES[loss], **ARRANGEMENTS[name])
+        for name in names
+        for loss in LOSSES
+    }
 
 
 def build_policy(
@@ -75,9 +95,14 @@ def build_policy(
     with torch.device("meta"):
         decoder = tiny_policy.build_decoder(tied=tied, num_kv_heads=num_kv_heads).to(dtype)
     mesh = mesh or build_mesh(CPU)
-    policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ContextAxis.of(mesh))
+    policy = Policy(
+        decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ContextAxis.of(mesh)
+    )
     shard_policy(
-        policy, fsdp_mesh(mesh), compile_layers=compile_layers, activation_checkpointing=activation_checkpointing
+        policy,
+        fsdp_mesh(mesh),
+        compile_layers=compile_layers,
+        activation_checkpointing=activation_checkpointing,
     )
     load_weights(policy, tiny_policy.weights(tied=tied, num_kv_heads=num_kv_heads), CPU)
     return policy
@@ -104,7 +129,8 @@ def gradients(
     rank, num_ranks = data_parallel_rank(mesh)
     mine = [d for d in documents if d.group_id % num_ranks == rank]
     parts = [  # some are empty on some ranks
-        [d for d in mine if d.group_id // num_ranks % num_microbatches == i] for i in range(num_microbatches)
+        [d for d in mine if d.group_id // num_ranks % num_microbatches == i]
+        for i in range(num_microbatches)
     ]
     batches = [pack_documents(part, bin_length, share_prompts=share_prompts) for part in parts]
     shared = sum(batch.prefix_index is not None for batch in batches)

@@ -7,12 +7,15 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo.context import ContextAxis, ShareOverContext, split
-from gspo.data.packing import Document, pack_documents
+from gspo.data.layout import Document, pack_documents
+from gspo.data.share import ShareOverContext
 from gspo.losses import GRPOLoss, GSPOLoss, SegmentLoss
 from gspo.metrics import StepMetrics
-from gspo.parallel import build_mesh, data_parallel_rank
-from gspo.policy import Microbatch, Policy, accumulate_gradients
+from gspo.parallel.context import ContextAxis, split
+from gspo.parallel.mesh import build_mesh, data_parallel_rank
+from gspo.policy.microbatch import Microbatch
+from gspo.policy.model import Policy
+from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.data.fakes import Items
 from tests.distributed.arrangements import build_policy
@@ -38,8 +41,13 @@ def everything(num_cases):
         for name, (replicate, context) in meshes.items()
     }
     return {
-        "cases": {name: [random_case(mesh, seed) for seed in range(num_cases)] for name, mesh in built.items()},
-        "steps": {(name, loss): train(mesh, loss) for name, mesh in built.items() for loss in LOSSES},
+        "cases": {
+            name: [random_case(mesh, seed) for seed in range(num_cases)]
+            for name, mesh in built.items()
+        },
+        "steps": {
+            (name, loss): train(mesh, loss) for name, mesh in built.items() for loss in LOSSES
+        },
         "cost": {name: cost(mesh) for name, mesh in built.items()},
         "shared": {name: shared(mesh) for name, mesh in built.items()},
     }
@@ -51,11 +59,24 @@ def random_documents(rng):
     for group in range(rng.randint(1, 3)):
         prompt = [rng.randrange(tiny_policy.VOCAB_SIZE) for _ in range(rng.choice([1, 2, 7, 20]))]
         for _ in range(rng.randint(1, 2)):
-            completion = [rng.randrange(tiny_policy.VOCAB_SIZE) for _ in range(rng.choice([1, 2, 8, 16, 31, 40]))]
+            completion = [
+                rng.randrange(tiny_policy.VOCAB_SIZE)
+                for _ in range(rng.choice([1, 2, 8, 16, 31, 40]))
+            ]
             logps = [rng.gauss(-4.1, 0.3) for _ in completion]
             advantage, temperature = rng.choice([-1.3, 0.0, 0.7, 2.0]), rng.choice([0.7, 1.0])
             documents.append(
-                Document(prompt + completion, len(prompt), logps, advantage, 0.0, temperature, 0, f"p{group}", group)
+                Document(
+                    prompt + completion,
+                    len(prompt),
+                    logps,
+                    advantage,
+                    0.0,
+                    temperature,
+                    0,
+                    f"p{group}",
+                    group,
+                )
             )
     return documents
 
@@ -69,7 +90,9 @@ def random_batch(rng):
     holes = torch.tensor([rng.random() < 0.15 for _ in range(batch.tokens.numel())])
     holes &= batch.label_counts[batch.document_index] > 1
     batch.loss_mask &= ~holes
-    counts = torch.zeros_like(batch.label_counts).index_add(0, batch.document_index, batch.loss_mask.long())
+    counts = torch.zeros_like(batch.label_counts).index_add(
+        0, batch.document_index, batch.loss_mask.long()
+    )
     batch.label_counts = counts
     return batch
 
@@ -79,13 +102,20 @@ def random_case(mesh, seed):
     axis, (data_rank, _) = ContextAxis.of(mesh), data_parallel_rank(mesh)
     name, build_loss = OF_CASES[seed // 3 % 3]
     loss, heads = build_loss(), {"num_kv_heads": (1, 2, 4)[seed % 3]}
-    batches = [random_batch(random.Random(100 * seed + rank)) for rank in range(data_parallel_rank(mesh)[1])]
+    batches = [
+        random_batch(random.Random(100 * seed + rank))
+        for rank in range(data_parallel_rank(mesh)[1])
+    ]
     denominator = loss.denominator(7, 50)
     for batch in batches:
         batch.ref_logps = batch.old_logps - 0.2 if name == "gspo" else None
-        if name == "segment":  # their places as they come, some segments empty, over both ends of a rank's part
+        if (
+            name == "segment"
+        ):  # their places as they come, some segments empty, over both ends of a rank's part
             draw = torch.Generator().manual_seed(seed)
-            batch.segment_index = 4 * batch.document_index + torch.randint(4, batch.tokens.shape, generator=draw)
+            batch.segment_index = 4 * batch.document_index + torch.randint(
+                4, batch.tokens.shape, generator=draw
+            )
             batch.segment_advantages = torch.randn(4 * batch.advantages.numel(), generator=draw)
     plain = Policy(tiny_policy.build_decoder(**heads), loss, kernel="reference")
     plain.decoder.load_state_dict(tiny_policy.weights(**heads))
@@ -93,7 +123,9 @@ def random_case(mesh, seed):
     expected_loss.backward()
 
     policy = build_policy(build_loss(), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads)
-    (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator)
+    (pairs,) = accumulate_gradients(
+        policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator
+    )
     sums = StepMetrics()
     sums.add(pairs)
     value = sums.reduce(CPU)["loss"]
@@ -121,7 +153,9 @@ def train(mesh, loss_name, num_steps=3):
         sums = StepMetrics()
         for pairs in accumulate_gradients(policy, [microbatch], denominator):
             sums.add(pairs)
-        grads = {name: p.grad.full_tensor().numpy() for name, p in policy.decoder.named_parameters()}
+        grads = {
+            name: p.grad.full_tensor().numpy() for name, p in policy.decoder.named_parameters()
+        }
         found.append((sums.reduce(CPU), grads))
         optimizer.step()
     return found
@@ -159,7 +193,10 @@ def cost(mesh):
                 kept[storage.data_ptr()] = storage.nbytes()
             return x
 
-        with Collectives() as collectives, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with (
+            Collectives() as collectives,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
             policy(microbatch)
         found["checkpointed" if checkpointed else "kept"] = sum(kept.values())
         found["collectives"] = dict(collectives.elements)

@@ -14,7 +14,11 @@ def launch(target: str, world_size: int, folder: Path, *args) -> list:
     """``target`` is ``module:function``, called as ``function(*args)`` inside a process group of ``world_size``."""
     (folder / "args.pkl").write_bytes(pickle.dumps(args))
     root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(root),
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, target, str(folder)],
@@ -30,7 +34,9 @@ def launch(target: str, world_size: int, folder: Path, *args) -> list:
         for process in processes:
             process.kill()
     failed = [
-        f"rank {rank}: {e[-2000:]}" for rank, (p, e) in enumerate(zip(processes, errors, strict=True)) if p.returncode
+        f"rank {rank}: {e[-2000:]}"
+        for rank, (p, e) in enumerate(zip(processes, errors, strict=True))
+        if p.returncode
     ]
     # The rank that failed first is the one whose peers did not hang up on it.
     assert not failed, min(failed, key=lambda text: "Connection closed by peer" in text)
@@ -42,7 +48,9 @@ def once_per_world_size(tmp_path_factory, target: str, args_of=lambda world_size
 
     @functools.cache
     def results(world_size: int) -> list:
-        return launch(target, world_size, tmp_path_factory.mktemp(f"world{world_size}"), *args_of(world_size))
+        return launch(
+            target, world_size, tmp_path_factory.mktemp(f"world{world_size}"), *args_of(world_size)
+        )
 
     return results
 

@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from gspo.data.packing import Document, Pack, pack_documents
-from gspo.parallel import FetchSteps
+from gspo.data.layout import Document, pack_documents
+from gspo.data.pack import Pack
+from gspo.data.steps import FetchSteps
 from gspo.types import Group, Prompt, Rollout
 from tests.data.fakes import Items, completion, exact
 from tests.data.law import assert_resumes_anywhere
@@ -13,7 +14,12 @@ CPU = torch.device("cpu")
 
 # Documents in each microbatch, a list a rank; a rank beyond the lists has a source without an item.
 SOURCES = {
-    "ragged": [[3, 1, 4, 1, 5, 2, 6], [2, 7, 1, 8, 2, 8, 1], [1, 4, 1, 4, 2, 1, 3], [5, 7, 7, 2, 1, 5, 6]],
+    "ragged": [
+        [3, 1, 4, 1, 5, 2, 6],
+        [2, 7, 1, 8, 2, 8, 1],
+        [1, 4, 1, 4, 2, 1, 3],
+        [5, 7, 7, 2, 1, 5, 6],
+    ],
     "empty_for_a_while": [[4, 4, 4, 4], [0, 0, 3, 3], [1, 0, 0, 1], [0, 0, 0, 9]],
     "ends_first": [[3, 3, 3, 3, 3], [2], [1, 1, 1], []],
     "nothing": [[0, 0], [0], [], [0]],
@@ -27,7 +33,8 @@ ROLLOUT_SIZE = 9
 def batch(num_documents, dropped):
     """``num_documents`` of 1, 2, ... tokens, of which ``dropped`` were taken out before the update."""
     documents = [
-        Document([1, *range(2, 3 + i)], 1, [-1.0] * (i + 1), 1.0, 0.0, 1.0, 0, "p", i) for i in range(num_documents)
+        Document([1, *range(2, 3 + i)], 1, [-1.0] * (i + 1), 1.0, 0.0, 1.0, 0, "p", i)
+        for i in range(num_documents)
     ]
     packed = pack_documents(documents[dropped:])
     packed.num_documents += dropped
@@ -44,7 +51,9 @@ def everything(docs_per_step, docs_per_step_of_rollouts):
 def draw_rollouts(docs_per_step):
     """The rounds in which this rank drew a rollout, and by step how many steps ago its documents were sampled."""
     num_rounds, drawn, staleness = 0, [], []
-    for step in FetchSteps(rollouts(lambda: len(staleness)), docs_per_step=docs_per_step, device=CPU):
+    for step in FetchSteps(
+        rollouts(lambda: len(staleness)), docs_per_step=docs_per_step, device=CPU
+    ):
         drawn += [num_rounds + i for i, b in enumerate(step.batches) if "drawn" in b.stats]
         versions = {v for b in step.batches for v in b.policy_version[: len(b.ids)].tolist()}
         staleness.append({len(staleness) - version for version in versions})
@@ -60,7 +69,9 @@ def rollouts(version):
         dropped = ROLLOUT_SIZE - live[index]
         completions = [completion(8, policy_version=version()) for _ in range(live[index])]
         groups = [Group(i, Prompt(f"p:{index}", "", [1]), [c]) for i, c in enumerate(completions)]
-        return Rollout(groups, {"drawn": (index, 1)}, dropped_documents=dropped, dropped_tokens=8 * dropped)
+        return Rollout(
+            groups, {"drawn": (index, 1)}, dropped_documents=dropped, dropped_tokens=8 * dropped
+        )
 
     return Pack(Items(make, len(live)), tokens_per_microbatch=24, bin_length=24)
 
@@ -68,14 +79,19 @@ def rollouts(version):
 def resume_anywhere(docs_per_step):
     """The law of the data graph, on all ranks at once."""
     assert_resumes_anywhere(
-        lambda: FetchSteps(rollouts(lambda: 0), docs_per_step=docs_per_step, device=CPU), 20, key=exact
+        lambda: FetchSteps(rollouts(lambda: 0), docs_per_step=docs_per_step, device=CPU),
+        20,
+        key=exact,
     )
 
 
 def draw_all(docs_per_step):
     """Every step of every source: what this rank got of it and the totals it was told."""
     rank = dist.get_rank()
-    return {name: _steps(counts[rank] if rank < len(counts) else [], docs_per_step) for name, counts in SOURCES.items()}
+    return {
+        name: _steps(counts[rank] if rank < len(counts) else [], docs_per_step)
+        for name, counts in SOURCES.items()
+    }
 
 
 def _steps(counts, docs_per_step):
@@ -83,5 +99,11 @@ def _steps(counts, docs_per_step):
     steps = []
     for step in FetchSteps(source, docs_per_step=docs_per_step, device=CPU):
         mine = [(b.num_documents, b.num_label_tokens) for b in step.batches]
-        steps.append({"mine": mine, "num_documents": step.num_documents, "num_label_tokens": step.num_label_tokens})
+        steps.append(
+            {
+                "mine": mine,
+                "num_documents": step.num_documents,
+                "num_label_tokens": step.num_label_tokens,
+            }
+        )
     return steps

@@ -13,7 +13,13 @@ CPU = torch.device("cpu")
 
 # What four microbatches report; a mean without weight comes from one that had nothing to count.
 REPORTS = [
-    {"loss": (0.5, 1), "ratio/mean": (3.0, 3), "ratio/max": (1.5, 1), "ratio/min": (0.5, 1), "tokens": (10, 1)},
+    {
+        "loss": (0.5, 1),
+        "ratio/mean": (3.0, 3),
+        "ratio/max": (1.5, 1),
+        "ratio/min": (0.5, 1),
+        "tokens": (10, 1),
+    },
     {
         "loss": (0.25, 1),
         "ratio/mean": (0.0, 0),
@@ -21,7 +27,12 @@ REPORTS = [
         "tokens": (0, 1),
         "reward/a": (2.0, 4),
     },
-    {"ratio/mean": (1.0, 1), "ratio/max": (2.5, 1), "ratio/min": (0.25, 1), "time/sample": (2.0, 1)},
+    {
+        "ratio/mean": (1.0, 1),
+        "ratio/max": (2.5, 1),
+        "ratio/min": (0.25, 1),
+        "time/sample": (2.0, 1),
+    },
     {"loss": (-1.0, 1), "tokens": (7, 1), "reward/a": (1.0, 1), "time/sample": (3.0, 1)},
 ]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.context import ContextAxis, assign_places, split
-from gspo.data.packing import pack_documents
+from gspo.data.layout import pack_documents
+from gspo.parallel.balance import assign_places
+from gspo.parallel.context import ContextAxis, split
 from tests import tiny_policy
 from tests.distributed.context import LOSSES, MESHES
 from tests.distributed.launch import once_per_world_size
@@ -41,7 +42,10 @@ def test_three_optimizer_steps_later_it_still_is(found, world_size, name, loss):
         bound = 1e-4 if step else 1e-5
         assert metrics.keys() == want.keys()
         for key, value in want.items():
-            assert metrics[key] == pytest.approx(value, rel=bound, abs=1e-7, nan_ok=True), (step, key)
+            assert metrics[key] == pytest.approx(value, rel=bound, abs=1e-7, nan_ok=True), (
+                step,
+                key,
+            )
         for parameter, grad in want_grads.items():
             error = np.linalg.norm(grads[parameter] - grad) / np.linalg.norm(grad)
             assert error < bound, (step, parameter)
@@ -51,13 +55,19 @@ def test_three_optimizer_steps_later_it_still_is(found, world_size, name, loss):
 def test_only_one_key_and_value_per_token_and_layer_travels(found, world_size, name):
     cost = found(world_size)[0]["cost"][name]
     gathered = 2 * cost["places"] * KV_HEADS * HEAD_DIM * LAYERS
-    assert cost["collectives"] == ({"all_gather_into_tensor": gathered} if CONTEXT_SIZE[name] > 1 else {})
+    assert cost["collectives"] == (
+        {"all_gather_into_tensor": gathered} if CONTEXT_SIZE[name] > 1 else {}
+    )
 
 
 @each_way
 def test_activations_are_split(found, world_size, name):
     """Hidden states, that is: attention keeps all keys and values, and with checkpointing not even these."""
-    whole, cost, size = found(1)[0]["cost"]["1x1"], found(world_size)[0]["cost"][name], CONTEXT_SIZE[name]
+    whole, cost, size = (
+        found(1)[0]["cost"]["1x1"],
+        found(world_size)[0]["cost"][name],
+        CONTEXT_SIZE[name],
+    )
     assert cost["kept"] == whole["kept"] // size
     assert cost["checkpointed"] == whole["checkpointed"] // size
     assert cost["checkpointed"] < cost["kept"] / 3
@@ -69,7 +79,10 @@ def test_one_rank_draws_for_its_context_group(found, world_size, name):
     for rank in found(world_size):
         shared = rank["shared"][name]
         groups.setdefault(shared["data_rank"], []).append(shared["tokens"])
-        assert len(shared["tokens"]) == 3 and shared["rest"] == shared["resumed"] == shared["tokens"][1:]
+        assert (
+            len(shared["tokens"]) == 3
+            and shared["rest"] == shared["resumed"] == shared["tokens"][1:]
+        )
         assert shared["collected"]
     assert len(groups) == world_size // CONTEXT_SIZE[name]
     for tokens in groups.values():
@@ -84,7 +97,9 @@ def log_normal_batch(seed, *, bin_length=8192, num_bins=2, median=400, longest=4
     for row in positions:
         start = 0
         while start < bin_length:
-            length = min(int(np.clip(median * np.exp(rng.normal()), 16, longest)), bin_length - start)
+            length = min(
+                int(np.clip(median * np.exp(rng.normal()), 16, longest)), bin_length - start
+            )
             row[start : start + length] = np.arange(length)
             start += length
     return positions
@@ -105,7 +120,9 @@ def test_attention_work_is_balanced_on_log_normal_lengths(size):
     for seed in range(3):
         positions = log_normal_batch(seed)
         places = assign_places(positions + 1, size)
-        assert (np.sort(places.transpose(1, 0, 2).reshape(len(positions), -1)) == np.arange(8192)).all()
+        assert (
+            np.sort(places.transpose(1, 0, 2).reshape(len(positions), -1)) == np.arange(8192)
+        ).all()
         assert (np.diff(places) > 0).all()
         work = np.zeros(size)
         for row, mine in zip(positions, places.transpose(1, 0, 2), strict=True):
@@ -129,7 +146,9 @@ def test_bins_of_any_length_are_split(length, size):
     parts = [split(batch, ContextAxis(None, rank, size)) for rank in range(size)]
     for part in parts:
         assert (
-            part.part.tokens.numel() * size == part.whole.tokens.numel() < batch.tokens.numel() + batch.num_bins * size
+            part.part.tokens.numel() * size
+            == part.whole.tokens.numel()
+            < batch.tokens.numel() + batch.num_bins * size
         )
     assert torch.cat([p.part.loss_mask for p in parts]).sum() == batch.loss_mask.sum()
     labels = torch.cat([p.part.labels[p.part.loss_mask] for p in parts])

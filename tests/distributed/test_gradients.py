@@ -5,16 +5,25 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from tests import objectives, tiny_policy
+from tests import tiny_policy
 from tests.distributed.arrangements import ARRANGEMENTS, LOSSES
 from tests.distributed.launch import once_per_world_size
+from tests.losses import objectives
 
 SPLIT = [n for n in ARRANGEMENTS if ARRANGEMENTS[n].keys() & {"context", "replicate"}]
 WORLD_SIZES = {
     1: [n for n in ARRANGEMENTS if n not in SPLIT],
     2: [n for n in ARRANGEMENTS if n not in SPLIT and not ARRANGEMENTS[n].get("compile_layers")]
-    + [n for n in SPLIT if ARRANGEMENTS[n].get("context") == 2 and "replicate" not in ARRANGEMENTS[n]],
-    4: ["one_bin", "five_microbatches", *(n for n in SPLIT if not ARRANGEMENTS[n].get("compile_layers"))],
+    + [
+        n
+        for n in SPLIT
+        if ARRANGEMENTS[n].get("context") == 2 and "replicate" not in ARRANGEMENTS[n]
+    ],
+    4: [
+        "one_bin",
+        "five_microbatches",
+        *(n for n in SPLIT if not ARRANGEMENTS[n].get("compile_layers")),
+    ],
 }
 CASES = [(world, name) for world, names in WORLD_SIZES.items() for name in names]
 
@@ -23,7 +32,9 @@ CASES = [(world, name) for world, names in WORLD_SIZES.items() for name in names
 def found(tmp_path_factory):
     """All gradients of a world size, computed once by real processes."""
     target = "tests.distributed.arrangements:all_gradients"
-    of_ranks = once_per_world_size(tmp_path_factory, target, lambda world_size: (WORLD_SIZES[world_size],))
+    of_ranks = once_per_world_size(
+        tmp_path_factory, target, lambda world_size: (WORLD_SIZES[world_size],)
+    )
     return lambda world_size: of_ranks(world_size)[0]
 
 
@@ -40,7 +51,9 @@ def document_by_document(loss_name, *, tied):
         mask = torch.arange(1, len(d.tokens)) >= d.num_prompt_tokens
         old = torch.zeros(len(d.tokens) - 1, dtype=torch.float64)
         old[mask] = torch.tensor(d.logps, dtype=torch.float32).double()
-        restated.append({"new": new, "old": old, "mask": mask, "advantage": torch.tensor(d.advantage)})
+        restated.append(
+            {"new": new, "old": old, "mask": mask, "advantage": torch.tensor(d.advantage)}
+        )
     value = getattr(objectives, loss_name)(restated, low=0.2, high=0.2) / len(documents)
     value.backward()
     return value.item(), {name: p.grad.numpy() for name, p in decoder.named_parameters()}
@@ -48,7 +61,11 @@ def document_by_document(loss_name, *, tied):
 
 @pytest.fixture(scope="module")
 def expected():
-    return {(loss, tied): document_by_document(loss, tied=tied) for loss in LOSSES for tied in (True, False)}
+    return {
+        (loss, tied): document_by_document(loss, tied=tied)
+        for loss in LOSSES
+        for tied in (True, False)
+    }
 
 
 @pytest.mark.parametrize(("world_size", "name"), CASES, ids=[f"{n}-{w}" for w, n in CASES])
@@ -66,11 +83,15 @@ def test_gradient_is_the_same(found, expected, world_size, name, loss):
 
 # Those of other temperatures, weights or documents apart.
 SAME_METRICS = [
-    (world, name) for world, name in CASES if world > 1 and ARRANGEMENTS[name].get("tied", True) and name != "shuffled"
+    (world, name)
+    for world, name in CASES
+    if world > 1 and ARRANGEMENTS[name].get("tied", True) and name != "shuffled"
 ]
 
 
-@pytest.mark.parametrize(("world_size", "name"), SAME_METRICS, ids=[f"{n}-{w}" for w, n in SAME_METRICS])
+@pytest.mark.parametrize(
+    ("world_size", "name"), SAME_METRICS, ids=[f"{n}-{w}" for w, n in SAME_METRICS]
+)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_metrics_do_not_depend_on_the_ranks(found, world_size, name, loss):
     one, _ = found(1)["five_microbatches", loss]

@@ -22,7 +22,10 @@ def drawn(tmp_path_factory):
     return once_per_world_size(
         tmp_path_factory,
         "tests.distributed.steps:everything",
-        lambda world_size: (DOCS_PER_STEP, [docs_of(part, world_size) for part in PARTS_OF_ROLLOUT.values()]),
+        lambda world_size: (
+            DOCS_PER_STEP,
+            [docs_of(part, world_size) for part in PARTS_OF_ROLLOUT.values()],
+        ),
     )
 
 
@@ -53,14 +56,22 @@ def test_step_takes_rounds_until_it_holds_enough_documents(drawn, world_size, na
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_rank_is_told_the_totals_of_the_step(drawn, world_size, name):
     for of_ranks in zip(*(rank["sources"][name] for rank in drawn(world_size)), strict=True):
-        documents, tokens = (sum(pair[i] for step in of_ranks for pair in step["mine"]) for i in (0, 1))
-        assert {(s["num_documents"], s["num_label_tokens"]) for s in of_ranks} == {(documents, tokens)}
+        documents, tokens = (
+            sum(pair[i] for step in of_ranks for pair in step["mine"]) for i in (0, 1)
+        )
+        assert {(s["num_documents"], s["num_label_tokens"]) for s in of_ranks} == {
+            (documents, tokens)
+        }
 
 
 def test_steps_overshoot_and_stay_short_where_the_cases_say(drawn):
     of_four, of_one = drawn(4)[0]["sources"], drawn(1)[0]["sources"]
-    assert of_four["ragged"][0]["num_documents"] > DOCS_PER_STEP  # a round brings more than is missing
-    assert of_one["ends_first"][-1]["num_documents"] < DOCS_PER_STEP  # what was left when the source ended
+    assert (
+        of_four["ragged"][0]["num_documents"] > DOCS_PER_STEP
+    )  # a round brings more than is missing
+    assert (
+        of_one["ends_first"][-1]["num_documents"] < DOCS_PER_STEP
+    )  # what was left when the source ended
     assert of_four["nothing"] == []
 
 
@@ -70,7 +81,10 @@ def test_ranks_draw_their_next_rollouts_in_the_same_round(drawn, world_size, par
     found = [rank["rollouts"][docs_of(part, world_size)]["drawn"] for rank in drawn(world_size)]
     longest = max(found, key=len)
     # A rollout of n live documents takes ceil(n / 3) microbatches, or one; the next begins where all are through.
-    rounds = [max(max(-(-n // 3), 1) for n in of_ranks) for of_ranks in zip_longest(*LIVE[:world_size], fillvalue=0)]
+    rounds = [
+        max(max(-(-n // 3), 1) for n in of_ranks)
+        for of_ranks in zip_longest(*LIVE[:world_size], fillvalue=0)
+    ]
     assert longest == [sum(rounds[:i]) for i in range(len(rounds))]
     assert found == [longest[: len(live)] for live in LIVE[:world_size]]
 
@@ -84,4 +98,9 @@ def test_steps_of_one_rollout_train_on_nothing_stale(drawn, world_size):
 
 
 def test_steps_resume_anywhere_on_ranks_that_wait(tmp_path):
-    launch("tests.distributed.steps:resume_anywhere", 2, tmp_path, docs_of(PARTS_OF_ROLLOUT["part_of_rollout"], 2))
+    launch(
+        "tests.distributed.steps:resume_anywhere",
+        2,
+        tmp_path,
+        docs_of(PARTS_OF_ROLLOUT["part_of_rollout"], 2),
+    )

@@ -45,7 +45,9 @@ def mix_weights(num_rows, *, zeros=0.5, seed=0):
 
 def gradients(function, weights, *values):
     """Values of ``function(*values)``, and the gradients of their mix by the first two (or the first, if one only)."""
-    leaves = [x.detach().clone().requires_grad_() for x in values if x.is_floating_point()][: len(values) - 2]
+    leaves = [x.detach().clone().requires_grad_() for x in values if x.is_floating_point()][
+        : len(values) - 2
+    ]
     rest = values[len(leaves) :]
     logps, entropy = function(*[leaf * 1 for leaf in leaves], *rest)
     found = torch.autograd.grad(mixed(logps, entropy, weights.to(logps.dtype)), leaves)
@@ -94,7 +96,12 @@ def loss_and_gradients(values, counts, seam, **options):
     hidden, weight = (x.detach().clone().requires_grad_() for x in values[:2])
     loss, metrics = linear_loss(hidden, weight, *values[2:], counts, seam, **options)
     (3.0 * loss).backward()
-    return float(loss.detach()), sum(float(m["clipped"][0]) for m in metrics), hidden.grad, weight.grad
+    return (
+        float(loss.detach()),
+        sum(float(m["clipped"][0]) for m in metrics),
+        hidden.grad,
+        weight.grad,
+    )
 
 
 def restated_loss(values, counts, seam):

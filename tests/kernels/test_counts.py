@@ -20,7 +20,9 @@ def case(dead_share):
     num_documents = SIZE[0] // DOCUMENT
     coefficients = torch.ones(num_documents)
     coefficients[: round(dead_share * num_documents)] = 0
-    coefficients = coefficients[torch.randperm(num_documents, generator=torch.Generator().manual_seed(0))]
+    coefficients = coefficients[
+        torch.randperm(num_documents, generator=torch.Generator().manual_seed(0))
+    ]
 
     def seam(logps, entropy, first, last):
         return (coefficients[first:last].repeat_interleave(DOCUMENT) * logps).sum(), {}

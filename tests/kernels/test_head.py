@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from gspo.errors import InputError
-from gspo.kernels import choose_kernel, linear_logps, linear_loss, logits_logps, rows, rows_per_chunk
+from gspo.kernels import (
+    choose_kernel,
+    linear_logps,
+    linear_loss,
+    logits_logps,
+    rows,
+    rows_per_chunk,
+)
 from tests.kernels import heads
 
 SIZES = {"one": (1, 3, 2), "odd": (63, 16, 61), "prime_vocabulary": (129, 24, 1187)}
@@ -35,7 +42,11 @@ def test_gradients_of_16_bit_logits_are_rounded_once(kernel, dtype):
     logits[labels, labels] += torch.linspace(0, 9, 40)
     logits, weights = logits.to(dtype), heads.mix_weights(40, zeros=0.2)
     found = heads.gradients(
-        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel), weights, logits, labels, temperature
+        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel),
+        weights,
+        logits,
+        labels,
+        temperature,
     )
     expected = heads.gradients(heads.restated_logits, weights, logits.double(), labels, temperature)
     for got, want in zip(found[-1], expected[-1], strict=True):
@@ -48,7 +59,11 @@ def test_logits_logps_equals_float64(size, kernel):
     hidden, weight, labels, temperature = heads.inputs(size)
     logits, weights = hidden @ weight.T, heads.mix_weights(size[0])
     found = heads.gradients(
-        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel), weights, logits, labels, temperature
+        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel),
+        weights,
+        logits,
+        labels,
+        temperature,
     )
     expected = heads.gradients(heads.restated_logits, weights, logits, labels, temperature)
     for got, want in zip(found, expected, strict=True):
@@ -101,9 +116,13 @@ def test_bf16_keeps_to_the_accuracy_table():
         options = {"kernel": "compile", "chunk_size": size[0] // num_chunks}
         logps, entropy = linear_logps(*values, **options)
         assert (logps - exact).abs().max() < 5e-5 and (entropy - exact_entropy).abs().max() < 1e-4
-        assert (logps - exact).view(-1, 64).mean(-1).abs().max() < 1e-6  # over documents of 64 tokens
+        assert (logps - exact).view(-1, 64).mean(
+            -1
+        ).abs().max() < 1e-6  # over documents of 64 tokens
         *_, d_hidden, d_weight = heads.loss_and_gradients(values, counts, seam, **options)
-        errors.append((heads.relative(d_hidden, expected_hidden), heads.relative(d_weight, expected_weight)))
+        errors.append(
+            (heads.relative(d_hidden, expected_hidden), heads.relative(d_weight, expected_weight))
+        )
         assert max(errors[-1]) < 2.6e-3, errors
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
@@ -120,9 +139,13 @@ def test_an_objective_may_be_constant_on_some_documents(kernel, chunk_size):
     values, counts, _ = loss_case((63, 16, 61))
 
     def seam(logps, entropy, first, last):
-        return (logps.sum() if first == 0 else logps.new_zeros(())), {"clipped": (torch.zeros(()), torch.ones(()))}
+        return (logps.sum() if first == 0 else logps.new_zeros(())), {
+            "clipped": (torch.zeros(()), torch.ones(()))
+        }
 
-    loss, _, d_hidden, _ = heads.loss_and_gradients(values, counts, seam, kernel=kernel, chunk_size=chunk_size)
+    loss, _, d_hidden, _ = heads.loss_and_gradients(
+        values, counts, seam, kernel=kernel, chunk_size=chunk_size
+    )
     assert loss < 0 and d_hidden[0].any()
 
 
@@ -140,7 +163,9 @@ def test_inputs_of_different_lengths_are_refused(kernel, extra):
 def test_without_gradients_metrics_hold_no_graph(kernel):
     values, counts, _ = loss_case((63, 16, 61))
     with torch.no_grad():
-        _, metrics = linear_loss(*values, counts, lambda logps, *_: (logps.sum(), {"x": (logps.sum(),)}), kernel=kernel)
+        _, metrics = linear_loss(
+            *values, counts, lambda logps, *_: (logps.sum(), {"x": (logps.sum(),)}), kernel=kernel
+        )
     assert not any(m["x"][0].requires_grad for m in metrics)
 
 
@@ -204,9 +229,15 @@ def test_logits_far_apart_and_infinite_stay_exact(kernel):
     if kernel == "reference":  # whose entropy does not take -inf
         logits[3, 7:] = -1e4
     found = heads.gradients(
-        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel), weights, logits, labels, temperature
+        lambda *x: logits_logps(*x, entropy_grad=True, kernel=kernel),
+        weights,
+        logits,
+        labels,
+        temperature,
     )
-    expected = heads.gradients(heads.restated_logits, weights, logits.clamp(min=-1e5), labels, temperature)
+    expected = heads.gradients(
+        heads.restated_logits, weights, logits.clamp(min=-1e5), labels, temperature
+    )
     for got, want in zip(found, expected, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-4, atol=1e-4)
@@ -217,19 +248,36 @@ def test_logits_far_apart_and_infinite_stay_exact(kernel):
 def test_no_gradient_is_subnormal(kernels, with_entropy):
     """A product of numbers below 1.2e-38 takes 40 times as long on a CPU."""
     logits = torch.linspace(-120.0, 0.0, 1187).expand(5, -1).contiguous()
-    labels, temperature, small = torch.arange(5), torch.linspace(0.5, 1.5, 5), torch.full((5,), 1e-6)
+    labels, temperature, small = (
+        torch.arange(5),
+        torch.linspace(0.5, 1.5, 5),
+        torch.full((5,), 1e-6),
+    )
     logps, log_z, entropy = kernels.statistics(logits, labels, temperature)
     expected = (logits / temperature[:, None]).double().log_softmax(-1)
     torch.testing.assert_close(logps.double(), expected[:, :5].diagonal(), rtol=1e-6, atol=1e-5)
-    rest = (labels, temperature, log_z, entropy, small, small if with_entropy else None, torch.float32)
+    rest = (
+        labels,
+        temperature,
+        log_z,
+        entropy,
+        small,
+        small if with_entropy else None,
+        torch.float32,
+    )
     assert kernels.gradient(logits, *rest).abs().min() > torch.finfo(torch.float32).tiny
 
 
 @each_kernel
 def test_two_runs_are_bitwise_equal(kernel):
     values, counts, seam = loss_case((129, 24, 1187))
-    one, two = (heads.loss_and_gradients(values, counts, seam, kernel=kernel, chunk_size=32) for _ in range(2))
-    assert one[:2] == two[:2] and all(torch.equal(a, b) for a, b in zip(one[2:], two[2:], strict=True))
+    one, two = (
+        heads.loss_and_gradients(values, counts, seam, kernel=kernel, chunk_size=32)
+        for _ in range(2)
+    )
+    assert one[:2] == two[:2] and all(
+        torch.equal(a, b) for a, b in zip(one[2:], two[2:], strict=True)
+    )
 
 
 def test_a_row_of_nan_spoils_no_other():
@@ -283,7 +331,9 @@ def test_choose_kernel_does_without_a_compiler(monkeypatch):
 def test_choose_kernel_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     choose_kernel.cache_clear()
-    with pytest.raises(InputError, match="kernel is 'cuda': it must be one of auto, triton, compile, reference"):
+    with pytest.raises(
+        InputError, match="kernel is 'cuda': it must be one of auto, triton, compile, reference"
+    ):
         choose_kernel("cuda", "cpu", 100)
     with pytest.raises(InputError, match="kernel is 'triton', which needs a CUDA device, not cpu"):
         choose_kernel("triton", "cpu", 100)

@@ -24,7 +24,10 @@ def restated(hidden, weight, labels, temperature):
 
 def gradients(function, hidden, weight, labels, temperature):
     """Values, and the gradients of a fixed mix of both outputs."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    hidden, weight = (
+        hidden.detach().clone().requires_grad_(),
+        weight.detach().clone().requires_grad_(),
+    )
     logps, entropy = function(hidden, weight, labels, temperature)
     mix = torch.linspace(-1, 1, logps.numel(), dtype=logps.dtype)
     total = (mix * logps).sum() + (mix.flip(0) * entropy).sum() * float(entropy.requires_grad)
@@ -35,7 +38,9 @@ def gradients(function, hidden, weight, labels, temperature):
 @pytest.mark.parametrize("chunk_size", [4096, 7], ids=["whole", "chunks"])
 def test_head_equals_float64(size, chunk_size):
     values = inputs(size)
-    found = gradients(lambda *x: linear_logps(*x, chunk_size=chunk_size, entropy_grad=True), *values)
+    found = gradients(
+        lambda *x: linear_logps(*x, chunk_size=chunk_size, entropy_grad=True), *values
+    )
     expected = gradients(restated, *values)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == torch.float32
@@ -45,7 +50,9 @@ def test_head_equals_float64(size, chunk_size):
 @each_size
 def test_chunks_change_nothing(size):
     values = inputs(size)
-    whole, chunked = (gradients(lambda *x, n=n: linear_logps(*x, chunk_size=n), *values) for n in (4096, 7))
+    whole, chunked = (
+        gradients(lambda *x, n=n: linear_logps(*x, chunk_size=n), *values) for n in (4096, 7)
+    )
     for got, want in zip(chunked, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
@@ -62,7 +69,10 @@ def test_entropy_lets_gradients_through_only_when_asked():
 def test_temperature_is_each_rows_own():
     hidden, weight, labels, temperature = inputs((6, 4, 9))
     together, _ = linear_logps(hidden, weight, labels, temperature)
-    alone = [linear_logps(hidden[i : i + 1], weight, labels[i : i + 1], temperature[i : i + 1])[0] for i in range(6)]
+    alone = [
+        linear_logps(hidden[i : i + 1], weight, labels[i : i + 1], temperature[i : i + 1])[0]
+        for i in range(6)
+    ]
     torch.testing.assert_close(together, torch.cat(alone))
     assert (together - linear_logps(hidden, weight, labels, torch.ones(6))[0]).abs().min() > 1e-3
 
@@ -82,7 +92,9 @@ def test_no_rows_give_zero_gradients(chunk_size):
     hidden, weight, labels, temperature = inputs((3, 4, 9))
     rows = torch.zeros(0, dtype=torch.int64)
     weight.requires_grad_()
-    logps, entropy = linear_logps(hidden[rows], weight, labels[rows], temperature[rows], chunk_size=chunk_size)
+    logps, entropy = linear_logps(
+        hidden[rows], weight, labels[rows], temperature[rows], chunk_size=chunk_size
+    )
     assert logps.shape == entropy.shape == (0,)
     assert torch.autograd.grad(logps.sum(), weight)[0].eq(0).all()
 
@@ -92,13 +104,17 @@ def test_logits_far_from_zero_lose_nothing(shift):
     hidden, weight, labels, temperature = inputs((7, 4, 9))
     hidden = torch.cat((hidden, torch.ones(7, 1)), 1)
     near = linear_logps(hidden, torch.cat((weight, torch.zeros(9, 1)), 1), labels, temperature)
-    far = linear_logps(hidden, torch.cat((weight, torch.full((9, 1), shift)), 1), labels, temperature)
+    far = linear_logps(
+        hidden, torch.cat((weight, torch.full((9, 1), shift)), 1), labels, temperature
+    )
     for got, want in zip(far, near, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-3)  # an ulp at 600 is 6e-5
 
 
 def test_peaked_rows_stay_finite():
     hidden, weight, labels, temperature = inputs((33, 8, 61), scale=200.0)
-    found = gradients(lambda *x: linear_logps(*x, entropy_grad=True), hidden, weight, labels, temperature)
+    found = gradients(
+        lambda *x: linear_logps(*x, entropy_grad=True), hidden, weight, labels, temperature
+    )
     assert all(x.isfinite().all() for x in found)
     assert found[0].min() < -100 and found[1].min() < 1e-6

@@ -22,7 +22,9 @@ UNITS = 0.5 if DEVICE == "cuda" else 1.0
 ERRORS = {torch.float32: 1e-5, torch.float16: UNITS * 2**-10, torch.bfloat16: UNITS * 2**-7}
 SIZES = {"one": (1, 3, 2), "odd": (13, 16, 61), "prime_vocabulary": (21, 24, 1187)}
 COUNTS = [1, 9, 0, 1, 4, 1, 5]  # documents of 21 rows
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum is numpy's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:All-NaN slice"
+)  # the interpreter's maximum is numpy's
 each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -64,13 +66,17 @@ def test_statistics_equal_float64(vocab_size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("wide", "narrow"), [(x, x) for x in ERRORS] + [(torch.float32, x) for x in ERRORS if x.itemsize == 2], ids=str
+    ("wide", "narrow"),
+    [(x, x) for x in ERRORS] + [(torch.float32, x) for x in ERRORS if x.itemsize == 2],
+    ids=str,
 )
 @pytest.mark.parametrize("with_entropy", [False, True], ids=["plain", "entropy"])
 @pytest.mark.parametrize("vocab_size", [61, 1187])
 def test_gradient_in_place_equals_float64(wide, narrow, with_entropy, vocab_size):
     memory, logits, labels, temperature = surrounded_logits(vocab_size, wide)
-    weights = heads.mix_weights(6, zeros=0).to(DEVICE) * torch.tensor([[1.0], [float(with_entropy)]], device=DEVICE)
+    weights = heads.mix_weights(6, zeros=0).to(DEVICE) * torch.tensor(
+        [[1.0], [float(with_entropy)]], device=DEVICE
+    )
     weights[:, 4] = 0
     leaf = logits.detach().double().requires_grad_()
     outputs = restated(leaf, labels, temperature)
@@ -92,7 +98,9 @@ def test_gradient_in_place_equals_float64(wide, narrow, with_entropy, vocab_size
     assert (found[4] == 0).all()
     for row in (1, 2, 3, 5):
         assert heads.relative(found[row], expected[row]) < max(ERRORS[wide], ERRORS[narrow])
-    assert (found[0].double() - expected[0]).abs().max() < 1e-5  # all but the label is -inf: the gradient is 0
+    assert (
+        found[0].double() - expected[0]
+    ).abs().max() < 1e-5  # all but the label is -inf: the gradient is 0
     memory[1:-1, :vocab_size] = torch.nan
     assert memory.isnan().all()
 
@@ -107,7 +115,9 @@ def on_device(size, *, dtype=torch.float32, scale=1.0):
 def test_linear_logps_equals_float64(size, dtype, chunk_size):
     values, weights = on_device(size, dtype=dtype), heads.mix_weights(size[0], zeros=0.3).to(DEVICE)
     options = {"chunk_size": chunk_size, "entropy_grad": True, "kernel": "triton"}
-    logps, entropy, *found = heads.gradients(lambda *x: linear_logps(*x, **options), weights, *values)
+    logps, entropy, *found = heads.gradients(
+        lambda *x: linear_logps(*x, **options), weights, *values
+    )
     expected_logps, expected_entropy, *expected = heads.gradients(heads.restated, weights, *values)
     torch.testing.assert_close(logps.double(), expected_logps, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-6, atol=1e-5)
@@ -120,10 +130,17 @@ def test_linear_logps_equals_float64(size, dtype, chunk_size):
 @each_dtype
 def test_logits_logps_equals_float64(size, dtype):
     hidden, weight, labels, temperature = on_device(size)
-    logits, weights = (hidden @ weight.T).to(dtype), heads.mix_weights(size[0], zeros=0.3).to(DEVICE)
+    logits, weights = (
+        (hidden @ weight.T).to(dtype),
+        heads.mix_weights(size[0], zeros=0.3).to(DEVICE),
+    )
     logits.masked_fill_(weights.any(0).logical_not()[:, None], torch.nan)  # rows without a gradient
     found = heads.gradients(
-        lambda *x: logits_logps(*x, entropy_grad=True, kernel="triton"), weights, logits, labels, temperature
+        lambda *x: logits_logps(*x, entropy_grad=True, kernel="triton"),
+        weights,
+        logits,
+        labels,
+        temperature,
     )
     expected = heads.gradients(heads.restated_logits, weights, logits, labels, temperature)
     active = weights.any(0)
@@ -169,9 +186,15 @@ def test_no_rows_give_no_gradient():
     parts = (
         *linear_logps(hidden, weight, labels, temperature, entropy_grad=True, kernel="triton"),
         *logits_logps(logits * 1, labels, temperature, entropy_grad=True, kernel="triton"),
-        linear_loss(hidden, weight, labels, temperature, [0, 0], lambda logps, *_: (logps.sum(), {}), kernel="triton")[
-            0
-        ],
+        linear_loss(
+            hidden,
+            weight,
+            labels,
+            temperature,
+            [0, 0],
+            lambda logps, *_: (logps.sum(), {}),
+            kernel="triton",
+        )[0],
     )
     assert [x.shape for x in parts] == [(0,)] * 4 + [()]
     sum(x.sum() for x in parts).backward()
@@ -207,19 +230,32 @@ def test_a_nan_reaches_its_own_row_only():
 
 def test_a_label_out_of_range_gives_nan():
     _, logits, _, temperature = surrounded_logits(61, torch.float32)
-    logps, _, entropy = backend.statistics(logits, torch.tensor([-100, -1, 0, 60, 61, 10**6]).to(DEVICE), temperature)
-    assert logps.isnan().tolist() == [True, True, False, False, True, True] and entropy.isfinite().all()
+    logps, _, entropy = backend.statistics(
+        logits, torch.tensor([-100, -1, 0, 60, 61, 10**6]).to(DEVICE), temperature
+    )
+    assert (
+        logps.isnan().tolist() == [True, True, False, False, True, True]
+        and entropy.isfinite().all()
+    )
 
 
 def test_tensors_of_any_layout():
     hidden, weight, labels, _ = on_device((5, 4, 61))
     dense, labels = hidden @ weight.T, labels.repeat_interleave(2)[::2]
-    temperature, d_logps, d_entropy = (torch.full((1,), x, device=DEVICE).expand(5) for x in (0.7, -0.3, 0.2))
-    for logits in (dense.T.contiguous().T, dense[:1].expand(5, -1), dense.repeat_interleave(2, 1)[:, ::2]):
+    temperature, d_logps, d_entropy = (
+        torch.full((1,), x, device=DEVICE).expand(5) for x in (0.7, -0.3, 0.2)
+    )
+    for logits in (
+        dense.T.contiguous().T,
+        dense[:1].expand(5, -1),
+        dense.repeat_interleave(2, 1)[:, ::2],
+    ):
         expected = rows.PLAIN.statistics(logits.contiguous(), labels, temperature)
         found = backend.statistics(logits, labels, temperature)
         rest = (labels, temperature, *found[1:], d_logps, d_entropy, torch.float32)
-        expected += (rows.PLAIN.gradient(logits.clone(memory_format=torch.contiguous_format), *rest),)
+        expected += (
+            rows.PLAIN.gradient(logits.clone(memory_format=torch.contiguous_format), *rest),
+        )
         for got, want in zip((*found, backend.gradient(logits, *rest)), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -238,7 +274,12 @@ def test_machine_code_does_not_spill_and_offsets_have_64_bits(tmp_path):
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists():
         pytest.skip("this build of triton has no ptxas")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = [sys.executable, ROOT / "benchmarks/kernel_resources.py", "--json", tmp_path / "found.json"]
+    script = [
+        sys.executable,
+        ROOT / "benchmarks/kernel_resources.py",
+        "--json",
+        tmp_path / "found.json",
+    ]
     subprocess.run(
         [*script, "--vocab-sizes", "151936", "50257"],
         check=True,
@@ -258,19 +299,25 @@ def test_machine_code_does_not_spill_and_offsets_have_64_bits(tmp_path):
 def test_rows_beyond_two_to_the_31(narrow, monkeypatch):
     monkeypatch.undo()
     num_rows, vocab_size = 16_384, 151_936
-    some = torch.tensor([0, 14_133, 14_134, num_rows - 1], device=DEVICE)  # 2**31 lies in row 14,134
+    some = torch.tensor(
+        [0, 14_133, 14_134, num_rows - 1], device=DEVICE
+    )  # 2**31 lies in row 14,134
     logits = 3 * torch.randn(num_rows, vocab_size, device=DEVICE)
     labels = torch.randint(0, vocab_size, (num_rows,), device=DEVICE)
     temperature = 0.5 + torch.rand(num_rows, device=DEVICE)
     d_logps, d_entropy = torch.randn(2, num_rows, device=DEVICE)
     leaf = logits[some].double().requires_grad_()
     outputs = heads.restated_logits(leaf, labels[some], temperature[some])
-    (expected,) = torch.autograd.grad(heads.mixed(*outputs, torch.stack((d_logps, d_entropy))[:, some]), leaf)
+    (expected,) = torch.autograd.grad(
+        heads.mixed(*outputs, torch.stack((d_logps, d_entropy))[:, some]), leaf
+    )
     logps, log_z, entropy = backend.statistics(logits, labels, temperature)
     for got, want in zip((logps, entropy), outputs, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got[some].double(), want.detach(), rtol=1e-6, atol=5e-5)
-    found = backend.gradient(logits, labels, temperature, log_z, entropy, d_logps, d_entropy, narrow)
+    found = backend.gradient(
+        logits, labels, temperature, log_z, entropy, d_logps, d_entropy, narrow
+    )
     for row in range(4):
         assert heads.relative(found[some[row]], expected[row]) < max(ERRORS[narrow], 2e-5)
 
@@ -279,7 +326,9 @@ def test_rows_beyond_two_to_the_31(narrow, monkeypatch):
 def test_loss_at_full_size_equals_float64(monkeypatch):
     monkeypatch.undo()
     num_rows, vocab_size = 16_384, 151_936
-    hidden, weight = (torch.randn(n, 256, device=DEVICE, dtype=torch.bfloat16) / 4 for n in (num_rows, vocab_size))
+    hidden, weight = (
+        torch.randn(n, 256, device=DEVICE, dtype=torch.bfloat16) / 4 for n in (num_rows, vocab_size)
+    )
     labels = torch.randint(0, vocab_size, (num_rows,), device=DEVICE)
     values = (hidden, weight, labels, torch.ones(num_rows, device=DEVICE), [512] * 32)
     advantages = torch.randn(32, device=DEVICE).where(torch.arange(32, device=DEVICE) % 4 > 0, 0)
@@ -297,5 +346,8 @@ def test_loss_at_full_size_equals_float64(monkeypatch):
     for chunk_size in (4096, num_rows):
         loss, d_hidden, d_weight = run(linear_loss, kernel="triton", chunk_size=chunk_size)
         torch.testing.assert_close(loss.double(), exact[0].double(), rtol=1e-5, atol=1e-5)
-        assert heads.relative(d_hidden, exact[1]) < 2.6e-3 and heads.relative(d_weight, exact[2]) < 2.6e-3
+        assert (
+            heads.relative(d_hidden, exact[1]) < 2.6e-3
+            and heads.relative(d_weight, exact[2]) < 2.6e-3
+        )
         assert (d_hidden.view(32, 512, -1)[::4] == 0).all()

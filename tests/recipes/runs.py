@@ -8,7 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gspo.config import check_config, read_command_line
+from gspo.config.checks import check_config
+from gspo.config.command_line import read_command_line
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "gspo_full_finetune.py"

@@ -10,21 +10,59 @@ from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2_tokenizer
 from torchtune.training import FullModelHFCheckpointer
 
-from gspo import dump
-from gspo.policy import accumulate_gradients
-from gspo.terms import find_segments
+from gspo.losses.inputs import find_segments
+from gspo.run import dump
 from gspo.tiny import tiny_qwen2
+from gspo.update import accumulate_gradients
 from tests.recipes.runs import lines, steps
 
 ALWAYS = {
-    *("step", "loss", "grad_norm", "lr", "ratio/mean", "ratio/ess", "kl_new_old", "entropy", "clip/any_document"),
-    *("clip/binding_token", "reward/mean", "reward/std", "reward/correct", "solved", "length/mean", "length/truncated"),
-    *("dead_groups", "staleness/mean", "documents", "tokens", "packing_efficiency", "quarantined_documents"),
-    *("mismatch/rms_token", "clip/at_zero_drift", "time/sample", "time/update", "time/sync", "time/step"),
+    *(
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "ratio/mean",
+        "ratio/ess",
+        "kl_new_old",
+        "entropy",
+        "clip/any_document",
+    ),
+    *(
+        "clip/binding_token",
+        "reward/mean",
+        "reward/std",
+        "reward/correct",
+        "solved",
+        "length/mean",
+        "length/truncated",
+    ),
+    *(
+        "dead_groups",
+        "staleness/mean",
+        "documents",
+        "tokens",
+        "packing_efficiency",
+        "quarantined_documents",
+    ),
+    *(
+        "mismatch/rms_token",
+        "clip/at_zero_drift",
+        "time/sample",
+        "time/update",
+        "time/sync",
+        "time/step",
+    ),
     *("tokens_per_second", "skipped_steps"),
 }
 
-EVALUATED = {"eval/accuracy", "eval/reward", "eval/reward_failures", "eval/pass@3", "eval/sampled_accuracy"}
+EVALUATED = {
+    "eval/accuracy",
+    "eval/reward",
+    "eval/reward_failures",
+    "eval/pass@3",
+    "eval/sampled_accuracy",
+}
 
 
 def finish(result):
@@ -59,18 +97,26 @@ def tokens(base):
 
 
 def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
-    code, output = run("save_every_n_steps=1", "eval={every_n_steps: 1, num_samples: 3}", "num_steps=3")
+    code, output = run(
+        "save_every_n_steps=1", "eval={every_n_steps: 1, num_samples: 3}", "num_steps=3"
+    )
     records = finish((code, output))
     assert len(records) == 3 and all(ALWAYS | EVALUATED <= r.keys() for r in records)
     assert all(0 < r["eval/reward"] < 1 and r["eval/reward_failures"] == 0 for r in records)
     assert [r["lr"] for r in records] == [1e-3] * 3
     assert records[0]["kl_new_old"] < 1e-6 and records[0]["clip/at_zero_drift"] == 0
     completions = lines(output / "completions.jsonl")
-    assert {"prompt", "completion", "reward", "advantage", "policy_version"} <= completions[0].keys()
+    assert {"prompt", "completion", "reward", "advantage", "policy_version"} <= completions[
+        0
+    ].keys()
     assert {c["policy_version"] for c in completions} == {0, 1, 2}
     summary = json.loads((output / "summary.json").read_text())
     assert summary.keys() == {"accuracy_before", "accuracy_after", "steps", "seconds", "seed"}
-    assert summary["steps"] == 3 and summary["seed"] == 0 and summary["accuracy_after"] == records[-1]["eval/accuracy"]
+    assert (
+        summary["steps"] == 3
+        and summary["seed"] == 0
+        and summary["accuracy_after"] == records[-1]["eval/accuracy"]
+    )
 
     assert {p.name for p in output.glob("epoch_*")} == {"epoch_1", "epoch_2", "epoch_3"}
     logits = {i: saved_decoder(output / f"epoch_{i}")(tokens) for i in (1, 3)}
@@ -82,13 +128,17 @@ def test_run_leaves_metrics_completions_summary_and_models(run, tokens):
 
 
 def test_evaluations_before_and_after_a_short_run_are_written(run):
-    code, output = run("eval={every_n_steps: 0, num_samples: 3}", "num_steps=3", "sync_every_steps=4")
+    code, output = run(
+        "eval={every_n_steps: 0, num_samples: 3}", "num_steps=3", "sync_every_steps=4"
+    )
     finish((code, output))
     first, *between, last = lines(output / "metrics.jsonl")
     assert first.keys() == {"step"} | EVALUATED and first["step"] == 0
     assert not any(EVALUATED & row.keys() for row in between) and len(between) == 2
     assert EVALUATED <= last.keys() and last["eval/reward"] != first["eval/reward"]
-    assert last["eval/accuracy"] == json.loads((output / "summary.json").read_text())["accuracy_after"]
+    assert (
+        last["eval/accuracy"] == json.loads((output / "summary.json").read_text())["accuracy_after"]
+    )
 
 
 def test_summary_rounds_the_accuracies(run, base, tmp_path):
@@ -96,7 +146,10 @@ def test_summary_rounds_the_accuracies(run, base, tmp_path):
     (tmp_path / "seven.jsonl").write_text("\n".join(rows[:7]))
     held_out = (f"eval_prompts.source={tmp_path / 'seven.jsonl'}", "eval.every_n_steps=2")
     code, output = run(*held_out, "optimizer.lr=0")
-    accuracy, summary = finish((code, output))[-1]["eval/accuracy"], json.loads((output / "summary.json").read_text())
+    accuracy, summary = (
+        finish((code, output))[-1]["eval/accuracy"],
+        json.loads((output / "summary.json").read_text()),
+    )
     assert accuracy != round(accuracy, 4) == summary["accuracy_before"] == summary["accuracy_after"]
 
 
@@ -140,10 +193,14 @@ def test_a_small_effective_sample_size_ends_the_updates_of_a_rollout(run, min_es
     records = finish(run(*options, f"min_ess={min_ess}"))
     first = [i for i, r in enumerate(records) if "reward/mean" in r]
     assert (len(first) == 1) == (min_ess == "null")
-    for i, record in enumerate(records[:-1]):  # the next is of another rollout where this one is below the bound
+    for i, record in enumerate(
+        records[:-1]
+    ):  # the next is of another rollout where this one is below the bound
         assert (i + 1 in first) == (min_ess != "null" and record["ratio/ess"] < min_ess)
     assert records[0]["ratio/ess"] > 0.99 and min(r["ratio/ess"] for r in records) < 0.9
-    assert all(records[i]["staleness/max"] == 0 for i in first)  # the sampler gets the weights at once
+    assert all(
+        records[i]["staleness/max"] == 0 for i in first
+    )  # the sampler gets the weights at once
     assert all(0.9 < r["update/changed_fraction"] <= 1 for r in records)
 
 
@@ -151,7 +208,9 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
     draw = recipe.Microbatch.prepare
 
     def a_sampler_that_is_off(batch, device, context):
-        batch.old_logps += torch.where(batch.loss_mask, 0.2 * torch.sin(torch.arange(batch.tokens.numel())), 0.0)
+        batch.old_logps += torch.where(
+            batch.loss_mask, 0.2 * torch.sin(torch.arange(batch.tokens.numel())), 0.0
+        )
         return draw(batch, device, context)
 
     monkeypatch.setattr(recipe.Microbatch, "prepare", a_sampler_that_is_off)
@@ -159,18 +218,29 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
     (first, _) = finish(run(*options))
     assert first["kl_new_old"] > 1e-2 and first["mismatch/rms_token"] > 0.1
     first, second = finish(
-        run(*options, "old_logps=recompute", "loss.correction=token_tis", "loss.correction_high=1.1")
+        run(
+            *options, "old_logps=recompute", "loss.correction=token_tis", "loss.correction_high=1.1"
+        )
     )
     assert first["kl_new_old"] < 1e-10 < second["kl_new_old"]  # of the trainer's own numbers
     for record in (first, second):  # of these and the sampler's, both times
         assert 0.1 < record["mismatch/rms_token"] < 0.2 and 0.1 < record["correction/changed"] < 0.5
-        assert record["correction/weight_mean"] < record["correction/ratio_mean"] < record["correction/ratio_max"]
+        assert (
+            record["correction/weight_mean"]
+            < record["correction/ratio_mean"]
+            < record["correction/ratio_max"]
+        )
         assert record["correction/ratio_ess"] < record["correction/weight_ess"] < 1
 
 
 def test_recomputed_old_logps_are_of_the_weights_that_sampled(run):
     """Steps after the first of a sync have moved on from them; here the sampler's own are the same numbers."""
-    options = ("sync_every_steps=3", "num_steps=4", "loss._component_=gspo.losses.GRPOLoss", "optimizer.lr=3e-3")
+    options = (
+        "sync_every_steps=3",
+        "num_steps=4",
+        "loss._component_=gspo.losses.GRPOLoss",
+        "optimizer.lr=3e-3",
+    )
     expected = finish(run(*options))
     found = finish(run(*options, "old_logps=recompute"))
     assert [r["staleness/max"] for r in found] == [0, 1, 2, 0]
@@ -183,13 +253,25 @@ def test_recomputed_old_logps_are_of_the_weights_that_sampled(run):
 
 def test_documents_older_than_the_sampler_are_named_under_recompute(run, caplog):
     finish(run("old_logps=recompute", "prefetch=2", "num_steps=5"))
-    assert [r for r in caplog.messages if r.startswith("old_logps: recompute takes the weights that the sampler has")]
+    assert [
+        r
+        for r in caplog.messages
+        if r.startswith("old_logps: recompute takes the weights that the sampler has")
+    ]
 
 
 def test_completions_are_cut_into_segments(run):
     """Where the tokenizer says that a delimiter ends; each has a ratio of its own."""
-    options = ("loss._component_=gspo.losses.SegmentLoss", "loss.clip_low=0.02", "loss.clip_high=0.02")
-    cut = ("segments._component_=gspo.data.segments.AtDelimiter", "segments.delimiter=e", "dump_every_n_steps=2")
+    options = (
+        "loss._component_=gspo.losses.SegmentLoss",
+        "loss.clip_low=0.02",
+        "loss.clip_high=0.02",
+    )
+    cut = (
+        "segments._component_=gspo.data.segments.AtDelimiter",
+        "segments.delimiter=e",
+        "dump_every_n_steps=2",
+    )
     updates = ("ppo_epochs=2", "sampling.max_new_tokens=40", "optimizer.lr=3e-4")
     code, output = run(*options, *cut, *updates)
     finish((code, output))
@@ -199,7 +281,10 @@ def test_completions_are_cut_into_segments(run):
     per_document = torch.bincount(segments.document[segments.label_counts > 0])
     assert per_document.max() > 1
     log_ratio = torch.where(batch.loss_mask, microbatch.new_logps - batch.old_logps, 0.0)
-    means = torch.zeros(len(segments.document)).index_add(0, segments.index, log_ratio) / segments.label_counts
+    means = (
+        torch.zeros(len(segments.document)).index_add(0, segments.index, log_ratio)
+        / segments.label_counts
+    )
     outside = ((means.exp() - 1).abs() > 0.02)[segments.index][batch.loss_mask].float().mean()
     assert 0 < outside < 1
     (record,) = [r for r in steps(output) if r["step"] == 2]
@@ -208,7 +293,10 @@ def test_completions_are_cut_into_segments(run):
 
 def test_a_segment_objective_without_segments_names_the_remedy(run, capsys):
     code, _ = run("loss._component_=gspo.losses.SegmentLoss")
-    assert code == 1 and "segments._component_=gspo.data.segments.AtDelimiter" in capsys.readouterr().err
+    assert (
+        code == 1
+        and "segments._component_=gspo.data.segments.AtDelimiter" in capsys.readouterr().err
+    )
 
 
 def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypatch):
@@ -251,7 +339,9 @@ def test_offload_to_the_cpu_changes_nothing(run, tmp_path):
     code, _ = run("fsdp_cpu_offload=true", f"output_dir={tmp_path / 'again'}")
     assert code is None
     for one, other in zip(plain, steps(tmp_path / "again"), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"]) and other["grad_norm"] == pytest.approx(one["grad_norm"])
+        assert other["loss"] == pytest.approx(one["loss"]) and other["grad_norm"] == pytest.approx(
+            one["grad_norm"]
+        )
 
 
 def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
@@ -291,20 +381,31 @@ def test_adamw8bit_moves_bfloat16_weights_with_stochastic_rounding(run, base):
     after = load_file(output / "epoch_2" / "model-00001-of-00001.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert after[name].dtype == torch.bfloat16
-    assert transformers.AutoModelForCausalLM.from_pretrained(output / "epoch_2", dtype="auto").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(output / "epoch_2", dtype="auto").dtype
+        == torch.bfloat16
+    )
     moved = (after[name].float() - before[name].bfloat16().float()).abs().mean().item()
-    assert 0.5e-4 < moved < 2e-4  # two steps of 1e-4, which rounding to nearest would mostly lose at weights of 0.06
+    assert (
+        0.5e-4 < moved < 2e-4
+    )  # two steps of 1e-4, which rounding to nearest would mostly lose at weights of 0.06
 
 
 def test_every_microbatch_is_divided_by_the_totals_of_the_step(run, recipe, monkeypatch):
     seen = []
 
     def spy(policy, microbatches, denominator, **options):
-        seen.append((len(microbatches), sum(m.batch.num_documents for m in microbatches), denominator))
+        seen.append(
+            (len(microbatches), sum(m.batch.num_documents for m in microbatches), denominator)
+        )
         return accumulate_gradients(policy, microbatches, denominator, **options)
 
     monkeypatch.setattr(recipe, "accumulate_gradients", spy)
-    options = ["docs_per_step=40", "packing.tokens_per_microbatch=256", "advantages.drop_dead_groups=False"]
+    options = [
+        "docs_per_step=40",
+        "packing.tokens_per_microbatch=256",
+        "advantages.drop_dead_groups=False",
+    ]
     records = finish(run(*options, "loss.aggregation=document"))
     for num_microbatches, num_documents, denominator in seen:
         assert num_microbatches > 2
@@ -314,7 +415,9 @@ def test_every_microbatch_is_divided_by_the_totals_of_the_step(run, recipe, monk
 
 def test_evaluation_and_logging_do_not_disturb_training(run, tmp_path):
     plain = finish(run("num_steps=3"))
-    code, _ = run("num_steps=3", "eval={every_n_steps: 1, num_samples: 2}", f"output_dir={tmp_path / 'again'}")
+    code, _ = run(
+        "num_steps=3", "eval={every_n_steps: 1, num_samples: 2}", f"output_dir={tmp_path / 'again'}"
+    )
     assert code is None
     names = ("loss", "grad_norm", "reward/mean", "tokens")
     for a, b in zip(plain, steps(tmp_path / "again"), strict=True):

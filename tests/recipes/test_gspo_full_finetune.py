@@ -44,15 +44,21 @@ def test_tune_run_trains(installed, base, folder):
 def assert_trained_on_two_ranks(results, first, second):
     """``first`` is the output folder of the first rank, ``second`` the other's file of completions."""
     assert_trained(results[0], first)
-    asked = [{c["prompt_id"] for c in lines(file)} for file in (first / "completions.jsonl", second)]
+    asked = [
+        {c["prompt_id"] for c in lines(file)} for file in (first / "completions.jsonl", second)
+    ]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
     assert sum(result.stderr.count("with resolved config") for result in results) == 1
 
 
 def test_tune_run_trains_on_two_ranks(installed, base, folder):
     arguments = overrides(base, "out", reward="my_rewards.variety")
-    result = shell(TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder)
-    assert_trained_on_two_ranks([result], folder / "out", folder / "out" / "completions_rank1.jsonl")
+    result = shell(
+        TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder
+    )
+    assert_trained_on_two_ranks(
+        [result], folder / "out", folder / "out" / "completions_rank1.jsonl"
+    )
 
 
 def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
@@ -61,13 +67,26 @@ def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting_point = f"localhost:{free.getsockname()[1]}"
-    cluster = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meeting_point)
-    arguments = overrides(base, "out", "data_parallel_replicate_size=2", reward="my_rewards.variety")
+    cluster = (
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        meeting_point,
+    )
+    arguments = overrides(
+        base, "out", "data_parallel_replicate_size=2", reward="my_rewards.variety"
+    )
     results = shells((TUNE, "run", *cluster, *RUN[1:], *arguments), path=installed, folders=nodes)
     assert results[1].returncode == 0, results[1].stderr[-3000:]
     first = 0 if (nodes[0] / "out" / "metrics.jsonl").exists() else 1  # whoever came first
     results, nodes = (results[first], results[1 - first]), (nodes[first], nodes[1 - first])
-    assert_trained_on_two_ranks(results, nodes[0] / "out", nodes[1] / "out" / "completions_rank1.jsonl")
+    assert_trained_on_two_ranks(
+        results, nodes[0] / "out", nodes[1] / "out" / "completions_rank1.jsonl"
+    )
     assert [path.name for path in (nodes[1] / "out").iterdir()] == ["completions_rank1.jsonl"]
 
 
@@ -94,7 +113,10 @@ def test_any_ranks_train_on_the_same_documents(installed, base, folder):
     for one, four in zip(found["one"], found["four"], strict=True):
         for key in one.keys() & SAME_ON_ANY_RANKS:
             assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (one["step"], key)
-    assert set().union(*found["one"]) >= SAME_ON_ANY_RANKS and found["one"][-1]["clip/binding_token"] > 0
+    assert (
+        set().union(*found["one"]) >= SAME_ON_ANY_RANKS
+        and found["one"][-1]["clip/binding_token"] > 0
+    )
 
 
 def test_copies_run_from_the_users_folder(installed, base, folder):
@@ -116,7 +138,9 @@ def test_copies_run_from_the_users_folder(installed, base, folder):
 
 def test_module_trains_where_the_plugin_is_switched_off(installed, base, folder):
     arguments = overrides(base, "out", reward="my_rewards.variety")
-    result = shell("gspo", *RUN, *arguments, path=installed, cwd=folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    result = shell(
+        "gspo", *RUN, *arguments, path=installed, cwd=folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0"
+    )
     assert_trained(result, folder / "out")
 
 
@@ -128,7 +152,9 @@ def test_an_error_on_one_rank_ends_both(installed, base, folder):
     (data / "train.jsonl").write_text("\n".join(rows) + "\n")
     options = ("num_steps=50", "prompts.shuffle=False", "sampling.max_new_tokens=4")
     arguments = overrides(folder / "tiny", "out", *options, reward="my_rewards.variety")
-    result = shell(TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder)
+    result = shell(
+        TUNE, "run", "--nproc_per_node", "2", *RUN[1:], *arguments, path=installed, cwd=folder
+    )
     assert result.returncode == 1
     assert "prompt train.jsonl:6" in result.stderr and "max_new_tokens" in result.stderr
     assert "Traceback" not in result.stderr.split("error: prompt train.jsonl:6")[0]

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from gspo.config import read_command_line
-from gspo.validate import read_checked
+from gspo.commands.validate import read_checked
+from gspo.config.command_line import read_command_line
 from tests.recipes.runs import ROOT, steps
 
 NO_LOSS = ("~loss", "~advantages")
@@ -39,7 +39,11 @@ def test_preset_on_the_command_line_replaces_the_files_objective(run, caplog):
         code, _ = run("preset=dapo", "loss.clip_high=0.3", "advantages.refill_dead_groups=false")
     assert code is None
     (logged,) = [m for m in caplog.messages if "_component_: gspo.losses." in m]
-    assert "gspo.losses.GRPOLoss" in logged and "clip_low: 0.2\n" in logged and "clip_high: 0.3\n" in logged
+    assert (
+        "gspo.losses.GRPOLoss" in logged
+        and "clip_low: 0.2\n" in logged
+        and "clip_high: 0.3\n" in logged
+    )
     assert "aggregation: token\n" in logged and "refill_dead_groups: false\n" in logged
 
 
@@ -59,7 +63,9 @@ def test_a_loss_named_beside_a_preset_stands(base, tmp_path, monkeypatch, preset
 def test_penalties_of_the_file_stay_with_a_preset(base, tmp_path, monkeypatch):
     file = tmp_path / "my.yaml"
     text = (ROOT / "configs" / "tiny" / "gspo.yaml").read_text()
-    file.write_text(text.replace("  aggregation: document\n", "  aggregation: document\n  kl_coef: 0.01\n", 1))
+    file.write_text(
+        text.replace("  aggregation: document\n", "  aggregation: document\n  kl_coef: 0.01\n", 1)
+    )
     monkeypatch.setattr("sys.argv", ["recipe", "--config", str(file), "preset=dapo"])
     loss = read_command_line().loss
     assert loss == {"kl_coef": 0.01}

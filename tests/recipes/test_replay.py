@@ -5,12 +5,24 @@ import math
 
 import pytest
 
-from gspo import dump, replay
+from gspo.commands import replay as replay_command
+from gspo.run import dump
 from tests.recipes.runs import ROOT, overrides, shell, steps
 
 MOVING = (  # the second update of a rollout has ratios beside 1; some of 16 groups of two have equal rewards
-    *("ppo_epochs=2", "num_steps=4", "sync_every_steps=2", "optimizer.lr=5e-3", "clip_grad_norm=null"),
-    *("group_size=2", "prompts_per_rollout=16", "packing.tokens_per_microbatch=256", "eval_prompts=null"),
+    *(
+        "ppo_epochs=2",
+        "num_steps=4",
+        "sync_every_steps=2",
+        "optimizer.lr=5e-3",
+        "clip_grad_norm=null",
+    ),
+    *(
+        "group_size=2",
+        "prompts_per_rollout=16",
+        "packing.tokens_per_microbatch=256",
+        "eval_prompts=null",
+    ),
 )
 OBJECTIVES = {
     "gspo": (),
@@ -21,19 +33,23 @@ OBJECTIVES = {
 
 def scored(path, capsys, *arguments):
     capsys.readouterr()
-    replay.main([str(path), *arguments, "--json", "-"])
+    replay_command.main([str(path), *arguments, "--json", "-"])
     return json.loads(capsys.readouterr().out)
 
 
 def assert_as_logged(output, capsys, numbers, *, abs=0.0):
     """The replays of all steps; the metrics of each are those of its row in ``metrics.jsonl``."""
     rows = {row["step"]: row for row in steps(output)}
-    assert {p.name for p in (output / "dumps").iterdir()} == {f"step_{n}.safetensors" for n in numbers}
+    assert {p.name for p in (output / "dumps").iterdir()} == {
+        f"step_{n}.safetensors" for n in numbers
+    }
     found = []
     for number in numbers:
         found.append(scored(output / "dumps" / f"step_{number}.safetensors", capsys))
         (objective,) = found[-1]["objectives"]
-        assert {"loss", "clip/binding_document", "clip/any_document", "kl_new_old"} <= objective["metrics"].keys()
+        assert {"loss", "clip/binding_document", "clip/any_document", "kl_new_old"} <= objective[
+            "metrics"
+        ].keys()
         for name, value in objective["metrics"].items():
             assert value == pytest.approx(rows[number][name], rel=1e-6, abs=abs), (number, name)
             assert found[-1]["logged"][name] == rows[number][name]
@@ -49,17 +65,32 @@ def test_replay_under_the_runs_own_objective_is_the_run(run, capsys, objective):
     assert code is None
     found = assert_as_logged(output, capsys, (1, 2, 3, 4))
     for first, second in zip(found[::2], found[1::2], strict=True):
-        assert 0 < first["documents_in_file"] < first["num_documents"]  # dropped ones are in the denominators
+        assert (
+            0 < first["documents_in_file"] < first["num_documents"]
+        )  # dropped ones are in the denominators
         assert first["objectives"][0]["metrics"]["ratio/mean"] == pytest.approx(1, abs=1e-6)
         metrics = second["objectives"][0]["metrics"]
-        assert metrics["clip/any_document"] > 0 and metrics["ratio/ess"] < 0.999 and metrics["loss"] != 0
+        assert (
+            metrics["clip/any_document"] > 0
+            and metrics["ratio/ess"] < 0.999
+            and metrics["loss"] != 0
+        )
     assert found[1]["quarantined"] == []
 
 
 @pytest.mark.parametrize("options", [(), ("context_parallel_size=2",)], ids=["data", "context"])
 def test_dump_of_two_ranks_is_the_run(base, tmp_path, capsys, options):
     arguments = overrides(base, tmp_path / "out", *MOVING, *options, "dump_every_n_steps=2")
-    command = ("gspo", "run", "--nproc_per_node", "2", "gspo_full_finetune", "--config", "tiny/gspo", *arguments)
+    command = (
+        "gspo",
+        "run",
+        "--nproc_per_node",
+        "2",
+        "gspo_full_finetune",
+        "--config",
+        "tiny/gspo",
+        *arguments,
+    )
     result = shell(*command, path=ROOT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     # Over two ranks a document's sum is of two parts; the loss is what is left of terms near 1 of either sign.
@@ -69,7 +100,12 @@ def test_dump_of_two_ranks_is_the_run(base, tmp_path, capsys, options):
 
 
 def test_dump_has_what_the_step_was_made_of(run):
-    code, output = run(*MOVING, "reference_checkpointer=${checkpointer}", "old_logps=recompute", "dump_every_n_steps=2")
+    code, output = run(
+        *MOVING,
+        "reference_checkpointer=${checkpointer}",
+        "old_logps=recompute",
+        "dump_every_n_steps=2",
+    )
     assert code is None
     found = dump.read(output / "dumps" / "step_2.safetensors")
     assert len(found.microbatches) > 1
@@ -79,11 +115,20 @@ def test_dump_has_what_the_step_was_made_of(run):
             logps = getattr(m.batch, name)
             assert (logps[labelled] < 0).all() and (logps[rest] == 0).all()
             assert not (logps == m.new_logps)[labelled].any()
-        assert m.batch.advantages.count_nonzero() == len(m.batch.ids) == (m.batch.label_counts > 0).sum()
+        assert (
+            m.batch.advantages.count_nonzero()
+            == len(m.batch.ids)
+            == (m.batch.label_counts > 0).sum()
+        )
         assert (m.batch.temperature == 1).all() and m.batch.ids[0][0].startswith("train.jsonl:")
     metadata = found.metadata
     assert metadata["config"]["loss"]["clip_low"] == 0.03 and metadata["config"]["group_size"] == 2
-    assert metadata["sampling"] == {"temperature": 1.0, "max_new_tokens": 10, "top_p": 1.0, "top_k": 0}
+    assert metadata["sampling"] == {
+        "temperature": 1.0,
+        "max_new_tokens": 10,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
     assert metadata["seed"] == 0 and metadata["metrics"]["kl_ref"] > 0
     assert metadata["num_documents"] == sum(m.batch.num_documents for m in found.microbatches)
 
@@ -105,16 +150,26 @@ def test_quarantined_document_is_dumped_and_named(run, recipe, monkeypatch, caps
         (row,) = found["quarantined"]
         assert row["not_finite"] == ["old_logps"] and row["prompt_id"].startswith("train.jsonl:")
         assert found["objectives"][0]["denominator"] == found["num_documents"] - 1
-    replay.main([str(output / "dumps" / f"step_{last}.safetensors")])
-    assert f"quarantined, in no sum and no denominator: prompt {row['prompt_id']}," in capsys.readouterr().out
+    replay_command.main([str(output / "dumps" / f"step_{last}.safetensors")])
+    assert (
+        f"quarantined, in no sum and no denominator: prompt {row['prompt_id']},"
+        in capsys.readouterr().out
+    )
 
 
 def test_dumping_changes_nothing(run, tmp_path):
     found = []
     for every in (0, 1):
-        code, output = run(*MOVING, f"output_dir={tmp_path / str(every)}", f"dump_every_n_steps={every}")
+        code, output = run(
+            *MOVING, f"output_dir={tmp_path / str(every)}", f"dump_every_n_steps={every}"
+        )
         assert code is None
-        found.append([{k: row[k] for k in ("loss", "grad_norm", "kl_new_old")} for row in steps(tmp_path / str(every))])
+        found.append(
+            [
+                {k: row[k] for k in ("loss", "grad_norm", "kl_new_old")}
+                for row in steps(tmp_path / str(every))
+            ]
+        )
     assert found[0] == found[1] and not (tmp_path / "0" / "dumps").exists()
 
 

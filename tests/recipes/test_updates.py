@@ -29,11 +29,20 @@ def test_quarantined_document_leaves_numerator_and_denominator(base, tmp_path, c
         absent, spoiled = found["absent"], found["infinite_old_logps"]
         assert (absent["quarantined_documents"], spoiled["quarantined_documents"]) == (0, 1)
         assert spoiled["loss"] == pytest.approx(absent["loss"], rel=1e-6)
-        assert spoiled["grad_norm"] == pytest.approx(absent["grad_norm"], rel=1e-5) and absent["grad_norm"] > 0
+        assert (
+            spoiled["grad_norm"] == pytest.approx(absent["grad_norm"], rel=1e-5)
+            and absent["grad_norm"] > 0
+        )
         for name, want in absent["grads"].items():
             error = np.linalg.norm(spoiled["grads"][name] - want) / np.linalg.norm(want)
-            assert error < 1e-5 or name.endswith("k_proj.bias"), f"{name}: {error:.1e}"  # zero but for rounding
-    records = [r for rank in range(world_size) for r in _read(tmp_path / "out" / f"quarantine_rank{rank}.jsonl")]
+            assert error < 1e-5 or name.endswith("k_proj.bias"), (
+                f"{name}: {error:.1e}"
+            )  # zero but for rounding
+    records = [
+        r
+        for rank in range(world_size)
+        for r in _read(tmp_path / "out" / f"quarantine_rank{rank}.jsonl")
+    ]
     assert [(r["prompt_id"], r["step"], r["old_logps"][-1]) for r in records] == [("p3", 0, "inf")]
 
 
@@ -49,13 +58,19 @@ def test_gradient_that_is_not_finite_skips_the_step_on_all_ranks(base, tmp_path,
         assert math.isnan(found["nan"]) and found["quarantined"] >= 1 and found["same"]
         assert math.isfinite(found["good"])
         assert found["num_skipped"] == 3
-        assert found["message"].startswith("2 steps in a row had a gradient norm that is not finite (")
+        assert found["message"].startswith(
+            "2 steps in a row had a gradient norm that is not finite ("
+        )
         assert "max_skipped_steps allows no more. Lower optimizer.lr" in found["message"]
 
 
 def test_replicas_of_a_shard_draw_the_same_random_numbers(base, tmp_path):
-    first, second = launch("tests.recipes.updates:seeds", 2, tmp_path, str(base), str(tmp_path / "out"))
+    first, second = launch(
+        "tests.recipes.updates:seeds", 2, tmp_path, str(base), str(tmp_path / "out")
+    )
     replicas, shards = "data_parallel_replicate_size=2", ("data_parallel_replicate_size=1", CONTEXT)
-    assert first[replicas] == second[replicas]  # stochastic rounding must not let the copies of a shard part
+    assert (
+        first[replicas] == second[replicas]
+    )  # stochastic rounding must not let the copies of a shard part
     for option in shards:
         assert len({*first[option], *second[option]}) == 4  # two shards, two steps

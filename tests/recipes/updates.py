@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from gspo import parallel
-from gspo.data.packing import Document, pack_documents
+from gspo.data.layout import Document, pack_documents
+from gspo.data.steps import StepBatches
 from gspo.errors import InputError
 from tests.recipes import runs
 
@@ -33,7 +34,9 @@ def build(base, output_dir, loss, *more):
     """A recipe inside the process group that is there."""
     module = runs.load_recipe()
     parallel.init_process_group = lambda device: None
-    arguments = runs.overrides(base, output_dir, f"loss={loss}", "loss.aggregation=token", "max_skipped_steps=1", *more)
+    arguments = runs.overrides(
+        base, output_dir, f"loss={loss}", "loss.aggregation=token", "max_skipped_steps=1", *more
+    )
     monkeypatch = type("patch", (), {"setattr": staticmethod(setattr)})
     recipe = runs.build(module, monkeypatch, *arguments)
     recipe.setup()
@@ -55,13 +58,16 @@ def update(recipe, how):
     step = recipe._optimizer_step
 
     def keep_gradient():
-        found["grads"] = {n: p.grad.full_tensor().clone().numpy() for n, p in recipe._policy.decoder.named_parameters()}
+        found["grads"] = {
+            n: p.grad.full_tensor().clone().numpy()
+            for n, p in recipe._policy.decoder.named_parameters()
+        }
         return step()
 
     recipe._optimizer_step, recipe._after_step = keep_gradient, lambda values: found.update(values)
     try:
         microbatches = [recipe._prepare(b) for b in batches]
-        recipe._update(microbatches, parallel.StepBatches(batches, *totals), [])
+        recipe._update(microbatches, StepBatches(batches, *totals), [])
     finally:
         recipe._optimizer_step = step
     return found
@@ -104,15 +110,22 @@ def skipped(base, output_dir, *more):
         except InputError as error:
             message = str(error)
     counts = {"num_skipped": recipe._num_skipped, "message": message, "pid": os.getpid()}
-    return {"nan": nan["grad_norm"], "quarantined": nan["quarantined_documents"], "same": same, **counts} | {
-        "good": good["grad_norm"]
-    }
+    return {
+        "nan": nan["grad_norm"],
+        "quarantined": nan["quarantined_documents"],
+        "same": same,
+        **counts,
+    } | {"good": good["grad_norm"]}
 
 
 def seeds(base, output_dir):
     """By how the ranks are used, the seed that the optimizer of this rank draws from in two steps."""
     found = {}
-    for option in ("data_parallel_replicate_size=1", "data_parallel_replicate_size=2", "context_parallel_size=2"):
+    for option in (
+        "data_parallel_replicate_size=1",
+        "data_parallel_replicate_size=2",
+        "context_parallel_size=2",
+    ):
         recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", option)
         drawn = found[option] = []
         recipe._optimizer.step = lambda drawn=drawn: drawn.append(torch.initial_seed())

@@ -24,7 +24,9 @@ def by_command(prompt, completion, answer, metadata):
     """Does what the completion says."""
     if completion == "write_pickle":
         data = pickle.dumps(_RunsCode(metadata["marker"]))
-        return _write(struct.pack("!i", len(data)) + data)  # as multiprocessing's connections frame it
+        return _write(
+            struct.pack("!i", len(data)) + data
+        )  # as multiprocessing's connections frame it
     return COMMANDS[completion]()
 
 
@@ -86,7 +88,11 @@ def _fork():
 def _sockets():
     """Descriptors of this process's sockets, of which a worker has the one to the pool."""
     numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-    return [n for n in numbers if os.path.exists(f"/proc/self/fd/{n}") and stat.S_ISSOCK(os.fstat(n).st_mode)]
+    return [
+        n
+        for n in numbers
+        if os.path.exists(f"/proc/self/fd/{n}") and stat.S_ISSOCK(os.fstat(n).st_mode)
+    ]
 
 
 class _RunsCode:
@@ -105,7 +111,9 @@ def _write(data, then=1.0):
 
 
 def _program_looks_for_sockets():
-    code = "from tests.rewards.sample_rewards import _sockets; import sys; sys.exit(len(_sockets()))"
+    code = (
+        "from tests.rewards.sample_rewards import _sockets; import sys; sys.exit(len(_sockets()))"
+    )
     assert _sockets(), "the worker itself has one"
     return 1.0 - subprocess.run([sys.executable, "-c", code], close_fds=False).returncode
 

@@ -42,17 +42,22 @@ def test_regex_match_finds_the_form(completion, options, value):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "value"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (99, -0.95), (100, -1), (101, -1), (500, -1)]
+    ("num_tokens", "value"),
+    [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (99, -0.95), (100, -1), (101, -1), (500, -1)],
 )
 def test_overlong_penalty_falls_over_the_buffer(num_tokens, value):
     metadata = {"num_tokens": num_tokens}
-    assert overlong_penalty("", "", None, metadata, max_tokens=100, buffer_tokens=20) == pytest.approx(value)
+    assert overlong_penalty(
+        "", "", None, metadata, max_tokens=100, buffer_tokens=20
+    ) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("buffer_tokens", [0, 101])
 def test_overlong_penalty_refuses_a_buffer_out_of_range(buffer_tokens):
     with pytest.raises(ValueError, match="buffer_tokens"):
-        overlong_penalty("", "", None, {"num_tokens": 1}, max_tokens=100, buffer_tokens=buffer_tokens)
+        overlong_penalty(
+            "", "", None, {"num_tokens": 1}, max_tokens=100, buffer_tokens=buffer_tokens
+        )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,9 @@ GSM8K_ANSWER = "She has $5 + 5 = $<<5+5=10>>10 and 6 * 7 = 42\n#### 1,042\nSourc
 
 @pytest.mark.parametrize(("boxed", "value"), [("1042", 1), ("1{,}042", 1), ("42", 0), ("7", 0)])
 def test_math_verify_takes_a_worked_reference_after_its_marker(boxed, value):
-    assert math_verify("", f"so \\boxed{{{boxed}}}", GSM8K_ANSWER, {}, answer_marker="####") == value
+    assert (
+        math_verify("", f"so \\boxed{{{boxed}}}", GSM8K_ANSWER, {}, answer_marker="####") == value
+    )
 
 
 def test_math_verify_refuses_a_reference_without_its_marker():
@@ -121,7 +128,9 @@ def test_reasoning_gym_gives_the_scorers_values(task):
 def test_reasoning_gym_scores_by_the_entry_and_not_by_the_text():
     entry = {**entry_of("countdown")}
     expression = entry["metadata"]["expression"]
-    assert reasoning_gym("", f"({expression})", None, {"entry": entry}) == 1.0  # not the oracle's letters
+    assert (
+        reasoning_gym("", f"({expression})", None, {"entry": entry}) == 1.0
+    )  # not the oracle's letters
     assert f"({expression})" != entry["answer"]
 
 

@@ -115,7 +115,10 @@ def test_first_failure_of_a_kind_is_logged_with_its_cause(caplog):
 def test_failure_raises_where_asked():
     pool = make_pool(BY_COMMAND, on_failure="error")
     assert pool.score(items_of("one")).totals == [1.0]
-    with pytest.raises(InputError, match="rewards.correct: .*by_command raised: KeyError.* on the completion 'raise'"):
+    with pytest.raises(
+        InputError,
+        match="rewards.correct: .*by_command raised: KeyError.* on the completion 'raise'",
+    ):
         pool.score(items_of("raise"))
     pool.close()
 
@@ -144,14 +147,18 @@ def test_worker_that_died_between_scores_is_replaced():
 
 def test_call_is_not_blamed_for_a_worker_that_was_dead_before(pool, monkeypatch):
     pool.warm()
-    monkeypatch.setattr(pool, "_replace_unusable", lambda: None)  # as if it died right after that look
+    monkeypatch.setattr(
+        pool, "_replace_unusable", lambda: None
+    )  # as if it died right after that look
     pool._workers[0].process.kill()
     assert pool.score(items_of("half")).totals == [0.5]
 
 
 def test_score_works_from_another_thread(pool):
     totals = []
-    thread = threading.Thread(target=lambda: totals.extend(pool.score(items_of("one", "sleep", "die")).totals))
+    thread = threading.Thread(
+        target=lambda: totals.extend(pool.score(items_of("one", "sleep", "die")).totals)
+    )
     thread.start()
     thread.join()
     assert totals == [1.0, 0.0, 0.0]
@@ -163,9 +170,15 @@ def test_workers_do_not_load_torch():
         "math": {"function": "gspo.rewards.math_verify"},
         "gym": {"function": "gspo.rewards.reasoning_gym"},
         "format": {"function": "gspo.rewards.regex_match", "pattern": "."},
-        "length": {"function": "gspo.rewards.overlong_penalty", "max_tokens": 4, "buffer_tokens": 2},
+        "length": {
+            "function": "gspo.rewards.overlong_penalty",
+            "max_tokens": 4,
+            "buffer_tokens": 2,
+        },
     }
-    pool = make_pool({**library, "loaded": {"function": f"{HERE}.torch_is_loaded"}}, num_workers=1, timeout=10)
+    pool = make_pool(
+        {**library, "loaded": {"function": f"{HERE}.torch_is_loaded"}}, num_workers=1, timeout=10
+    )
     result = pool.score([("p", "4", "4", {"num_tokens": 3})])
     pool.close()
     assert result.rewards[0]["math"] == 1.0
@@ -181,10 +194,18 @@ def test_workers_do_not_run_the_main_script(tmp_path):
         "pool = RewardPool({'r': {'function': 'my_file.reward'}}, num_workers=2)\n"
         "print(pool.score([('p', 'c', None, {})]).totals, 'torch' in sys.modules)\n"  # and no close
     )
-    (tmp_path / "my_file.py").write_text("def reward(prompt, completion, answer, metadata):\n    return 0.25\n")
+    (tmp_path / "my_file.py").write_text(
+        "def reward(prompt, completion, answer, metadata):\n    return 0.25\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-P", str(script)]  # -P: the current directory is not on the path by itself
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    command = [
+        sys.executable,
+        "-P",
+        str(script),
+    ]  # -P: the current directory is not on the path by itself
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr) == ("main script runs\n[0.25] False\n", "")
 
 
@@ -206,7 +227,11 @@ def test_closing_ends_the_processes(how):
 def test_full_reward_is_what_can_be_gained():
     rewards = {
         "correct": {"function": "gspo.rewards.exact_match", "weight": 2.0},
-        "length": {"function": "gspo.rewards.overlong_penalty", "max_tokens": 4, "buffer_tokens": 2},
+        "length": {
+            "function": "gspo.rewards.overlong_penalty",
+            "max_tokens": 4,
+            "buffer_tokens": 2,
+        },
         "repeats": {"function": f"{HERE}.of_metadata", "weight": -1.0},
     }
     pool = make_pool(rewards)
@@ -225,14 +250,38 @@ def test_full_reward_is_what_can_be_gained():
             {"r": {"function": "no_such_file.reward"}},
             rf"rewards\.r\.function: .*No module named 'no_such_file'; looked in {os.getcwd()}: run from the file's fo",
         ),
-        ({"r": {"function": "gspo.rewards.exact_mach"}}, r"rewards\.r\.function: .*Did you mean 'exact_match'"),
-        ({"r": {"function": f"{HERE}.COMMANDS"}}, r"rewards\.r\.function: .* is a dict, not a function"),
-        ({"r": {"function": f"{HERE}.takes_two"}}, r"rewards\.r\.function: .* must take \(prompt, completion, answer"),
-        ({"r": {"function": f"{HERE}.needs_an_option"}}, r"rewards\.r\.threshold: .* needs this option"),
-        ({"r": {"function": "gspo.rewards.exact_match", "maker": "#"}}, r"rewards\.r\.maker: .*Did you mean 'marker'"),
-        ({"r": {"function": "gspo.rewards.exact_match", "answer": "#"}}, r"rewards\.r\.answer: .*has no such option"),
-        ({"r": {"function": "gspo.rewards.exact_match", "weight": "1"}}, r"rewards\.r\.weight: '1' must be a finite"),
-        ({"r": {"function": "gspo.rewards.exact_match", "weight": float("nan")}}, r"rewards\.r\.weight: nan must be"),
+        (
+            {"r": {"function": "gspo.rewards.exact_mach"}},
+            r"rewards\.r\.function: .*Did you mean 'exact_match'",
+        ),
+        (
+            {"r": {"function": f"{HERE}.COMMANDS"}},
+            r"rewards\.r\.function: .* is a dict, not a function",
+        ),
+        (
+            {"r": {"function": f"{HERE}.takes_two"}},
+            r"rewards\.r\.function: .* must take \(prompt, completion, answer",
+        ),
+        (
+            {"r": {"function": f"{HERE}.needs_an_option"}},
+            r"rewards\.r\.threshold: .* needs this option",
+        ),
+        (
+            {"r": {"function": "gspo.rewards.exact_match", "maker": "#"}},
+            r"rewards\.r\.maker: .*Did you mean 'marker'",
+        ),
+        (
+            {"r": {"function": "gspo.rewards.exact_match", "answer": "#"}},
+            r"rewards\.r\.answer: .*has no such option",
+        ),
+        (
+            {"r": {"function": "gspo.rewards.exact_match", "weight": "1"}},
+            r"rewards\.r\.weight: '1' must be a finite",
+        ),
+        (
+            {"r": {"function": "gspo.rewards.exact_match", "weight": float("nan")}},
+            r"rewards\.r\.weight: nan must be",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )
@@ -251,7 +300,14 @@ def test_bad_reward_names_its_key(rewards, message):
         ({"timeout": float("inf")}, "^reward_pool.timeout: inf"),
         ({"on_failure": "nan"}, "^reward_pool.on_failure: 'nan' must be 'zero' or 'error'"),
     ],
-    ids=["no_workers", "true_workers", "half_a_worker", "no_timeout", "infinite_timeout", "on_failure"],
+    ids=[
+        "no_workers",
+        "true_workers",
+        "half_a_worker",
+        "no_timeout",
+        "infinite_timeout",
+        "on_failure",
+    ],
 )
 def test_bad_knob_names_its_key(knobs, message):
     with pytest.raises(InputError, match=message):
@@ -266,12 +322,23 @@ def write_module(folder, monkeypatch, text):
 
 @pytest.mark.parametrize(
     ("in_worker", "message"),
-    [("raise ImportError('no GPU library')", "no GPU library"), ("os._exit(1)", "its process ended")],
+    [
+        ("raise ImportError('no GPU library')", "no GPU library"),
+        ("os._exit(1)", "its process ended"),
+    ],
     ids=["import_error", "crash"],
 )
-def test_worker_that_cannot_start_is_an_error_and_no_hang(tmp_path, monkeypatch, in_worker, message):
-    text = f"import os\nif os.environ['PYTEST_MAIN_PROCESS'] != str(os.getpid()):\n    {in_worker}\n"
-    write_module(tmp_path, monkeypatch, f"{text}def reward(prompt, completion, answer, metadata):\n    return 1.0\n")
+def test_worker_that_cannot_start_is_an_error_and_no_hang(
+    tmp_path, monkeypatch, in_worker, message
+):
+    text = (
+        f"import os\nif os.environ['PYTEST_MAIN_PROCESS'] != str(os.getpid()):\n    {in_worker}\n"
+    )
+    write_module(
+        tmp_path,
+        monkeypatch,
+        f"{text}def reward(prompt, completion, answer, metadata):\n    return 1.0\n",
+    )
     monkeypatch.delitem(sys.modules, "worker_breaks", raising=False)
     pool = RewardPool({"r": {"function": "worker_breaks.reward"}})
     with pytest.raises(InputError, match=f"rewards: a worker cannot start: .*{message}"):
@@ -296,7 +363,9 @@ def test_no_pickle_from_a_worker_is_loaded(tmp_path, pool):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("command", ["write_stray_bytes", "write_half_a_line", "write_wrong_answer", "write_for_ever"])
+@pytest.mark.parametrize(
+    "command", ["write_stray_bytes", "write_half_a_line", "write_wrong_answer", "write_for_ever"]
+)
 def test_what_is_no_answer_costs_its_own_call_only(pool, command):
     result = pool.score(items_of("half", command, "one"))
     assert result.totals == [0.5, 0.0, 1.0]

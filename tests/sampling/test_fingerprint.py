@@ -27,7 +27,9 @@ def test_fingerprint_is_stable_and_independent_of_order():
     ids=["ids", "no-specials", "special-id", "not-special"],
 )
 def test_fingerprint_differs_when_an_id_changes_meaning(other):
-    assert tokenizer_fingerprint(tokenizer({"a": 0, "b": 1}, {"<eos>": 2})) != tokenizer_fingerprint(other)
+    assert tokenizer_fingerprint(
+        tokenizer({"a": 0, "b": 1}, {"<eos>": 2})
+    ) != tokenizer_fingerprint(other)
 
 
 def test_fingerprint_finds_the_vocabulary_where_torchtune_keeps_it():

@@ -31,7 +31,16 @@ class Letters:
         return "".join({STOP: "]", PAD: "["}.get(token, chr(96 + token)) for token in tokens)
 
 
-def build(builder=qwen2, *, num_heads=4, num_kv_heads=2, seed=0, dtype=torch.float32, qk_norm=False, **options):
+def build(
+    builder=qwen2,
+    *,
+    num_heads=4,
+    num_kv_heads=2,
+    seed=0,
+    dtype=torch.float32,
+    qk_norm=False,
+    **options,
+):
     """A small decoder whose every parameter matters and whose distributions are neither flat nor peaked."""
     torch.manual_seed(seed)
     model = builder(
@@ -120,10 +129,14 @@ def test_logps_match_a_full_forward(options, lengths):
 def test_logps_at_another_temperature_do_not_match():
     model, (prompt,) = build(), prompts_of([4])
     (group,) = sample(model, [prompt])
-    assert (full_logps(model, prompt, group[0], 1.0) - torch.tensor(group[0].logps)).abs().max() > 1e-2
+    assert (
+        full_logps(model, prompt, group[0], 1.0) - torch.tensor(group[0].logps)
+    ).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torchtune's RMSNorm
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight:UserWarning"
+)  # torchtune's RMSNorm
 def test_logps_in_bfloat16_are_close_to_float32():
     model, prompts = build(dtype=torch.bfloat16), prompts_of(RAGGED)
     exact = build(dtype=torch.bfloat16).float()
@@ -136,8 +149,12 @@ def test_logps_in_bfloat16_are_close_to_float32():
 
 def test_temperature_0_takes_the_argmax_and_gives_raw_logps():
     model, prompts = build(), prompts_of(RAGGED)
-    for prompt, (completion,) in zip(prompts, sample(model, prompts, group_size=1, temperature=0.0), strict=True):
-        assert completion.tokens == full_logits(model, prompt, completion.tokens).argmax(-1).tolist()
+    for prompt, (completion,) in zip(
+        prompts, sample(model, prompts, group_size=1, temperature=0.0), strict=True
+    ):
+        assert (
+            completion.tokens == full_logits(model, prompt, completion.tokens).argmax(-1).tolist()
+        )
         expected = full_logps(model, prompt, completion, 1.0)
         assert (expected - torch.tensor(completion.logps)).abs().max() < 1e-5
         assert (completion.temperature, completion.logps_of) == (0.0, "raw")
@@ -159,17 +176,24 @@ def test_first_token_follows_the_softmax():
 
 def test_draw_tokens_never_takes_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).expand(4, -1)
-    uniforms = torch.tensor([0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64)  # softmax: 0.26894, 0.73106
+    uniforms = torch.tensor(
+        [0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64
+    )  # softmax: 0.26894, 0.73106
     tokens, logps = draw_tokens(logits, uniforms, 1.0)
     assert tokens.tolist() == [1, 1, 3, 3]
-    torch.testing.assert_close(logps, torch.tensor([-1.3132617, -1.3132617, -0.3132617, -0.3132617]))
+    torch.testing.assert_close(
+        logps, torch.tensor([-1.3132617, -1.3132617, -0.3132617, -0.3132617])
+    )
 
 
 def test_a_prompts_completions_do_not_depend_on_the_others():
     sampler, prompts, seeds = LocalSampler(build(), Letters()), prompts_of([4, 7, 4]), [3, 1, 4]
     options = dict(group_size=4, params=SamplingParams(0.7, 12))
     together = tokens_of(sampler.sample(prompts, seeds=seeds, **options))
-    apart = [tokens_of(sampler.sample([p], seeds=[s], **options))[0] for p, s in zip(prompts, seeds, strict=True)]
+    apart = [
+        tokens_of(sampler.sample([p], seeds=[s], **options))[0]
+        for p, s in zip(prompts, seeds, strict=True)
+    ]
     assert together == apart
     assert len({tuple(c) for group in together for c in group}) > 8
 
@@ -193,7 +217,9 @@ def test_distinct_prompts_are_prefilled_once(monkeypatch):
 
 def test_stop_token_ends_a_completion_and_is_kept():
     stops = [7, 8, 9, 10, STOP]
-    groups = sample(build(), prompts_of(RAGGED), group_size=8, max_new_tokens=10, stop_token_ids=stops)
+    groups = sample(
+        build(), prompts_of(RAGGED), group_size=8, max_new_tokens=10, stop_token_ids=stops
+    )
     completions = [c for group in groups for c in group]
     for completion in completions:
         ended = completion.tokens[-1] in stops
@@ -201,7 +227,9 @@ def test_stop_token_ends_a_completion_and_is_kept():
         assert ended or len(completion.tokens) == 10
         assert not set(completion.tokens[:-1]) & set(stops)
         assert len(completion.logps) == len(completion.tokens)
-        assert completion.text == Letters().decode([t for t in completion.tokens if t not in {PAD, *stops}])
+        assert completion.text == Letters().decode(
+            [t for t in completion.tokens if t not in {PAD, *stops}]
+        )
     assert {c.finish_reason for c in completions} == {"stop", "length"}
 
 
@@ -237,16 +265,26 @@ def test_completions_do_not_depend_on_how_rows_are_batched(monkeypatch, variant)
     found = sample(build(), prompts, **options)
     assert tokens_of(found) == tokens_of(expected)
     for one, other in zip(sum(found, []), sum(expected, []), strict=True):
-        torch.testing.assert_close(torch.tensor(one.logps), torch.tensor(other.logps), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(one.logps), torch.tensor(other.logps), atol=1e-5, rtol=0
+        )
 
 
 def test_finished_rows_leave_the_batch(monkeypatch):
     rows = []
     step = cached_decoder.CachedDecoder.step
     monkeypatch.setattr(
-        cached_decoder.CachedDecoder, "step", lambda self, t, cache: rows.append(t.numel()) or step(self, t, cache)
+        cached_decoder.CachedDecoder,
+        "step",
+        lambda self, t, cache: rows.append(t.numel()) or step(self, t, cache),
     )
-    sample(build(), prompts_of(RAGGED), group_size=6, max_new_tokens=30, stop_token_ids=list(range(1, 13)))
+    sample(
+        build(),
+        prompts_of(RAGGED),
+        group_size=6,
+        max_new_tokens=30,
+        stop_token_ids=list(range(1, 13)),
+    )
     assert 30 < rows[0] <= 36 and rows[-1] < 9
     assert rows == sorted(rows, reverse=True)
 
@@ -262,15 +300,21 @@ def test_seed_decides_and_global_generator_is_untouched():
     assert not torch.equal(before, state)
     assert sampler.sample(prompts, seeds=seeds_of(prompts, 1), **options) == first
     assert torch.equal(state, torch.get_rng_state())
-    assert tokens_of(sampler.sample(prompts, seeds=seeds_of(prompts, 2), **options)) != tokens_of(first)
+    assert tokens_of(sampler.sample(prompts, seeds=seeds_of(prompts, 2), **options)) != tokens_of(
+        first
+    )
 
 
 def policy_of(model, **changes):
     state = {**model.state_dict(), **changes}
-    return SimpleNamespace(full_state_dict=lambda: ((k, v) for k, v in state.items() if v is not None))
+    return SimpleNamespace(
+        full_state_dict=lambda: ((k, v) for k, v in state.items() if v is not None)
+    )
 
 
-@pytest.mark.parametrize("options", [MODELS["qwen2-tied"], MODELS["llama3_2-untied"]], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "options", [MODELS["qwen2-tied"], MODELS["llama3_2-untied"]], ids=["tied", "untied"]
+)
 def test_update_takes_every_weight_and_the_version(options):
     prompts, params = prompts_of(RAGGED), SamplingParams(0.7, 12)
     sampler, other = LocalSampler(build(**options), Letters()), build(**options, seed=1)
@@ -316,10 +360,14 @@ def test_update_waits_for_a_running_sample():
 
     sampler = LocalSampler(build(), Slow())
     options = dict(group_size=1, params=SamplingParams(1.0, 2), seeds=[0])
-    drawing = threading.Thread(target=lambda: events.append(sampler.sample(prompts_of([3]), **options)[0][0]))
+    drawing = threading.Thread(
+        target=lambda: events.append(sampler.sample(prompts_of([3]), **options)[0][0])
+    )
     drawing.start()
     assert decoding.wait(30)
-    updating = threading.Thread(target=sampler.update, args=(SimpleNamespace(full_state_dict=weights), 1))
+    updating = threading.Thread(
+        target=sampler.update, args=(SimpleNamespace(full_state_dict=weights), 1)
+    )
     updating.start()
     updating.join(0.2)
     assert events == []
@@ -344,7 +392,9 @@ def test_update_waits_for_a_running_sample():
 )
 def test_sample_refuses_params_naming_the_key(params, message):
     with pytest.raises(InputError, match=message):
-        LocalSampler(build(), Letters()).sample(prompts_of([3]), group_size=1, params=params, seeds=[0])
+        LocalSampler(build(), Letters()).sample(
+            prompts_of([3]), group_size=1, params=params, seeds=[0]
+        )
 
 
 @pytest.mark.parametrize("tokens", [[], [1, VOCAB], [-1]], ids=["empty", "above", "below"])
@@ -398,4 +448,6 @@ def test_ids_beyond_the_tokenizer_have_no_text():
     (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seeds=[0])
     padded = [token for c in completions for token in c.tokens if token >= VOCAB - 10]
     assert padded  # they were drawn
-    assert all(len(c.tokens) == 20 and len(c.text) < 20 for c in completions if max(c.tokens) >= VOCAB - 10)
+    assert all(
+        len(c.tokens) == 20 and len(c.text) < 20 for c in completions if max(c.tokens) >= VOCAB - 10
+    )

@@ -1,0 +1,60 @@
+"""Tasks that reasoning-gym generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gspo.errors import InputError, did_you_mean
+
+
+class ReasoningGymRows:
+    """Procedurally generated tasks of reasoning-gym.
+
+    A row's fields are ``question``, ``answer``, those of the task's metadata, and ``entry``: the whole entry, which
+    :func:`gspo.rewards.reasoning_gym` scores by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int = 500,
+        dataset_seed: int = 0,
+        dataset_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        if name not in DATASETS:
+            raise InputError(f"name: reasoning-gym has no {name!r}.{did_you_mean(name, DATASETS)}")
+        if size < 1:
+            raise InputError(f"size: {size} must be at least 1")
+        try:
+            self._dataset = reasoning_gym.create_dataset(
+                name, size=size, seed=dataset_seed, **dict(dataset_options or {})
+            )
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+        ) as error:  # what its configs refuse values with
+            raise InputError(
+                f"dataset_options: reasoning-gym's {name} refuses {dataset_options}: {error}"
+            ) from error
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self._dataset[index]
+        return {
+            **entry["metadata"],
+            "question": entry["question"],
+            "answer": entry["answer"],
+            "entry": entry,
+        }
+
+    def name(self, index: int) -> str:
+        """The task and the row, from 0."""
+        return f"reasoning_gym/{self._name}:{index}"

@@ -1,0 +1,40 @@
+"""Hand microbatches that one rank draws to the other ranks of its context axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchdata.nodes import BaseNode
+
+from gspo.parallel.context import ContextAxis
+from gspo.types import PackedBatch
+
+
+class ShareOverContext(BaseNode[PackedBatch]):
+    """Microbatches that the first rank of a context axis draws, on every rank of it.
+
+    Args:
+        source: where they are drawn; None on the other ranks.
+        axis: the context axis.
+    """
+
+    def __init__(self, source: BaseNode[PackedBatch] | None, axis: ContextAxis) -> None:
+        super().__init__()
+        self.source, self.axis = source, axis
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Start over, or go on from a state."""
+        super().reset(initial_state)
+        if self.source is not None:
+            self.source.reset(None if initial_state is None else initial_state["source"])
+
+    def get_state(self) -> dict[str, Any]:
+        """The source's state, None where there is no source."""
+        return {"source": None if self.source is None else self.source.state_dict()}
+
+    def next(self) -> PackedBatch:
+        """The next microbatch. Collective over the axis."""
+        batch = self.axis.share(None if self.source is None else next(self.source, None))
+        if batch is None:
+            raise StopIteration
+        return batch

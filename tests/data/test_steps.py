@@ -1,0 +1,96 @@
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gspo import parallel
+from gspo.data.steps import FetchSteps
+from tests.data.fakes import Items
+from tests.distributed.launch import once_per_world_size
+from tests.distributed.steps import batch
+
+CPU = torch.device("cpu")
+WORLD_SIZES = [1, 2, 4]
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank of a world size computed, by real processes."""
+    return once_per_world_size(tmp_path_factory, "tests.distributed.sums:everything")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_counts_add_up_over_ranks(found, world_size):
+    for rank in found(world_size):
+        assert rank["sum"] == [world_size, sum(range(world_size)), world_size * 2**40]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_mesh_gives_every_rank_its_own_data(found, world_size):
+    for replicate in (1, 2):
+        if world_size % replicate == 0:
+            shapes = [rank["meshes"][replicate][:2] for rank in found(world_size)]
+            shards = world_size // replicate
+            flat = (shards,) if replicate == 1 else (replicate, shards)
+            assert shapes == [((replicate, shards, 1), flat)] * world_size
+            places = [rank["meshes"][replicate][2] for rank in found(world_size)]
+            assert places == [(i, world_size) for i in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_replicas_must_divide_the_ranks(found, world_size):
+    for rank in found(world_size):
+        assert rank["meshes"][3] == (
+            "data_parallel_replicate_size 3 x context_parallel_size 1 = 3, which does not divide the "
+            f"{world_size} ranks of this run: change one of them, or start a multiple of 3 ranks with "
+            "`tune run --nproc_per_node`."
+        )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_metrics_are_the_same_on_every_rank_however_they_are_spread(found, world_size):
+    expected = {
+        "loss": -0.25,
+        "ratio/mean": 1.0,
+        "ratio/max": 2.5,
+        "ratio/min": 0.25,
+        "tokens": 17.0,
+        "reward/a": 0.6,
+    }
+    for rank in found(world_size):
+        metrics = dict(rank["metrics"])
+        # Seconds add up on a rank; the step takes as long as its slowest one.
+        assert metrics.pop("time/sample") == {1: 5.0, 2: 3.0, 4: 3.0}[world_size]
+        assert metrics == pytest.approx(expected)
+
+
+def test_one_process_makes_a_group_without_a_port(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    parallel.init_process_group(CPU)
+    try:
+        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3], CPU) == [3]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("docs_per_step", "num_warnings"), [(5, 1), (6, 0)])
+def test_overshoot_by_more_than_half_is_logged_once(
+    one_process, caplog, docs_per_step, num_warnings
+):
+    source = Items(lambda _: batch(9, dropped=2), 6)
+    steps = FetchSteps(source, docs_per_step=docs_per_step, device=CPU)
+    with caplog.at_level(logging.WARNING, logger="gspo.data.steps"):
+        assert [step.num_documents for step in steps] == [9] * 6
+    assert [record.getMessage() for record in caplog.records] == [
+        "docs_per_step: 5, but a step took 9 documents, dropped ones included: it takes whole microbatches, one or "
+        "more of every rank. Lower packing.tokens_per_microbatch, or raise docs_per_step."
+    ] * num_warnings

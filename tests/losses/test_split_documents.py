@@ -1,0 +1,306 @@
+"""Objectives whose documents span ranks: whatever the split, values and metrics add up and gradients are the whole's.
+
+The ranks are threads that meet where sums are completed; :mod:`tests.distributed.test_context` has real ones. The same
+of chunks of whole documents, which the loss head makes.
+"""
+
+import random
+import threading
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from gspo import parallel
+from gspo.data.layout import pack_documents
+from gspo.losses import (
+    CISPOLoss,
+    FSPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    MultiScaleLoss,
+    SegmentLoss,
+)
+from gspo.metrics import StepMetrics, merge_pairs
+from gspo.policy.microbatch import Microbatch, _part
+from gspo.update import accumulate_gradients
+from tests import tiny_policy
+from tests.distributed.arrangements import build_policy
+from tests.losses import objectives
+
+LOSSES = {
+    "gspo": GSPOLoss,
+    "grpo": GRPOLoss,
+    "gspo_root": partial(GSPOLoss, length_exponent=0.5),
+    "gspo_token": GSPOTokenLoss,
+    "dual": partial(GRPOLoss, dual_clip=1.3),
+    "segment": SegmentLoss,
+    "multi_scale": partial(MultiScaleLoss, token_share=0.3),
+    "cispo": CISPOLoss,
+    "fspo": FSPOLoss,
+}
+OPTIONS = {
+    "plain": {},
+    "per_token": {"aggregation": "token"},
+    "penalties": {"kl_coef": 0.1, "entropy_coef": 0.05},
+    "token_advantages": {},
+    "correction": {"correction": "sequence_geometric", "correction_high": 1.05},
+}
+each_loss = pytest.mark.parametrize("name", LOSSES)
+each_option = pytest.mark.parametrize("option", OPTIONS)
+
+
+class Axis:
+    """Sums over threads, each of which gets the gradient of its own part."""
+
+    def __init__(self, size):
+        self.parts = [None] * size
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.num_sums = 0
+
+    def complete(self, rank):
+        def sum_over_ranks(sums):
+            self.parts[rank] = sums.detach()
+            self.num_sums += rank == 0
+            self.barrier.wait()
+            total = sum(self.parts)
+            self.barrier.wait()
+            return sums + (total - sums.detach())
+
+        return sum_over_ranks
+
+
+def on_threads(function, size):
+    """``function(rank)`` of every rank at once."""
+    found = [None] * size
+    errors = []
+
+    def run(rank):
+        try:
+            found[rank] = function(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
+
+
+def random_case(seed):
+    """Documents, spans of masks among them, and how many ranks share them."""
+    rng = random.Random(seed)
+    documents = objectives.random_documents(
+        [rng.randint(1, 40) for _ in range(rng.randint(1, 7))], seed=seed
+    )
+    for d in documents:
+        start = rng.randrange(d["mask"].numel())
+        d["mask"][start : start + rng.randint(0, 4)] = False
+    if seed % 4 == 0:  # quarantined, by a token that one rank holds
+        d = documents[0]
+        d["mask"][-1] = True
+        d["new"][-1] = torch.nan
+    return documents, rng.choice([1, 2, 3, 4]), rng
+
+
+def build_case(name, option, documents):
+    """A loss with what it is given of the documents."""
+    loss = LOSSES[name](clip_low=0.2, clip_high=0.25, **OPTIONS[option])
+    new, entropy, inputs = objectives.pack(
+        documents, with_segments=name == "segment", per_token=option == "token_advantages"
+    )
+    if not loss.kl_coef:
+        inputs = replace(inputs, ref_logps=None)
+    if loss.correction:
+        inputs = replace(
+            inputs, sampler_logps=inputs.old_logps - 0.1 * torch.sin(torch.arange(new.numel()))
+        )
+    return loss, new, entropy, inputs
+
+
+def whole_gradients(loss, new, entropy, inputs):
+    new, entropy = new.clone().requires_grad_(), entropy.clone().requires_grad_()
+    value, metrics = loss(new, entropy, inputs)
+    value.backward()
+    return value.detach(), new.grad, entropy.grad, metrics
+
+
+def assert_metrics_add_up(parts, metrics):
+    merged = merge_pairs(parts)
+    assert merged.keys() == metrics.keys()
+    for name, pair in metrics.items():
+        if name.endswith(("/max", "/min", "_max")):  # extremes, whose weight says nothing
+            merged[name], pair = (merged[name][0],), (pair[0],)
+        if pair[-1] == 1:  # sums over the ranks
+            merged[name], pair = (merged[name][0],), (pair[0],)
+        torch.testing.assert_close(
+            torch.stack(merged[name]), torch.stack(pair), check_dtype=False, msg=name
+        )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@each_option
+@each_loss
+def test_any_split_is_the_whole(name, option, seed):
+    documents, size, rng = random_case(seed)
+    loss, new, entropy, inputs = build_case(name, option, documents)
+    places = list(range(new.numel()))
+    rng.shuffle(places)
+    rank_of = torch.tensor([rng.randrange(size) for _ in places])  # some ranks may hold nothing
+    shares = [
+        torch.tensor([p for p in places if rank_of[p] == rank], dtype=torch.int64)
+        for rank in range(size)
+    ]
+    axis = Axis(size)
+
+    def run(rank):
+        mine = shares[rank]
+        logps = new[mine].clone().requires_grad_()
+        entropies = entropy[mine].clone().requires_grad_()
+        part = replace(
+            inputs,
+            document_index=inputs.document_index[mine],
+            loss_mask=inputs.loss_mask[mine],
+            old_logps=inputs.old_logps[mine],
+            ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[mine],
+            sampler_logps=None if inputs.sampler_logps is None else inputs.sampler_logps[mine],
+            token_advantages=None
+            if inputs.token_advantages is None
+            else inputs.token_advantages[mine],
+            segments=None
+            if inputs.segments is None
+            else replace(inputs.segments, index=inputs.segments.index[mine]),
+            counted=torch.arange(inputs.label_counts.numel()) % size == rank,
+            complete=axis.complete(rank),
+        )
+        value, metrics = loss(logps, entropies, part)
+        value.backward()
+        return value.detach(), logps.grad, entropies.grad, metrics
+
+    found = on_threads(run, size)
+    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
+    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
+    for rank, (_, d_logps, d_entropy, _) in enumerate(found):
+        for got, want in ((d_logps, grad), (d_entropy, entropy_grad)):
+            assert (got is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(got, want[shares[rank]], rtol=1e-10, atol=1e-14)
+    assert_metrics_add_up([f[-1] for f in found], metrics)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@each_option
+@each_loss
+def test_chunks_of_whole_documents_are_the_whole(name, option, seed):
+    documents, _, rng = random_case(seed)
+    for d in documents:  # rows without a label are gone before the head
+        kept = d["mask"].clone()
+        d.update({k: v[kept] for k, v in d.items() if v.dim()})
+    loss, new, entropy, inputs = build_case(
+        name, option, [d for d in documents if d["mask"].numel()]
+    )
+    rows = inputs.loss_mask  # all but padding
+    new, entropy = new[rows], entropy[rows]
+    inputs = replace(
+        inputs,
+        document_index=inputs.document_index[rows],
+        loss_mask=rows[rows],
+        old_logps=inputs.old_logps[rows],
+        ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
+        sampler_logps=None if inputs.sampler_logps is None else inputs.sampler_logps[rows],
+        token_advantages=None if inputs.token_advantages is None else inputs.token_advantages[rows],
+        segments=None
+        if inputs.segments is None
+        else replace(inputs.segments, index=inputs.segments.index[rows]),
+    )
+    counts = inputs.label_counts.tolist()
+    cuts = [
+        0,
+        *sorted(rng.sample(range(1, len(counts)), rng.randint(0, len(counts) - 1))),
+        len(counts),
+    ]
+    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
+    found = []
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        span = slice(sum(counts[:first]), sum(counts[:last]))
+        found.append(
+            whole_gradients(loss, new[span], entropy[span], _part(inputs, counts, first, last))
+        )
+    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.cat([f[1] for f in found]), grad, rtol=1e-10, atol=1e-14)
+    if entropy_grad is not None:
+        torch.testing.assert_close(
+            torch.cat([f[2] for f in found]), entropy_grad, rtol=1e-10, atol=1e-14
+        )
+    assert_metrics_add_up([f[-1] for f in found], metrics)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    parallel.init_process_group(torch.device("cpu"))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["segment", "gspo_token"])
+def test_segments_of_a_batch_go_through_the_head(one_rank, name):
+    """In chunks as in one, and unlike documents without segments."""
+    batch = pack_documents(tiny_policy.documents(), 64)
+    places = batch.loss_mask.cumsum(0) // 4
+    batch.segment_index = torch.unique(1000 * batch.document_index + places, return_inverse=True)[1]
+    num_segments = int(batch.segment_index.max()) + 1
+    batch.segment_advantages = torch.randn(num_segments, generator=torch.Generator().manual_seed(0))
+
+    def found(kernel, **options):
+        loss = LOSSES[name](clip_low=0.01, clip_high=0.01)
+        policy = build_policy(loss, kernel=kernel, **options)
+        (pairs,) = accumulate_gradients(
+            policy, [Microbatch.prepare(batch, torch.device("cpu"))], 7.0
+        )
+        sums = StepMetrics()
+        sums.add(pairs)
+        return sums.reduce(torch.device("cpu")), [p.grad.full_tensor() for p in policy.parameters()]
+
+    (metrics, grads), (expected, wanted) = found("compile", chunk_size=40), found("reference")
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
+    for grad, want in zip(grads, wanted, strict=True):
+        assert 0 < want.norm() and (grad - want).norm() <= 1e-5 * want.norm()
+    batch.segment_advantages = torch.ones(num_segments)
+    assert any(
+        (a - b).norm() > 0.1 * b.norm() for a, b in zip(found("reference")[1], wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kernel", ["reference", "compile"])
+@pytest.mark.parametrize("name", ["segment", "grpo"])
+def test_padding_alone_needs_no_segments(one_rank, name, kernel):
+    """A rank whose documents have ended goes along with it."""
+    microbatch = Microbatch.prepare(pack_documents([]), torch.device("cpu"))
+    policy = build_policy(LOSSES[name](), kernel=kernel)
+    loss, _ = policy(microbatch)
+    loss.backward()
+    assert loss == 0 and not any(p.grad.full_tensor().any() for p in policy.parameters())
+
+
+TOKEN_LEVEL = {"grpo", "gspo_token", "dual", "multi_scale", "cispo"}
+
+
+@each_loss
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_objective_sums_over_the_ranks_once(name, per_token):
+    """Where tokens are the units once more, for metrics per document."""
+    documents = objectives.random_documents([5, 8])
+    loss, new, entropy, inputs = build_case(
+        name, "token_advantages" if per_token else "plain", documents
+    )
+    axis = Axis(1)
+    loss(new.requires_grad_(), entropy, replace(inputs, complete=axis.complete(0)))[0].backward()
+    assert axis.num_sums == (2 if name in TOKEN_LEVEL else 1)
