@@ -1,20 +1,112 @@
-"""The one exception that a user's input can cause; the recipe shows it as a message, without a stack."""
+"""The exceptions that a user's input can cause, shown as a message without a stack."""
+
+from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MAX_SHOWN = 8  # problems in one message, so that it stays on a screen
+_MAX_VALUE_LENGTH = 200  # characters
+
+
+class _NoValue:
+    """The type of :data:`NO_VALUE`."""
+
+    def __repr__(self) -> str:
+        return "NO_VALUE"
+
+
+NO_VALUE = _NoValue()  # for an InputError whose key has no value, or none that helps
 
 
 class InputError(ValueError):
-    """Bad input: a config value, a file, a record.
+    """A mistake in a user's input, told as ``key: value must; remedy``.
 
-    The message names the key or the file and line, the value, and the remedy.
+    A component knows the name of its own argument. Whoever builds it from a config adds the
+    section with :meth:`within`: ``clip_low`` becomes ``loss.clip_low``.
+
+    Args:
+        key: The argument or config key.
+        value: What was given, shown as its ``repr``; NO_VALUE shows nothing.
+        must: What is wrong with it or has to hold, e.g. ``must be at least 1``.
+        remedy: What to change; empty if ``must`` says it.
     """
+
+    def __init__(self, key: str, value: Any = NO_VALUE, must: str = "", remedy: str = "") -> None:
+        super().__init__(key, value, must, remedy)
+        self.key = key
+        self.value = value
+        self.must = must
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        if not self.must:  # TODO: until all are converted
+            return self.key
+        shown = "" if self.value is NO_VALUE else f"{_shorten(repr(self.value))} "
+        ending = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.key}: {shown}{self.must}{ending}"
+
+    def within(self, section: str) -> InputError:
+        """Return the same error with its key in a section of the config."""
+        return InputError(f"{section}.{self.key}", self.value, self.must, self.remedy)
+
+
+class DataError(InputError):
+    """A mistake in data. The key is a place, such as ``train.jsonl:17``, and not an argument."""
+
+    def within(self, section: str) -> InputError:
+        """Return the error itself: a place in data is in no section of the config."""
+        return self
+
+
+class InputErrors(InputError):
+    """Several mistakes in one message, each on its own line, the first eight of them.
+
+    Args:
+        errors: At least one.
+    """
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        first = errors[0]
+        super().__init__(first.key, first.value, first.must, first.remedy)
+        self.errors = list(errors)
+
+    def __reduce__(self) -> Any:
+        return InputErrors, (self.errors,)
+
+    def __str__(self) -> str:
+        lines = [str(error) for error in self.errors[:MAX_SHOWN]]
+        num_left = len(self.errors) - len(lines)
+        if num_left:
+            lines.append(f"and {num_left} more problems in the config")
+        return "\n".join(lines)
+
+
+def require(condition: bool, key: str, value: Any, must: str, remedy: str = "") -> None:
+    """Raise an :class:`InputError` unless ``condition`` holds.
+
+    ``require(n > 0, "num_steps", n, "must be at least 1", "set it to the steps to train")`` says
+    ``num_steps: 0 must be at least 1; set it to the steps to train``.
+    """
+    if not condition:
+        raise InputError(key, value, must, remedy)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the closest choices, or some of what there is, or nothing where there is nothing."""
+    """Return a hint for the end of a message: the closest choices, or some of those there are."""
     choices = sorted(set(choices))
-    if close := difflib.get_close_matches(name, choices, n=3, cutoff=0.7):
-        return f" Did you mean {' or '.join(map(repr, close))}?"
-    listed = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else ".")
-    return f" There are: {listed}" if choices else ""
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.7)
+    if close:
+        quoted = " or ".join(repr(choice) for choice in close)
+        return f"did you mean {quoted}?"
+    if not choices:
+        return ""
+    ending = ", ..." if len(choices) > 12 else "."
+    return f"there are: {', '.join(choices[:12])}{ending}"
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _MAX_VALUE_LENGTH:
+        return text
+    return f"{text[:_MAX_VALUE_LENGTH]}..."

@@ -1,16 +1,16 @@
-"""Metric sums that any sharding adds up to the same number, and where they are written.
+"""Metrics that any split over ranks and microbatches adds up to the same number.
 
-A metric travels as ``(value, weight)``. Means add both and divide once, after the ranks have met; maxima and minima
-ignore the weight; counts keep the value alone. :data:`METRICS` declares which is which, the unit, and what is counted.
+A value carries how it is put together: :class:`Mean`, :class:`Sum`, :class:`Max`, :class:`Min` or
+:class:`Time`. Adding two is ``+``; :class:`StepMetrics` collects those of an optimizer step and
+reduces them over the ranks. :data:`METRICS` describes what a run logs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -18,285 +18,304 @@ from torch import Tensor
 
 from gspo.types import PackedBatch
 
-Pair = tuple[float, float]
+Number = Tensor | float
 
-# name -> (how ranks and microbatches are put together, per what, unit). A name that starts with "_" feeds a derived
-# metric and is not written. ``eval/pass@k``, a mean per prompt, has its k in the name and cannot stand here.
-METRICS: dict[str, tuple[str, str, str]] = {
-    "loss": ("sum", "step", ""),
-    "ratio/mean": ("mean", "unit of the ratio", ""),
-    "_ratio_sq": ("mean", "unit of the ratio", ""),
-    "ratio/max": ("max", "unit of the ratio", ""),
-    "ratio/min": ("min", "unit of the ratio", ""),
-    "kl_new_old": ("mean", "document", "nats"),
-    "kl_ref": ("mean", "token", "nats"),
-    "entropy": ("mean", "token", "nats"),
-    "new_logps": ("mean", "token", "nats"),
-    "old_logps": ("mean", "token", "nats"),
-    "_mismatch_sq": ("mean", "token", "nats^2"),
-    "mismatch/abs_document": ("mean", "document", "nats"),
-    "correction/ratio_mean": ("mean", "unit of the ratio", ""),
-    "correction/ratio_max": ("max", "unit of the ratio", ""),
-    "correction/weight_mean": ("mean", "unit of the ratio", ""),
-    "_correction_ratio_sq": ("mean", "unit of the ratio", ""),
-    "_correction_weight_sq": ("mean", "unit of the ratio", ""),
-    "correction/changed": ("mean", "unit of the ratio", "share"),
-    "_log_ratio_sq": ("mean", "token", "nats^2"),
-    "log_ratio/abs_document": ("mean", "document", "nats"),
-    "bounded_documents": ("sum", "step", "documents"),
-    "clip/any_document": ("mean", "document", "share"),
-    "clip/binding_document": ("mean", "document", "share"),
-    "clip/binding_document_to_64": ("mean", "document of up to 64 tokens", "share"),
-    "clip/binding_document_to_256": ("mean", "document of 65 to 256 tokens", "share"),
-    "clip/binding_document_to_1024": ("mean", "document of 257 to 1,024 tokens", "share"),
-    "clip/binding_document_longer": ("mean", "longer document", "share"),
-    "clip/any_token": ("mean", "token", "share"),
-    "clip/binding_token": ("mean", "token", "share"),
-    "clip/low": ("mean", "unit of the ratio", "share"),
-    "clip/high": ("mean", "unit of the ratio", "share"),
-    "reward/mean": ("mean", "drawn document", ""),
-    "_reward_sq": ("mean", "drawn document", ""),
-    "solved": ("mean", "prompt", "share"),
-    "reward_failures": ("sum", "step", "calls"),
-    "length/mean": ("mean", "drawn document", "tokens"),
-    "length/max": ("max", "drawn document", "tokens"),
-    "length/truncated": ("mean", "drawn document", "share"),
-    "dead_groups": ("mean", "group", "share"),
-    "staleness/mean": ("mean", "document", "policy versions"),
-    "staleness/max": ("max", "document", "policy versions"),
-    "documents": ("sum", "step", "documents"),
-    "tokens": ("sum", "step", "tokens"),
-    "packing_efficiency": ("mean", "place", "share"),
-    "quarantined_documents": ("sum", "step", "documents"),
-    "_late_documents": ("sum", "step", "documents"),
-    "_late_tokens": ("sum", "step", "tokens"),
-    "_places": ("sum", "step", "tokens"),
-    "update/changed_fraction": ("mean", "weight looked at", "share"),
-    "skipped_steps": ("max", "run", "steps"),
-    "eval/accuracy": ("mean", "prompt", "share"),
-    "eval/sampled_accuracy": ("mean", "drawn document", "share"),
-    "eval/reward": ("mean", "prompt", ""),
-    "eval/reward_failures": ("sum", "evaluation", "calls"),
-    "time/sample": ("time", "step", "s"),
-    "time/score": ("time", "step", "s"),
-    "time/data_wait": ("time", "step", "s"),
-    "time/update": ("time", "step", "s"),
-    "time/sync": ("time", "step", "s"),
-    "time/step": ("time", "step", "s"),
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A value with its weight, tensors of one element or floats; the subclass is the reduction."""
+
+    value: Number
+    weight: Number = 1.0
+
+    def __add__(self, other: Self) -> Self:
+        """Put two parts on one rank together."""
+        return type(self)(self.value + other.value, self.weight + other.weight)
+
+    def over_ranks(self, other: Self) -> Self:
+        """Put the parts of two ranks together."""
+        return self + other
+
+    def number(self) -> float:
+        """Return the metric as a number."""
+        return float(self.value)
+
+
+class Mean(Metric):
+    """A sum of values with the sum of their weights; NaN if nothing was counted."""
+
+    __slots__ = ()
+
+    def number(self) -> float:
+        """Return the value divided by the weight."""
+        weight = float(self.weight)
+        return float(self.value) / weight if weight else math.nan
+
+
+class Sum(Metric):
+    """A count or an amount; the weight has no meaning."""
+
+    __slots__ = ()
+
+
+class Max(Metric):
+    """The largest value; the weight has no meaning."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        """Take the larger value."""
+        return type(self)(_extreme(torch.maximum, max, self.value, other.value), self.weight)
+
+
+class Min(Metric):
+    """The smallest value; the weight has no meaning."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        """Take the smaller value."""
+        return type(self)(_extreme(torch.minimum, min, self.value, other.value), self.weight)
+
+
+class Time(Metric):
+    """Seconds: they add up on a rank, and a step takes as long as its slowest rank."""
+
+    __slots__ = ()
+
+    def over_ranks(self, other: Self) -> Self:
+        """Take the longer time."""
+        return type(self)(max(float(self.value), float(other.value)), self.weight)
+
+
+Metrics = dict[str, Metric]
+
+
+def _extreme(of_tensors: Any, of_floats: Any, one: Number, other: Number) -> Number:
+    if isinstance(one, Tensor):
+        return of_tensors(one, other)
+    return of_floats(one, other)
+
+
+class NotFinite(NamedTuple):
+    """Documents that left the objective because a value of theirs was not finite."""
+
+    documents: Number
+    tokens: Number  # their labelled tokens
+
+    def plus(self, other: NotFinite) -> NotFinite:
+        """Add the counts of another part."""
+        return NotFinite(self.documents + other.documents, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a metric is per, its unit, and what it shows, with the range that is healthy."""
+
+    per: str
+    unit: str
+    shows: str = ""
+
+
+# What a run writes by name. A name that starts with "_" feeds a derived metric and is not written.
+# ``eval/pass@k`` has its k in the name, and ``reward/NAME`` its reward: they cannot stand here.
+METRICS: dict[str, Description] = {
+    "loss": Description("step", "", "the objective, with its penalties"),
+    "grad_norm": Description("step", "", "norm of the gradient before it is clipped"),
+    "lr": Description("step", "", "learning rate of the step"),
+    "ratio/mean": Description("ratio", "", "importance ratio; near 1"),
+    "ratio/max": Description("ratio", "", "largest ratio"),
+    "ratio/min": Description("ratio", "", "smallest ratio"),
+    "ratio/ess": Description("ratio", "share", "effective sample size; min_ess bounds it"),
+    "bounded_documents": Description("step", "documents", "had a ratio cut by log_ratio_bound; 0"),
+    "kl_new_old": Description("document", "nats", "k3 estimate of the drift since sampling"),
+    "kl_ref": Description("token", "nats", "to the reference policy, by kl_estimator"),
+    "entropy": Description("token", "nats", "of the policy; a fall to 0 ends exploration"),
+    "new_logps": Description("token", "nats", "of the weights that train"),
+    "old_logps": Description("token", "nats", "of the weights that sampled"),
+    "log_ratio/rms_token": Description("token", "nats", "root mean square of new - old"),
+    "log_ratio/abs_document": Description("document", "nats", "absolute mean of new - old"),
+    "mismatch/rms_token": Description("token", "nats", "trainer - sampler at the same weights"),
+    "mismatch/abs_document": Description("document", "nats", "the same, of document means"),
+    "correction/ratio_mean": Description("ratio", "", "importance weight before truncation"),
+    "correction/ratio_max": Description("ratio", "", "the largest of them"),
+    "correction/ratio_ess": Description("ratio", "share", "their effective sample size"),
+    "correction/weight_mean": Description("ratio", "", "after truncation or masking"),
+    "correction/weight_ess": Description("ratio", "share", "their effective sample size"),
+    "correction/changed": Description("ratio", "share", "truncated or masked"),
+    "clip/any_document": Description("document", "share", "has a ratio outside the clip range"),
+    "clip/binding_document": Description("document", "share", "has a gradient stopped by the clip"),
+    "clip/binding_document_to_64": Description("document of up to 64 tokens", "share"),
+    "clip/binding_document_to_256": Description("document of 65 to 256 tokens", "share"),
+    "clip/binding_document_to_1024": Description("document of 257 to 1,024 tokens", "share"),
+    "clip/binding_document_longer": Description("longer document", "share"),
+    "clip/any_token": Description("token", "share", "in a ratio outside the clip range"),
+    "clip/binding_token": Description("token", "share", "its gradient is stopped by the clip"),
+    "clip/low": Description("ratio", "share", "stopped at the lower end"),
+    "clip/high": Description("ratio", "share", "stopped at the upper end"),
+    "clip/at_zero_drift": Description(
+        "document", "share", "outside though the policy has not moved"
+    ),
+    "reward/mean": Description("drawn document", "", "weighted sum of the rewards"),
+    "reward/std": Description("drawn document", "", "its standard deviation"),
+    "solved": Description("prompt", "share", "has a completion that earns the full reward"),
+    "reward_failures": Description("step", "calls", "raised, timed out, died or gave no number; 0"),
+    "length/mean": Description("drawn document", "tokens", "of the completion"),
+    "length/max": Description("drawn document", "tokens", "of the longest completion"),
+    "length/truncated": Description("drawn document", "share", "ended by max_new_tokens"),
+    "dead_groups": Description("group", "share", "equal rewards: nothing to learn from"),
+    "staleness/mean": Description("document", "policy versions", "behind the weights that train"),
+    "staleness/max": Description("document", "policy versions", "the oldest"),
+    "documents": Description("step", "documents", "trained on"),
+    "tokens": Description("step", "tokens", "labels trained on"),
+    "packing_efficiency": Description("slot", "share", "holds a token"),
+    "quarantined_documents": Description("step", "documents", "had a value that is not finite; 0"),
+    "update/changed_fraction": Description("weight looked at", "share", "moved by the step"),
+    "skipped_steps": Description("run", "steps", "had a gradient norm that is not finite; 0"),
+    "eval/accuracy": Description("prompt", "share", "greedy completion earns the full reward"),
+    "eval/sampled_accuracy": Description("drawn document", "share", "the same, of drawn ones"),
+    "eval/reward": Description("prompt", "", "reward of the greedy completion"),
+    "eval/reward_failures": Description("evaluation", "calls", "as reward_failures"),
+    "time/sample": Description("step", "s", "in the sampler"),
+    "time/score": Description("step", "s", "in the rewards"),
+    "time/data_wait": Description("step", "s", "waiting for microbatches"),
+    "time/update": Description("step", "s", "forward, backward and optimizer"),
+    "time/sync": Description("step", "s", "weights to the sampler"),
+    "time/step": Description("step", "s", "from log row to log row"),
+    "tokens_per_second": Description("second", "tokens", "through the policy, prompts included"),
+    "mfu": Description("step", "share", "of the device's bf16 peak, on a known GPU"),
+    "peak_memory_gib": Description("run", "GiB", "allocated on the device"),
 }
 
 
-def combine(how: str, a: Pair, b: Pair) -> Pair:
-    """Two pairs of one metric; ``how`` is the first entry of its line in :data:`METRICS`. Times add up on one rank."""
-    if how in ("max", "min"):
-        return (max if how == "max" else min)(a[0], b[0]), a[1]
-    return a[0] + b[0], a[1] + b[1]
-
-
-def merge_pairs(
-    parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The metric pairs of several parts of a microbatch as one, on their device."""
-    merged: dict[str, tuple[Tensor, Tensor]] = {}
+def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
+    """Return the metrics of several parts on one rank as one."""
+    merged: Metrics = {}
     for part in parts:
-        for name, (value, weight) in part.items():
-            if name not in merged:
-                merged[name] = value, weight
-            elif METRICS.get(name, ("mean",))[0] in ("max", "min"):
-                extreme = torch.maximum if METRICS[name][0] == "max" else torch.minimum
-                merged[name] = extreme(merged[name][0], value), merged[name][1]
-            else:
-                merged[name] = merged[name][0] + value, merged[name][1] + weight
+        for name, metric in part.items():
+            merged[name] = merged[name] + metric if name in merged else metric
     return merged
 
 
 class StepMetrics:
-    """The metric pairs of one optimizer step on this rank; :meth:`reduce` makes them numbers over all ranks.
+    """The metrics of an optimizer step on this rank; :meth:`reduce` makes them numbers of all ranks.
 
     Args:
-        reward_names: rewards whose means arrive as ``reward/NAME``, the same on every rank.
+        parts: metrics to begin with.
+
+    After :meth:`reduce`, ``not_finite`` counts the documents over all ranks that were found not
+    finite in the forward.
     """
 
-    def __init__(self, reward_names: Iterable[str] = ()) -> None:
-        self._how = {name: spec[0] for name, spec in METRICS.items()}
-        self._how |= {f"reward/{name}": "mean" for name in reward_names}
-        self._tensors: list[tuple[str, Tensor, Tensor]] = []
-        self._pairs: dict[str, Pair] = {}
+    def __init__(self, parts: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._tensors: list[tuple[str, Metric]] = []
+        self._metrics: Metrics = {}
+        self._not_finite: list[NotFinite] = []
+        self.not_finite = NotFinite(0, 0)
+        for part in parts:
+            self.add(part)
 
-    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        """Tensors stay on their device until :meth:`reduce`, so that adding never waits for it."""
-        for name, (value, weight) in metrics.items():
-            if isinstance(value, Tensor):
-                self._tensors.append((name, value, weight))
+    def add(self, metrics: Mapping[str, Any], not_finite: NotFinite | None = None) -> None:
+        """Add a part. Tensors stay on their device until :meth:`reduce`: adding never waits for it.
+
+        Args:
+            metrics: by name; a plain ``(value, weight)``, as a loss of the user's may give, is a
+                :class:`Mean`.
+            not_finite: documents of the part that were found not finite.
+        """
+        if not_finite is not None:
+            self._not_finite.append(not_finite)
+        for name, metric in metrics.items():
+            metric = metric if isinstance(metric, Metric) else Mean(*metric)
+            if isinstance(metric.value, Tensor) or isinstance(metric.weight, Tensor):
+                self._tensors.append((name, metric))
             else:
-                self._add_pair(name, (float(value), float(weight)))
+                self._put(name, metric)
 
-    def reduce(self, device: torch.device) -> dict[str, float]:
-        """Numbers over all ranks, by one packed all-gather. Every rank calls it and gets the same."""
+    def reduce(self) -> dict[str, float]:
+        """Return numbers over all ranks, the same on each. Collective."""
         self._fetch()
-        absent = (math.nan, math.nan)
-        self._how = dict(
-            sorted(self._how.items())
-        )  # the ranks' columns must agree, in whatever order names arrived
-        mine = torch.tensor(
-            [self._pairs.get(name, absent) for name in self._how], dtype=torch.float64
-        ).to(device)
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
-        totals: dict[str, Pair] = {}
-        for rank in torch.stack(ranks).tolist():
-            for (name, how), (value, weight) in zip(self._how.items(), rank, strict=True):
-                if not math.isnan(weight):
-                    # The step takes as long as its slowest rank.
-                    how = "max" if how == "time" else how
-                    totals[name] = (
-                        combine(how, totals[name], (value, weight))
-                        if name in totals
-                        else (value, weight)
-                    )
-        return finalize({name: _number(self._how[name], *pair) for name, pair in totals.items()})
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self._metrics, self.not_finite))
+        totals: Metrics = {}
+        num_documents = num_tokens = 0
+        for metrics, not_finite in ranks:
+            num_documents += int(not_finite.documents)
+            num_tokens += int(not_finite.tokens)
+            for name, metric in metrics.items():
+                totals[name] = totals[name].over_ranks(metric) if name in totals else metric
+        self.not_finite = NotFinite(num_documents, num_tokens)
+        return finalize({name: totals[name].number() for name in sorted(totals)})
 
     def alone(self) -> dict[str, float]:
-        """Numbers of this rank by itself; of one that is alone, what :meth:`reduce` gives."""
+        """Return the numbers of this rank by itself."""
         self._fetch()
-        return finalize(
-            {name: _number(self._how[name], *pair) for name, pair in self._pairs.items()}
-        )
+        return finalize({name: metric.number() for name, metric in self._metrics.items()})
 
     def _fetch(self) -> None:
-        if self._tensors:
-            values = torch.stack([x.double() for _, *pair in self._tensors for x in pair]).tolist()
-            for (name, *_), value, weight in zip(
-                self._tensors, values[::2], values[1::2], strict=True
-            ):
-                self._add_pair(name, (value, weight))
-            self._tensors.clear()
+        """Copy all tensors to the host in one transfer."""
+        waiting: list[Number] = []
+        for _, metric in self._tensors:
+            waiting += [metric.value, metric.weight]
+        for counts in self._not_finite:
+            waiting += counts
+        numbers = iter(_to_host(waiting))
+        for name, metric in self._tensors:
+            self._put(name, type(metric)(next(numbers), next(numbers)))
+        for _ in self._not_finite:
+            self.not_finite = self.not_finite.plus(NotFinite(next(numbers), next(numbers)))
+        self._tensors.clear()
+        self._not_finite.clear()
 
-    def _add_pair(self, name: str, pair: Pair) -> None:
-        # A loss of the user's may bring metrics of its own: means, the same names on every rank.
-        how = self._how.setdefault(name, "mean")
-        self._pairs[name] = combine(how, self._pairs[name], pair) if name in self._pairs else pair
+    def _put(self, name: str, metric: Metric) -> None:
+        known = self._metrics.get(name)
+        self._metrics[name] = metric if known is None else known + metric
 
 
-def _number(how: str, value: float, weight: float) -> float:
-    if how == "mean":
-        return value / weight if weight else math.nan
-    return value
+def _to_host(values: list[Number]) -> list[float]:
+    """Return all values as floats, the tensors among them fetched together."""
+    tensors = [value.double() for value in values if isinstance(value, Tensor)]
+    fetched = iter(torch.stack(tensors).tolist()) if tensors else iter(())
+    return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def finalize(metrics: dict[str, float]) -> dict[str, float]:
-    """Derived metrics from their ingredients; names with a leading underscore go."""
-    found = dict(metrics)
-    if "_ratio_sq" in found and found["_ratio_sq"]:
-        found["ratio/ess"] = found["ratio/mean"] ** 2 / found["_ratio_sq"]  # share of the units
-    for before in ("ratio", "weight"):
-        if square := found.get(f"_correction_{before}_sq"):
-            found[f"correction/{before}_ess"] = found[f"correction/{before}_mean"] ** 2 / square
-    if "_mismatch_sq" in found:
-        found["mismatch/rms_token"] = math.sqrt(found["_mismatch_sq"])
-    if "_reward_sq" in found:
-        found["reward/std"] = math.sqrt(max(found["_reward_sq"] - found["reward/mean"] ** 2, 0.0))
-    if "_log_ratio_sq" in found:
-        found["log_ratio/rms_token"] = math.sqrt(found["_log_ratio_sq"])
-    return found
+    """Return the metrics with those that are derived from others."""
+    derived = dict(metrics)
+    if square := metrics.get("_ratio_sq"):
+        derived["ratio/ess"] = metrics["ratio/mean"] ** 2 / square  # share of the units
+    for stage in ("ratio", "weight"):
+        if square := metrics.get(f"_correction_{stage}_sq"):
+            mean = metrics[f"correction/{stage}_mean"]
+            derived[f"correction/{stage}_ess"] = mean**2 / square
+    if "_mismatch_sq" in metrics:
+        derived["mismatch/rms_token"] = math.sqrt(metrics["_mismatch_sq"])
+    if "_reward_sq" in metrics:
+        variance = metrics["_reward_sq"] - metrics["reward/mean"] ** 2
+        derived["reward/std"] = math.sqrt(max(variance, 0.0))
+    if "_log_ratio_sq" in metrics:
+        derived["log_ratio/rms_token"] = math.sqrt(metrics["_log_ratio_sq"])
+    return derived
 
 
 def public(values: Mapping[str, float]) -> dict[str, float]:
-    """What is written: no ingredients of derived metrics, nothing that is not a finite number."""
+    """Return what is written: finite numbers that are no ingredients of derived metrics."""
+    shown = {}
+    for name, value in values.items():
+        if not name.startswith("_") and math.isfinite(value):
+            shown[name] = value
+    return shown
+
+
+def batch_metrics(batch: PackedBatch, version: int) -> Metrics:
+    """Count a batch that is about to train version ``version`` of the weights, and its staleness."""
+    is_sampled = batch.label_counts > 0
+    behind = torch.where(is_sampled, version - batch.policy_version, 0)
+    num_slots = (batch.document_index != batch.padding_document).sum()
     return {
-        name: value
-        for name, value in values.items()
-        if not name.startswith("_") and math.isfinite(value)
+        "documents": Sum(is_sampled.sum()),
+        "tokens": Sum(batch.label_counts.sum()),
+        "_slots": Sum(num_slots),
+        "staleness/mean": Mean(behind.sum(), is_sampled.sum()),
+        "staleness/max": Max(behind.max()),
     }
-
-
-def batch_pairs(batch: PackedBatch, version: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Counts and staleness of a batch that is about to train version ``version`` of the weights."""
-    real = batch.label_counts > 0
-    behind = torch.where(real, version - batch.policy_version, 0)
-    one = torch.ones((), device=real.device)
-    return {
-        "documents": (real.sum(), one),
-        "tokens": (batch.label_counts.sum(), one),
-        "_places": ((batch.document_index != real.numel() - 1).sum(), one),
-        "staleness/mean": (behind.sum(), real.sum()),
-        "staleness/max": (behind.max(), one),
-    }
-
-
-def not_finite_documents(batch: PackedBatch, logps: Tensor) -> dict[int, dict[str, Any]]:
-    """By document index, ids and values of the documents with a value that is not finite; ``logps`` is [T]."""
-    names = ("ref_logps", "sampler_logps", "token_advantages")
-    others = {name: x for name in names if (x := getattr(batch, name)) is not None}
-    bad = ~sum(others.values(), logps + batch.old_logps).isfinite() & batch.loss_mask
-    records = {}
-    for d in batch.document_index[bad].unique().tolist():
-        rows = (batch.document_index == d) & batch.loss_mask
-        prompt_id, group_id = batch.ids[d]
-        values = {
-            "labels": batch.labels[rows],
-            "logps": logps[rows],
-            "old_logps": batch.old_logps[rows],
-        }
-        values |= {name: x[rows] for name, x in others.items()}
-        ids = {
-            "prompt_id": prompt_id,
-            "group_id": group_id,
-            "advantage": float(batch.advantages[d]),
-        }
-        records[d] = ids | {
-            name: [repr(x) for x in tensor.tolist()] for name, tensor in values.items()
-        }
-    return records
-
-
-_PEAK_BF16_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}  # dense, data sheets
-
-
-def throughput(
-    values: Mapping[str, float], num_parameters: int, device: torch.device
-) -> dict[str, float]:
-    """Tokens through the policy a second, prompts included, over all ranks; on a known GPU MFU (6 N) and memory."""
-    rate = values["_places"] / values["time/step"]
-    found = {"tokens_per_second": rate}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((flops for key, flops in _PEAK_BF16_FLOPS.items() if key in name), None)
-        if peak is not None:
-            found["mfu"] = 6 * num_parameters * rate / (peak * dist.get_world_size())
-        found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return found
-
-
-def noise_floor(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What trainer and sampler disagree by, read off a step whose policy is still the one that sampled."""
-    names = {
-        "mismatch/rms_token": "log_ratio/rms_token",
-        "mismatch/abs_document": "log_ratio/abs_document",
-        "clip/at_zero_drift": "clip/any_document",
-    }
-    return {name: metrics[source] for name, source in names.items() if source in metrics}
-
-
-def set_aside(path: Path) -> None:
-    """Renames the file of an earlier run, ``metrics.jsonl`` to ``metrics.1.jsonl`` or the next free number."""
-    number = 1
-    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    if path.exists():
-        path.rename(kept)
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON object as a line, with null for a number that JSON cannot hold."""
-    clean = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo.losses.inputs import LossInputs, Segments, _here
+from gspo.losses.inputs import LossInputs, Segments, whole_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _whole_units(
         counted=valid if inputs.counted is None else valid & inputs.counted[document],
         document=document,
         num_tokens=counts,
-        complete=_here,
+        complete=whole_here,
     )
 
 

@@ -1,19 +1,14 @@
-"""Ranks, and how a microbatch is split over them."""
+"""Ranks, and how a microbatch is split over those of a context axis."""
 
-from gspo.parallel.mesh import (
-    build_mesh,
-    data_parallel_rank,
-    find_device,
-    fsdp_mesh,
-    init_process_group,
-    sum_over_ranks,
-)
+from gspo.parallel.context import ContextAxis, Shard, split
+from gspo.parallel.mesh import Ranks, find_device, init_process_group, sum_over_ranks
 
 __all__ = [
-    "build_mesh",
-    "data_parallel_rank",
+    "ContextAxis",
+    "Ranks",
+    "Shard",
     "find_device",
-    "fsdp_mesh",
     "init_process_group",
+    "split",
     "sum_over_ranks",
 ]
