@@ -1,6 +1,7 @@
-"""Reading and checking a recipe's config, so that a typo is one clear message before anything is loaded.
+"""Check a config before anything is loaded, so that a typo is one clear message.
 
-Building the components is torchtune's own ``config.instantiate``; no config object goes past the recipe.
+Building the components is torchtune's own ``config.instantiate``; no config object goes past the
+recipe. The ranges of values stand in :mod:`gspo.config.settings`.
 """
 
 from __future__ import annotations
@@ -13,217 +14,285 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from torchtune import config
 
-from gspo.config.command_line import _FILE_VARIABLES, _variables
+from gspo.compat import InstantiationError, component_from_path
 from gspo.config.presets import preset_keys
-from gspo.errors import InputError, did_you_mean
+from gspo.config.ranges import Given
+from gspo.config.settings import BaseSettings, Section, Settings
+from gspo.errors import NO_VALUE, InputError, InputErrors, did_you_mean
+from gspo.losses.inputs import Loss, traits_of
+from gspo.types import Axis
 
-MAX_SHOWN_PROBLEMS = 8
+S = TypeVar("S", bound=BaseSettings)
 
-
+FILE_VARIABLES = "_file_variables"  # attribute of a config that was read from a file
 _NUMBERS = {"int", "float"}
-
-
-_BESIDE_NUMBERS = {
-    "class",
-    "typing",
-    "Union",
-    "Optional",
-    "None",
-    "NoneType",
-    "torch",
-    "Tensor",
-}  # in an annotation
-
-
-def keeps_sampled_weights(cfg: DictConfig) -> bool:
-    """Whether old log-probabilities are computed from weights that the policy leaves before the next rollout."""
-    return cfg.old_logps == "recompute" and cfg.sync_every_steps > cfg.ppo_epochs
-
-
-def require(condition: bool, key: str, value: Any, must: str, remedy: str) -> None:
-    """Raise an InputError unless ``condition`` holds.
-
-    ``require(n > 0, "num_steps", n, "must be at least 1", "set it to the steps to train")`` says
-    ``num_steps: 0 must be at least 1; set it to the steps to train``.
-    """
-    if not condition:
-        raise InputError(f"{key}: {value!r} {must}; {remedy}")
+# Words that may stand beside a number in an annotation.
+_BESIDE_NUMBERS = {"class", "typing", "Union", "Optional", "None", "NoneType", "torch", "Tensor"}
+_GET_MODEL = (
+    "correct the path, or get the model first: the head of a copy made with `tune cp` has the "
+    "commands"
+)
+_REMEDIES = {
+    "tokenizer": _GET_MODEL,
+    "checkpointer": _GET_MODEL,
+    "reference_checkpointer": _GET_MODEL,
+}
 
 
 @contextlib.contextmanager
-def refusals(key: str, remedy: str) -> Iterator[None]:
-    """Show what a library raises over the value of ``key`` as the user's input, with the ``remedy``.
+def refusals(key: str, remedy: str = "correct its arguments") -> Iterator[None]:
+    """Show what a component or a library raises over the value of ``key`` as the user's input.
 
     Raises:
-        InputError: naming the key and the cause. One that opens with an argument of the component, ``source: ...``,
-            gets the key before it, ``prompts.source: ...``.
+        InputError: The key and the cause. A component's own error gets the key before its argument:
+            ``source`` becomes ``prompts.source``.
     """
     try:
         yield
     except InputError as error:
-        if str(error).partition(":")[0].isidentifier():
-            raise InputError(f"{key}.{error}") from error
-        raise
-    except Exception as error:  # libraries refuse with what they like: torchtune's checkpointers raise a bare Exception
-        raise InputError(f"{key}: {type(error).__name__}: {error}; {remedy}") from error
+        raise error.within(key) from error
+    except Exception as error:  # torchtune's checkpointers raise a bare Exception
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(key, NO_VALUE, problem, remedy) from error
 
 
-def check_config(
-    cfg: DictConfig,
-    *,
-    required: Collection[str],
-    optional: Mapping[str, Any] | None = None,
-    sections: Mapping[str, Any] | None = None,
-    passed: Mapping[str, Collection[str]] | None = None,
-) -> DictConfig:
-    """Check the names in ``cfg``, its keys and each ``_component_`` with its arguments, and fill in the defaults.
-
-    Of the values, only a text or a null where a component takes a number is refused; see :func:`require` for the rest.
-    A key that the config file refers to as ``${key}`` may have any name, also where overrides took that use away.
-    Where ``preset`` is one of the optional keys, the preset's keys lie between the defaults and the config's own.
+def build(cfg: BaseSettings, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Build the component that the config names at ``key``; None where it is null.
 
     Args:
-        cfg: The config, overrides merged. It is not changed.
-        required: Top-level keys that must be there and not be null.
-        optional: The other top-level keys with their defaults. A default that is a mapping is merged key by key, and
-            unless it is empty its keys are the only ones.
-        sections: For a top-level mapping without a ``_component_``, the keys that it may have, or the function or class
-            that takes them as arguments.
-        passed: The arguments that the recipe handles itself for the component at a path: it passes them, or takes them
-            out of the YAML. A path is written like ``optimizer`` or ``readers.0``. If None, an argument that is missing
-            is not a problem.
-
-    Returns:
-        The config with the defaults, interpolations kept.
+        cfg: the settings.
+        key: a top-level key.
+        args: what the recipe passes to the component first.
+        kwargs: what it passes by keyword.
 
     Raises:
-        InputError: Up to eight problems at once, each with its key, the value found and the remedy.
+        InputError: The component refuses its arguments.
     """
-    optional = optional or {}
-    merged = OmegaConf.merge(optional, preset_keys(cfg) if "preset" in optional else {}, cfg)
-    raw = OmegaConf.to_container(merged, resolve=False)
-    for key, default in optional.items():
-        # `key=null` on the command line arrives as the component's path, see torchtune's merge.
-        if (
-            default is None
-            and isinstance(raw[key], dict)
-            and raw[key].get("_component_", "") is None
-        ):
-            merged[key] = None
-    try:
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
+    component = getattr(cfg, key)
+    if component is None:
+        return None
+    with refusals(key, _REMEDIES.get(key, "correct its arguments")):
+        return config.instantiate(OmegaConf.create(component), *args, **kwargs)
+
+
+def build_loss(cfg: Settings) -> Loss:
+    """Build the loss and check that the config has what it declares to need.
+
+    Raises:
+        InputError: The loss refuses its arguments, or needs another key.
+    """
+    loss = build(cfg, "loss")
+    traits = traits_of(loss)
+    drops = cfg.advantages.drop_dead_groups and not cfg.advantages.refill_dead_groups
+    if drops and ("kl_coef" in traits.needs or "entropy_coef" in traits.needs):
         raise InputError(
-            f"{error.full_key}: {str(error).splitlines()[0]}; set or correct the value"
-        ) from error
-    if (
-        os.getcwd() not in sys.path
-    ):  # as config.instantiate does, for components in the user's folder
+            "advantages.drop_dead_groups",
+            True,
+            "must be false where the loss has a KL or entropy term, which a group of equal rewards "
+            "feels too",
+            "set it to false, or set refill_dead_groups: true to replace such groups",
+        )
+    if "correction" in traits.needs and cfg.old_logps != "recompute":
+        raise InputError(
+            "loss.correction",
+            cfg.loss.get("correction"),
+            "needs old_logps: recompute, since the sampler's own already stand in the ratio",
+            "set that, or drop it",
+        )
+    if "kl_coef" in traits.needs and cfg.reference_checkpointer is None:
+        raise InputError(
+            "loss.kl_coef",
+            cfg.loss.get("kl_coef"),
+            "needs a reference policy",
+            "set reference_checkpointer to the model to stay near, e.g. "
+            "reference_checkpointer='${checkpointer}'",
+        )
+    if traits.ratio_unit == Axis.SEGMENT and cfg.segments is None:
+        raise InputError(
+            "segments",
+            None,
+            f"leaves completions whole, and {type(loss).__name__} has a ratio per segment",
+            "cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter, or name "
+            "gspo.losses.GSPOLoss",
+        )
+    return loss
+
+
+def check(cfg: DictConfig, settings: type[S]) -> S:
+    """Check names, values and the arguments of components, and fill in the defaults.
+
+    A key that the config file refers to as ``${key}`` may have any name, also where overrides took
+    that use away. A preset's keys lie between the defaults and the config's own.
+
+    Args:
+        cfg: the config, overrides merged. It is not changed.
+        settings: the recipe's settings.
+
+    Raises:
+        InputError: Up to eight problems at once, each with its key, the value and the remedy.
+    """
+    merged = OmegaConf.merge(preset_keys(cfg) if "preset" in settings.model_fields else {}, cfg)
+    values = _resolve(merged, settings)
+    known = set(settings.model_fields) | variables_of(merged) | variables_of(cfg)
+    if os.getcwd() not in sys.path:  # as config.instantiate does, for the user's own folder
         sys.path.append(os.getcwd())
 
-    by_default = {
-        key: default
-        for key, default in optional.items()
-        if isinstance(default, Mapping) and default
-    }
-    problems = [
-        *_top_level_problems(
-            values, required, optional, _variables(merged) | vars(cfg).get(_FILE_VARIABLES, set())
-        ),
-        *_section_problems(values, {**by_default, **(sections or {})}, passed),
-        *_component_problems(values, passed),
-    ]
-    if problems:
-        shown = problems[:MAX_SHOWN_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more problems in the config")
-        raise InputError("\n".join(shown))
-    return merged
-
-
-def _top_level_problems(
-    values: dict[str, Any],
-    required: Collection[str],
-    optional: Mapping[str, Any],
-    variables: Collection[str],
-) -> Iterator[str]:
-    known = [*required, *optional]
+    problems = []
     for key in values:
-        if key not in known and key not in variables:
-            yield f"{key}: unknown key.{did_you_mean(key, known)}"
-    for key in required:
-        if values.get(key) is None:
-            yield f"{key}: {'null' if key in values else 'missing'}, but the recipe needs a value; set it in the config"
-    for key, default in optional.items():
-        if isinstance(default, Mapping) and not isinstance(values[key], dict):
-            yield f"{key}: {values[key]!r}, but it must be a mapping of keys to values"
+        if key not in known:
+            problems.append(_unknown(key, settings.model_fields))
+    checked = None
+    try:
+        checked = settings.model_validate(values)
+    except ValidationError as error:
+        problems += [_problem(details, settings) for details in error.errors()]
+    problems += component_problems(values, given_arguments(settings))
+    if checked is not None and not problems:
+        problems += checked.problems()
+    if problems:
+        raise InputErrors(problems) if len(problems) > 1 else problems[0]
+    assert checked is not None
+    return checked
 
 
-def _section_problems(
-    values: dict[str, Any],
-    sections: Mapping[str, Any],
-    passed: Mapping[str, Collection[str]] | None,
-) -> Iterator[str]:
-    for path, section in sections.items():
-        node = values.get(path)
-        if not isinstance(node, dict) or "_component_" in node:
-            continue
-        if callable(section):
-            yield from _argument_problems(path, section, node, passed)
-            continue
-        for key in node:
-            if key not in section:
-                yield f"{path}.{key}: unknown key.{did_you_mean(key, section)}"
+def variables_of(cfg: DictConfig) -> set[str]:
+    """Return the top-level names that other values refer to as ``${name}``: a user's own.
+
+    Those of the file that the config was read from count too, whatever was overridden since.
+    """
+    names = set(re.findall(r"\$\{\s*(\w+)", OmegaConf.to_yaml(cfg)))
+    return names | vars(cfg).get(FILE_VARIABLES, set())
 
 
-def _component_problems(values: Any, passed: Mapping[str, Collection[str]] | None) -> Iterator[str]:
+def _resolve(cfg: DictConfig, settings: type[BaseSettings]) -> dict[str, Any]:
+    """Return the config as plain values, interpolations resolved."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    for key, value in raw.items():
+        # `key=null` on the command line arrives as the component's path, see torchtune's merge.
+        if isinstance(value, dict) and value.get("_component_", "") is None:
+            cfg[key] = None
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(str(error.full_key), NO_VALUE, problem, "set or correct it") from error
+    return {str(key): value for key, value in values.items()}  # type: ignore[union-attr]
+
+
+def _unknown(key: str, known: Collection[str]) -> InputError:
+    name = key.rpartition(".")[2]
+    return InputError(key, NO_VALUE, "unknown key", did_you_mean(name, known))
+
+
+def _problem(details: ErrorDetails, settings: type[BaseModel]) -> InputError:
+    """Word a problem that pydantic has found."""
+    path = [str(part) for part in details["loc"]]
+    key, value = ".".join(path), details["input"]
+    if details["type"] == "missing":
+        return InputError(
+            key, NO_VALUE, "missing, but the recipe needs a value", "set it in the config"
+        )
+    section = _section_at(settings, path[:-1])
+    if details["type"] == "extra_forbidden":
+        retired = section.RETIRED if issubclass(section, Section) else {}
+        if path[-1] in retired:
+            return InputError(key, value, "is no key any more", retired[path[-1]])
+        return _unknown(key, section.model_fields)
+    if details["type"] == "must":
+        is_required = section.model_fields[path[-1]].is_required()
+        if value is None and is_required:
+            return InputError(
+                key, NO_VALUE, "null, but the recipe needs a value", "set it in the config"
+            )
+        remedy = "change it"
+        if "_component_" in details["msg"]:
+            remedy = f"write {key}._component_={value}"
+        return InputError(key, value, details["msg"], remedy)
+    if details["type"] == "model_type":
+        return InputError(key, value, "must be a mapping of keys to values", "change it")
+    return InputError(key, value, f"is refused: {details['msg']}", "change it")
+
+
+def _section_at(settings: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    section = settings
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section
+
+
+def given_arguments(settings: type[BaseSettings]) -> dict[str, tuple[str, ...]]:
+    """Return, by key, the arguments that the recipe gives to the component there."""
+    arguments = {}
+    for key, field in settings.model_fields.items():
+        for item in field.metadata:
+            if isinstance(item, Given):
+                arguments[key] = item.names
+    return arguments
+
+
+def component_problems(
+    values: Any, given: Mapping[str, Collection[str]] | None
+) -> Iterator[InputError]:
+    """Yield what is wrong with the names and arguments of all components in plain values.
+
+    Args:
+        values: a config or a part of it, at any depth.
+        given: the arguments that the recipe handles itself for the component at a path: it passes
+            them, or takes them out of the YAML. A path is written like ``optimizer`` or
+            ``readers.0``. If None, an argument that is missing is not a problem.
+    """
     for path, node in _components(values, ""):
         try:
             component = _locate(f"{path}._component_", node["_component_"])
         except InputError as error:
-            yield str(error)
+            yield error
         else:
-            yield from _argument_problems(path, component, node, passed)
+            yield from _argument_problems(path, component, node, given)
 
 
 def _components(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping with a ``_component_``, at any depth, with its path."""
+    """Yield every mapping with a ``_component_``, at any depth, with its path."""
     if isinstance(node, dict) and "_component_" in node:
         yield path, node
-    if isinstance(node, dict | list):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _components(child, f"{path}.{key}" if path else str(key))
+    children: Any = ()
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    for key, child in children:
+        yield from _components(child, f"{path}.{key}" if path else str(key))
 
 
 def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
-    """The object that a ``_component_`` names."""
-    if not isinstance(dotpath, str) or not all(
-        part.isidentifier() for part in f"{dotpath}".split(".")
-    ):
+    """Return the object that a ``_component_`` names."""
+    is_dotted = isinstance(dotpath, str) and all(p.isidentifier() for p in dotpath.split("."))
+    if not is_dotted:
         raise InputError(
-            f"{key}: {dotpath!r}, but it must be a dotted path such as gspo.losses.GSPOLoss"
+            key, dotpath, "must be a dotted path such as gspo.losses.GSPOLoss", "correct it"
         )
     try:
-        component = _get_component_from_path(dotpath)
+        component = component_from_path(dotpath)
     except InstantiationError as error:
         if _is_missing(error.__cause__, dotpath):
-            raise InputError(f"{key}: {dotpath!r}, but {_what_is_missing(dotpath)}") from error
-        raise InputError(
-            f"{key}: {dotpath!r}, but importing it raises {error.__cause__!r}"
-        ) from error
+            problem, remedy = _what_is_missing(dotpath)
+            raise InputError(key, dotpath, problem, remedy) from error
+        problem = f"cannot be imported: {error.__cause__!r}"
+        raise InputError(key, dotpath, problem, "correct the module") from error
     if not callable(component):
         kind = type(component).__name__
-        names = did_you_mean(dotpath.rpartition(".")[2], _public_names(component))
-        raise InputError(
-            f"{key}: {dotpath!r} is a {kind}, but it must be a class or a function.{names}"
-        )
+        hint = did_you_mean(dotpath.rpartition(".")[2], _public_names(component))
+        raise InputError(key, dotpath, f"is a {kind}, but it must be a class or a function", hint)
     return component
 
 
@@ -234,66 +303,81 @@ def _is_missing(cause: BaseException | None, dotpath: str) -> bool:
     return isinstance(cause, AttributeError)
 
 
-def _what_is_missing(dotpath: str) -> str:
-    """Which part of the path does not exist, and what is there instead."""
-    parts = dotpath.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        parent, name = ".".join(parts[:count]), parts[count]
+def _what_is_missing(dotpath: str) -> tuple[str, str]:
+    """Return which part of the path does not exist, and what is there instead."""
+    names = dotpath.split(".")
+    for count in range(len(names) - 1, 0, -1):
+        parent = ".".join(names[:count])
         try:
-            found = _get_component_from_path(parent)
+            module = component_from_path(parent)
         except InstantiationError:
             continue
-        return f"{parent} has no {name!r}.{did_you_mean(name, _public_names(found))}"
+        hint = did_you_mean(names[count], _public_names(module))
+        return f"does not exist: {parent} has no {names[count]!r}", hint
     packages = [name for name in sys.modules if "." not in name and not name.startswith("_")]
-    hint = did_you_mean(
-        parts[0], difflib.get_close_matches(parts[0], packages)
-    )  # all that there are say nothing
-    return f"there is no module {parts[0]!r} installed or in {os.getcwd()}; run from its folder or set PYTHONPATH.{hint}"
+    remedy = "run from its folder or set PYTHONPATH"
+    if close := difflib.get_close_matches(names[0], packages):
+        remedy = f"{did_you_mean(names[0], close)} Else {remedy}"
+    return f"does not exist: no module {names[0]!r} is installed or in {os.getcwd()}", remedy
 
 
-def _public_names(found: Any) -> list[str]:
-    submodules = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
-    declared = [
-        name for name in getattr(found, "__all__", ()) if isinstance(name, str)
-    ]  # torchtune lists modules
-    return submodules + (declared or [name for name in dir(found) if not name.startswith("_")])
+def _public_names(module: Any) -> list[str]:
+    submodules = [m.name for m in pkgutil.iter_modules(getattr(module, "__path__", []))]
+    # torchtune's __all__ lists modules too, which have no text as a name.
+    declared = [name for name in getattr(module, "__all__", ()) if isinstance(name, str)]
+    return submodules + (declared or [name for name in dir(module) if not name.startswith("_")])
 
 
 def _argument_problems(
     path: str,
     component: Callable[..., Any],
-    node: dict,
-    passed: Mapping[str, Collection[str]] | None,
-) -> Iterator[str]:
+    node: dict[str, Any],
+    given: Mapping[str, Collection[str]] | None,
+) -> Iterator[InputError]:
     try:
-        parameters = inspect.signature(component).parameters.values()
+        parameters = inspect.signature(component).parameters
     except ValueError:  # built in, without a signature
         return
-    handled = (passed or {}).get(path, ())
+    handled = () if given is None else given.get(path, ())
     component_name = getattr(component, "__name__", path)
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    given = [name for name in node if name != "_component_" and name not in handled]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for name in given:
-            if name not in named:
-                hint = did_you_mean(name, set(named) - set(handled))
-                yield f"{path}.{name}: unknown, {component_name} takes no such argument.{hint}"
-    for name in given:
-        if name in named and not _fits(node[name], named[name]):
-            yield f"{path}.{name}: {node[name]!r}, but {component_name} takes a number; write one like 1e-5, unquoted"
-    for name, parameter in named.items() if passed is not None else ():
-        if parameter.default is parameter.empty and name not in given and name not in handled:
-            yield f"{path}.{name}: missing, but {component_name} needs it; set it in the config"
+    by_name = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    arguments = [name for name in node if name != "_component_" and name not in handled]
+    for name in arguments:
+        if name not in by_name and not takes_any:
+            hint = did_you_mean(name, set(by_name) - set(handled))
+            problem = f"unknown, {component_name} takes no such argument"
+            yield InputError(f"{path}.{name}", NO_VALUE, problem, hint)
+    for name in arguments:
+        if name in by_name and not _fits(node[name], by_name[name]):
+            problem = f"is no number, as {component_name} takes"
+            yield InputError(f"{path}.{name}", node[name], problem, "write one like 1e-5, unquoted")
+    if given is None:
+        return
+    for name, parameter in by_name.items():
+        is_set = name in arguments or name in handled
+        if parameter.default is parameter.empty and not is_set:
+            problem = f"missing, but {component_name} needs it"
+            yield InputError(f"{path}.{name}", NO_VALUE, problem, "set it in the config")
 
 
 def _fits(value: Any, parameter: inspect.Parameter) -> bool:
-    """False for a text or a null where only a number is taken, by the annotation or else by the default."""
-    annotated = parameter.annotation is not parameter.empty
-    # An annotation may be a class, a union or a string that no one has evaluated: words are what these share.
-    words = set(
-        re.findall(r"\w+", str(parameter.annotation if annotated else type(parameter.default)))
-    )
-    if not words & _NUMBERS or not words <= _NUMBERS | _BESIDE_NUMBERS:
+    """Return False for a text or a null where only a number is taken.
+
+    The annotation says so, or else the type of the default.
+    """
+    is_annotated = parameter.annotation is not parameter.empty
+    kind = parameter.annotation if is_annotated else type(parameter.default)
+    # An annotation may be a class, a union or a string that no one has evaluated: words are what
+    # these share.
+    words = set(re.findall(r"\w+", str(kind)))
+    takes_numbers_only = words & _NUMBERS and words <= _NUMBERS | _BESIDE_NUMBERS
+    if not takes_numbers_only:
         return True
-    optional = parameter.default is None or bool(words & {"None", "NoneType", "Optional"})
-    return not isinstance(value, str) and (value is not None or optional)
+    if value is None:
+        return parameter.default is None or bool(words & {"None", "NoneType", "Optional"})
+    return not isinstance(value, str)

@@ -1,0 +1,80 @@
+"""What the value of a config key must be, in a form that checks it and that documents it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic_core import PydanticCustomError, core_schema
+
+
+@dataclass(frozen=True)
+class Must:
+    """A condition on a value, with the words that finish the sentence "it must be ...".
+
+    It stands in an ``Annotated`` type, in the place of pydantic's own check of the type.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Return the schema that pydantic checks a value by."""
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def _check(self, value: Any) -> Any:
+        if not self.holds(value):
+            raise PydanticCustomError("must", "must be {words}", {"words": self.words})
+        return value
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arguments that the recipe passes to a component itself, or takes out of its mapping."""
+
+    names: tuple[str, ...]
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is an int of ``least`` or more; True and False are none."""
+    return type(value) is int and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite int or float; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_component(value: Any) -> bool:
+    """Whether a value is a mapping that names a component."""
+    return isinstance(value, dict) and "_component_" in value
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+def one_of(*choices: str) -> Must:
+    """Make the condition that a value is one of some texts."""
+    words = f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices)
+    return Must(words, lambda value: value in choices)
+
+
+Count = Annotated[int, Must("a whole number of 1 or more", lambda x: is_whole(x, 1))]
+CountOrZero = Annotated[int, Must("a whole number of 0 or more", lambda x: is_whole(x, 0))]
+OptionalCount = Annotated[
+    int | None,
+    Must("a whole number of 1 or more, or left out", _or_none(lambda x: is_whole(x, 1))),
+]
+Switch = Annotated[bool, Must("true or false", lambda x: type(x) is bool)]
+Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]
+Mapping = Annotated[
+    dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))
+]
+AboveZero = Annotated[float, Must("a number above 0", lambda x: is_number(x) and x > 0)]
+Component = Annotated[dict[str, Any], Must("a mapping with a _component_", is_component)]
+OptionalComponent = Annotated[
+    dict[str, Any] | None, Must("a mapping with a _component_, or null", _or_none(is_component))
+]
