@@ -1,14 +1,37 @@
-"""The parts of an optimizer step."""
+"""The parts of an optimizer step as plain functions, for recipes, benchmarks and the planner.
+
+What happens at a value that is not finite: a document with one leaves the loss in the forward, and
+:func:`take_out` takes it out of the denominators; a gradient whose norm is not finite skips the
+step (:func:`step_if_finite`), on all ranks alike.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchtune import training
 
+from gspo.data.steps import StepBatches
+from gspo.losses.inputs import LossOutput
+from gspo.metrics import NotFinite, Sum
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.mesh import Ranks
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
-from gspo.types import MetricSums
+from gspo.types import PackedBatch, field_specs
+
+
+def denominator_of(policy: Policy, num_documents: int, num_label_tokens: int) -> float:
+    """Return what the loss sum of a step is divided by; 1 when nothing is left."""
+    assert policy.loss is not None
+    return max(policy.loss.denominator(num_documents, num_label_tokens), 1.0)
 
 
 def accumulate_gradients(
@@ -17,23 +40,134 @@ def accumulate_gradients(
     denominator: float,
     *,
     reduce_every_microbatch: bool = True,
-) -> Iterator[MetricSums]:
-    """The backwards of an optimizer step: leaves the gradient of ``loss sum over all ranks / denominator``.
+) -> Iterator[LossOutput]:
+    """Run the backwards of a step, for the gradient of ``loss sum over all ranks / denominator``.
 
     Args:
         policy: sharded, without gradients or with some to add to.
         microbatches: as many on every rank.
-        denominator: from the totals of the whole step over all ranks, see the loss's ``denominator``.
-        reduce_every_microbatch: False adds up unsharded gradients and reduces them once, in the last backward: fewer
-            collectives for the memory of a full gradient on every rank.
+        denominator: from the totals of the whole step over all ranks, see :func:`denominator_of`.
+        reduce_every_microbatch: False adds up unsharded gradients and reduces them once, in the
+            last backward: fewer collectives for the memory of a full gradient on every rank.
 
     Yields:
-        The metric sums of each microbatch, ``loss`` among them.
+        The output of each microbatch, detached, with ``loss`` among its metrics.
     """
     # FSDP2 averages gradients over the ranks; a sum over documents needs them added up.
     scale = dist.get_world_size() / denominator
+    last = len(microbatches) - 1
     for i, microbatch in enumerate(microbatches):
-        policy.set_requires_gradient_sync(reduce_every_microbatch or i == len(microbatches) - 1)
-        loss_sum, pairs = policy(microbatch)
-        (loss_sum * scale).backward()
-        yield pairs | {"loss": (loss_sum.detach() / denominator, loss_sum.new_ones(()))}
+        policy.set_requires_gradient_sync(reduce_every_microbatch or i == last)
+        output = policy(microbatch)
+        (output.loss * scale).backward()
+        loss = output.loss.detach()
+        metrics = output.metrics | {"loss": Sum(loss / denominator)}
+        yield LossOutput(loss, metrics, output.not_finite)
+
+
+def take_out(policy: Policy, not_finite: NotFinite, step: StepBatches, denominator: float) -> float:
+    """Take documents that were found not finite in the forward out of the denominator.
+
+    Every objective is linear in 1 / denominator, so the gradients are scaled.
+
+    Args:
+        policy: with the gradients of the step.
+        not_finite: how many, over all ranks.
+        step: has the totals that ``denominator`` was made of.
+        denominator: under which the backwards ran.
+
+    Returns:
+        The factor by which gradients and loss grow.
+    """
+    remaining = denominator_of(
+        policy,
+        step.num_documents - int(not_finite.documents),
+        step.num_label_tokens - int(not_finite.tokens),
+    )
+    factor = denominator / remaining
+    device = next(policy.parameters()).device
+    training.scale_grads(policy, torch.tensor(factor, device=device))
+    return factor
+
+
+def clip_gradients(policy: Policy, max_norm: float | None) -> float:
+    """Scale the gradients down to a norm of ``max_norm``; None leaves them. Collective.
+
+    Returns:
+        The norm before, over all ranks.
+    """
+    bound = math.inf if max_norm is None else max_norm
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), bound)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def seed_rounding(seed: int, step: int, ranks: Ranks) -> None:
+    """Seed the stochastic rounding of a step.
+
+    Replicas of a shard must round alike, and shards each by themselves.
+
+    Args:
+        seed: of the run.
+        step: optimizer steps done before.
+        ranks: of the run.
+    """
+    torch.manual_seed(seed + step * ranks.num_shards + ranks.shard_index)
+
+
+def step_if_finite(optimizer: Optimizer, grad_norm: float) -> bool:
+    """Apply the gradients unless their norm is not finite; then drop them.
+
+    Returns:
+        Whether the weights have moved; the same on all ranks, as the norm is.
+    """
+    is_finite = math.isfinite(grad_norm)
+    if is_finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return is_finite
+
+
+def find_not_finite(
+    policy: Policy, microbatch: Microbatch, context: ContextAxis
+) -> dict[int, dict[str, Any]]:
+    """Describe the documents of a microbatch with a value that is not finite. Collective.
+
+    Returns:
+        By number of the document, its ids and values; the same on all ranks of the context axis.
+    """
+    logps = microbatch.shard.collect(policy.logps(microbatch), context)
+    return not_finite_documents(microbatch.whole(context), logps.cpu())
+
+
+def not_finite_documents(
+    batch: PackedBatch,
+    logps: Tensor,  # [T]
+) -> dict[int, dict[str, Any]]:
+    """Return ids and values, by number, of the documents with a value that is not finite."""
+    columns = {"logps": logps}
+    for name, spec in field_specs(PackedBatch).items():
+        column = getattr(batch, name)
+        if spec.logps and column is not None:
+            columns[name] = column
+    if batch.token_advantages is not None:
+        columns["token_advantages"] = batch.token_advantages
+    total = torch.stack(list(columns.values())).sum(0)
+    is_bad = ~total.isfinite() & batch.loss_mask
+    records = {}
+    for document in batch.document_index[is_bad].unique().tolist():
+        rows = (batch.document_index == document) & batch.loss_mask
+        prompt_id, group_id = batch.ids[document]
+        record: dict[str, Any] = {
+            "prompt_id": prompt_id,
+            "group_id": group_id,
+            "advantage": float(batch.advantages[document]),
+            "labels": _texts(batch.labels[rows]),
+        }
+        for name, column in columns.items():
+            record[name] = _texts(column[rows])
+        records[document] = record
+    return records
+
+
+def _texts(values: Tensor) -> list[str]:
+    return [repr(value) for value in values.tolist()]

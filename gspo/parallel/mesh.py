@@ -158,9 +158,7 @@ class Ranks:
                 self.mesh.device_type, (self.num_shards,), mesh_dim_names=("shard",)
             )
         shape = (replicas, self.num_shards)
-        return init_device_mesh(
-            self.mesh.device_type, shape, mesh_dim_names=("replicate", "shard")
-        )
+        return init_device_mesh(self.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def sum_over_ranks(counts: Sequence[int], device: torch.device) -> list[int]:

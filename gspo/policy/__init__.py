@@ -1,1 +1,19 @@
 """The policy: a decoder and the loss head in one module, sharded with FSDP2."""
+
+from gspo.policy.attention import document_mask
+from gspo.policy.microbatch import Microbatch, batch_segments, row_inputs
+from gspo.policy.model import Policy, output_weight
+from gspo.policy.sharding import PolicyOptions, build_policy, load_weights, shard_policy
+
+__all__ = [
+    "Microbatch",
+    "Policy",
+    "PolicyOptions",
+    "batch_segments",
+    "build_policy",
+    "document_mask",
+    "load_weights",
+    "output_weight",
+    "row_inputs",
+    "shard_policy",
+]

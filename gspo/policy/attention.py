@@ -1,41 +1,113 @@
-"""Attention of packed documents: masks, and keys gathered over context ranks."""
+"""Attention of packed documents: their mask, and keys gathered over context ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torchtune.modules import TransformerDecoder
 
+from gspo.compat import all_gather_with_gradient
 from gspo.errors import InputError
 from gspo.parallel.context import ContextAxis, Shard
 from gspo.types import PackedBatch
 
-# Differentiable, and known to torch.compile; torch 2.13 has it by a new name.
-_all_gather = (
-    getattr(collectives, "all_gather_single_autograd", None)
-    or collectives.all_gather_tensor_autograd
-)
+AttentionMask = Tensor | BlockMask | None
+
+
+def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
+    """Build the mask of causal attention inside each document and to its prefix.
+
+    It is a FlexAttention block mask on CUDA, else [R, S / C, S] bool. Keys come in the shard's
+    ``order``. None, for plain causal attention, where no bin holds two documents.
+    """
+    num_ranks, num_bins, share = shard.slots.shape
+    if num_ranks == 1 and _one_document_per_bin(shard.whole):
+        return None
+    if device.type == "cuda":
+        function = mask_mod(shard, device)
+        return create_block_mask(function, num_bins, None, share, share * num_ranks, device=device)
+    layout = _Layout.of(shard, device)
+    is_before = layout.q_slot[:, :, None] >= layout.kv_slot[:, None, :]
+    keys = layout.kv_document[:, None, :]
+    in_document = layout.q_document[:, :, None] == keys
+    in_prefix = layout.q_prefix[:, :, None] == keys
+    return is_before & (in_document | in_prefix)
+
+
+def mask_mod(
+    shard: Shard, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the mask in the form that FlexAttention asks for, a function of indices."""
+    layout = _Layout.of(shard, device)
+    q_slot, q_document, q_prefix = layout.q_slot, layout.q_document, layout.q_prefix
+    kv_slot, kv_document = layout.kv_slot, layout.kv_document
+
+    def is_seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        key = kv_document[b, kv]
+        is_before = q_slot[b, q] >= kv_slot[b, kv]
+        return is_before & ((q_document[b, q] == key) | (q_prefix[b, q] == key))
+
+    return is_seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where this rank's queries and all keys lie, on the device."""
+
+    q_slot: Tensor  # [R, S / C]
+    q_document: Tensor  # [R, S / C]
+    q_prefix: Tensor  # [R, S / C]
+    kv_slot: Tensor  # [R, S]
+    kv_document: Tensor  # [R, S]
+
+    @classmethod
+    def of(cls, shard: Shard, device: torch.device) -> _Layout:
+        """Compute the layout from a shard."""
+        batch = shard.whole
+        mine, order = shard.slots[shard.rank], shard.order
+        document = batch.document_index.view(batch.num_bins, -1)
+        prefix = document if batch.prefix_index is None else batch.prefix_index[document]
+        return cls(
+            q_slot=mine.to(device),
+            q_document=document.gather(1, mine).to(device),
+            q_prefix=prefix.gather(1, mine).to(device),
+            kv_slot=order.to(device),
+            kv_document=document.gather(1, order).to(device),
+        )
+
+
+def _one_document_per_bin(batch: PackedBatch) -> bool:
+    """Whether no bin holds two documents; the causal mask alone is then exact.
+
+    What padding sees does not matter.
+    """
+    index = batch.document_index.view(batch.num_bins, -1)
+    changes = index[:, 1:] != index[:, :-1]
+    starts = changes & (index[:, 1:] != batch.padding_document)
+    return not starts.any()
 
 
 def gather_keys(decoder: TransformerDecoder, axis: ContextAxis) -> None:
-    """Lets every layer of ``decoder`` attend to the keys and values of all ranks of the axis.
+    """Let every layer of ``decoder`` attend to the keys and values of all ranks of the axis.
 
-    Masks then are [S / C, S]: keys come rank by rank, as the rows of ``places`` do.
+    Masks then are [S / C, S]: keys come rank by rank, as the rows of a shard's ``slots`` do.
 
     Raises:
-        InputError: a layer has an attention of its own.
+        InputError: A layer has an attention of its own.
     """
     for layer in decoder.layers:
         attention = layer.attn
         if not hasattr(attention, "_attention_call"):
             raise InputError(
-                f"model: {type(attention).__name__} cannot gather keys, which context_parallel_size above 1 asks for: "
-                "set that to 1, or build a model with torchtune's MultiHeadAttention."
+                "model",
+                type(attention).__name__,
+                "cannot gather keys, which context_parallel_size above 1 asks for",
+                "set that to 1, or build a model with torchtune's MultiHeadAttention",
             )
         repeats = attention.num_heads // attention.num_kv_heads
         attention._attention_call = _gathered(attention._attention_call, repeats, axis)
@@ -57,10 +129,11 @@ def _gathered(
     ) -> Tensor:
         # Heads of keys and values come repeated to those of queries; one of each travels.
         mine = torch.stack((k[:, ::repeats], v[:, ::repeats]))  # [2, R, heads, S / C, head_dim]
-        found = _all_gather(mine, 0, group).view(size, *mine.shape)
-        keys, values = found.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        gathered = all_gather_with_gradient(mine, 0, group).view(size, *mine.shape)
+        keys, values = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         if isinstance(mask, BlockMask):
-            keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
+            keys = keys.repeat_interleave(repeats, 1)
+            values = values.repeat_interleave(repeats, 1)
             return attend(q, keys, values, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
         # Not repeated, they are kept for the backward once.
         return F.scaled_dot_product_attention(
@@ -68,55 +141,3 @@ def _gathered(
         )
 
     return attend_to_all
-
-
-AttentionMask = Tensor | BlockMask | None
-
-
-def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
-    """Causal attention inside each document and to its prefix: a FlexAttention block mask on CUDA, else [R, S / C, S].
-
-    Keys come in the shard's ``order``. None, for plain causal attention, where no bin holds two documents.
-    """
-    num_ranks, num_bins, share = shard.places.shape
-    if num_ranks == 1 and _one_document_per_bin(shard.whole):
-        return None
-    if device.type == "cuda":
-        return create_block_mask(
-            mask_mod(shard, device), num_bins, None, share, share * num_ranks, device=device
-        )
-    q_place, q_index, q_prefix, kv_place, kv_index = _layout(shard, device)
-    causal = q_place[:, :, None] >= kv_place[:, None, :]
-    own = q_index[:, :, None] == kv_index[:, None, :]
-    return causal & (own | (q_prefix[:, :, None] == kv_index[:, None, :]))
-
-
-def mask_mod(
-    shard: Shard, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The mask as FlexAttention asks for it."""
-    q_place, q_index, q_prefix, kv_place, kv_index = _layout(shard, device)
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        key = kv_index[b, kv]
-        return (q_place[b, q] >= kv_place[b, kv]) & (
-            (q_index[b, q] == key) | (q_prefix[b, q] == key)
-        )
-
-    return seen
-
-
-def _layout(shard: Shard, device: torch.device) -> tuple[Tensor, ...]:
-    """Place, document and prefix of this rank's queries, [R, S / C]; place and document of all keys, [R, S]."""
-    batch, mine, order = shard.whole, shard.places[shard.rank], shard.order
-    index = batch.document_index.view(batch.num_bins, -1)
-    prefix = index if batch.prefix_index is None else batch.prefix_index[index]
-    found = mine, index.gather(1, mine), prefix.gather(1, mine), order, index.gather(1, order)
-    return tuple(x.to(device) for x in found)
-
-
-def _one_document_per_bin(batch: PackedBatch) -> bool:
-    """True if no bin holds two documents; the causal mask alone is then exact, whatever padding sees."""
-    index = batch.document_index.view(batch.num_bins, -1)
-    starts = (index[:, 1:] != index[:, :-1]) & (index[:, 1:] != batch.label_counts.numel() - 1)
-    return not starts.any()

@@ -1,7 +1,8 @@
-"""Shard a policy with FSDP2 and give it its weights."""
+"""Shard a policy with FSDP2 and give it its weights. One rank is no exception."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,66 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torchtune import training
-from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from gspo.errors import InputError
+from gspo.losses.inputs import Loss
+from gspo.parallel.mesh import Ranks
 from gspo.policy.model import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions:
+    """What a config says about how a policy computes and where its weights lie."""
+
+    kernel: str = "auto"
+    head_chunk_size: int | None = None
+    activation_checkpointing: bool = False
+    compile_layers: bool = False
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
+def build_policy(
+    decoder: TransformerDecoder,
+    weights: dict[str, Tensor],
+    loss: Loss | None,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    options: PolicyOptions,
+) -> Policy:
+    """Make a sharded policy with the weights of a checkpoint.
+
+    Args:
+        decoder: on the meta device.
+        weights: by torchtune's names.
+        loss: what it trains with; None for a policy that is only evaluated.
+        ranks: over which it is sharded.
+        device: this rank's.
+        options: see there.
+
+    Raises:
+        InputError: The weights are not those of the decoder.
+    """
+    policy = Policy(
+        decoder,
+        loss,
+        chunk_size=options.head_chunk_size,
+        kernel=options.kernel,
+        context=ranks.context,
+    )
+    policy.requires_grad_(loss is not None)
+    shard_policy(
+        policy,
+        ranks.fsdp_mesh,
+        activation_checkpointing=options.activation_checkpointing and loss is not None,
+        compile_layers=options.compile_layers,
+        reshard_after_forward=options.reshard_after_forward,
+        cpu_offload=options.cpu_offload,
+    )
+    load_weights(policy, weights, device, cpu_offload=options.cpu_offload)
+    return policy
 
 
 def shard_policy(
@@ -29,22 +86,31 @@ def shard_policy(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shards a policy in place with FSDP2, layer by layer, with float32 reductions. One rank is no exception."""
+    """Shard a policy in place with FSDP2, layer by layer, with float32 reductions.
+
+    Args:
+        policy: not sharded yet.
+        mesh: see :attr:`gspo.parallel.Ranks.fsdp_mesh`.
+        activation_checkpointing: keep the input of each layer alone.
+        compile_layers: compile each layer.
+        reshard_after_forward: free gathered weights between forward and backward.
+        cpu_offload: keep the shards in the host's memory.
+    """
     if compile_layers:
         training.compile_model(policy.decoder, verbose=False)
     if activation_checkpointing:
         training.set_activation_checkpointing(
             policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
-    options: dict[str, Any] = {
+    fsdp: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
     if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        fsdp["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in policy.decoder.layers:
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(policy, **options)
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **fsdp)
+    fully_shard(policy, **fsdp)
     register_fsdp_forward_method(policy, "_logps")
 
 
@@ -55,12 +121,18 @@ def load_weights(
     *,
     cpu_offload: bool = False,
 ) -> None:
-    """Gives a policy built on the meta device its memory and the weights of ``state_dict`` (torchtune's names).
+    """Give a policy that was built on the meta device its memory and its weights.
+
+    Args:
+        policy: sharded.
+        state_dict: whole weights by torchtune's names.
+        device: this rank's.
+        cpu_offload: the shards lie in the host's memory.
 
     Raises:
-        InputError: names or shapes are not those of the decoder.
+        InputError: Names or shapes are not those of the decoder.
     """
-    _check_weights(state_dict, policy.decoder.state_dict())
+    _check_weights(policy.decoder.state_dict(), state_dict)
     policy.to_empty(device="cpu" if cpu_offload else device)
     with device:
         for module in policy.modules():
@@ -72,14 +144,18 @@ def load_weights(
     training.validate_no_params_on_meta_device(policy)
 
 
-def _check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        ours, theirs = (
-            list(weights[name].shape) if name in weights else "missing"
-            for weights in (wanted, found)
-        )
-        if ours != theirs:
+def _check_weights(in_model: dict[str, Tensor], in_checkpoint: dict[str, Tensor]) -> None:
+    for name in sorted(in_model.keys() | in_checkpoint.keys()):
+        model_shape = _shape(in_model, name)
+        checkpoint_shape = _shape(in_checkpoint, name)
+        if model_shape != checkpoint_shape:
             raise InputError(
-                f"model: {name} is {ours} in the model and {theirs} in the checkpoint. "
-                "Name the builder, with its arguments, that the checkpoint was made for."
+                "model",
+                name,
+                f"is {model_shape} in the model and {checkpoint_shape} in the checkpoint",
+                "name the builder, with its arguments, that the checkpoint was made for",
             )
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> list[int] | str:
+    return list(weights[name].shape) if name in weights else "missing"
