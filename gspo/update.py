@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,13 +128,23 @@ def step_if_finite(optimizer: Optimizer, grad_norm: float) -> bool:
     return is_finite
 
 
+@dataclass(frozen=True, slots=True)
+class QuarantinedDocument:
+    """A document with a value that is not finite. Numbers are texts: JSON has no infinity."""
+
+    prompt_id: str
+    group_id: int
+    cause: str  # the first of its values that is not finite
+    tokens: list[int]  # of the completion
+    values: dict[str, Any]
+
+
 def find_not_finite(
     policy: Policy, microbatch: Microbatch, context: ContextAxis
-) -> dict[int, dict[str, Any]]:
-    """Describe the documents of a microbatch with a value that is not finite. Collective.
+) -> dict[int, QuarantinedDocument]:
+    """Return the documents of a microbatch with a value that is not finite, by number.
 
-    Returns:
-        By number of the document, its ids and values; the same on all ranks of the context axis.
+    Collective; the same on all ranks of the context axis.
     """
     logps = microbatch.shard.collect(policy.logps(microbatch), context)
     return not_finite_documents(microbatch.whole(context), logps.cpu())
@@ -142,8 +153,13 @@ def find_not_finite(
 def not_finite_documents(
     batch: PackedBatch,
     logps: Tensor,  # [T]
-) -> dict[int, dict[str, Any]]:
-    """Return ids and values, by number, of the documents with a value that is not finite."""
+) -> dict[int, QuarantinedDocument]:
+    """Return the documents of a batch with a value that is not finite, by number.
+
+    Args:
+        batch: whole, on the CPU.
+        logps: of its labels, nats.
+    """
     columns = {"logps": logps}
     for name, spec in field_specs(PackedBatch).items():
         column = getattr(batch, name)
@@ -153,21 +169,18 @@ def not_finite_documents(
         columns["token_advantages"] = batch.token_advantages
     total = torch.stack(list(columns.values())).sum(0)
     is_bad = ~total.isfinite() & batch.loss_mask
-    records = {}
-    for document in batch.document_index[is_bad].unique().tolist():
-        rows = (batch.document_index == document) & batch.loss_mask
-        prompt_id, group_id = batch.ids[document]
-        record: dict[str, Any] = {
-            "prompt_id": prompt_id,
-            "group_id": group_id,
-            "advantage": float(batch.advantages[document]),
-            "labels": _texts(batch.labels[rows]),
-        }
-        for name, column in columns.items():
-            record[name] = _texts(column[rows])
-        records[document] = record
-    return records
+    documents = batch.document_index[is_bad].unique().tolist()
+    return {document: _describe(batch, columns, document) for document in documents}
 
 
-def _texts(values: Tensor) -> list[str]:
-    return [repr(value) for value in values.tolist()]
+def _describe(batch: PackedBatch, columns: dict[str, Tensor], document: int) -> QuarantinedDocument:
+    rows = (batch.document_index == document) & batch.loss_mask
+    values: dict[str, Any] = {"advantage": repr(float(batch.advantages[document]))}
+    cause = ""
+    for name, column in columns.items():
+        values[name] = [repr(value) for value in column[rows].tolist()]
+        if not cause and not column[rows].isfinite().all():
+            cause = name
+    prompt_id, group_id = batch.ids[document]
+    tokens = batch.labels[rows].tolist()
+    return QuarantinedDocument(prompt_id, group_id, cause, tokens, values)

@@ -31,7 +31,7 @@ from gspo.config.ranges import (
     one_of,
 )
 from gspo.config.ranges import Mapping as AnyMapping
-from gspo.errors import InputError
+from gspo.errors import InputError, require
 from gspo.kernels import KERNELS
 
 
@@ -320,6 +320,21 @@ class Settings(BaseSettings):
     def keeps_sampled_weights(self) -> bool:
         """Whether old log-probabilities need weights that the policy leaves before a sync."""
         return self.old_logps == "recompute" and self.sync_every_steps > self.ppo_epochs
+
+    def check_data_ranks(self, num_data_ranks: int) -> None:
+        """Refuse a number of prompts that the ranks cannot share.
+
+        Raises:
+            InputError: ``prompts_per_rollout`` is no multiple of the ranks that draw prompts.
+        """
+        require(
+            self.prompts_per_rollout % num_data_ranks == 0,
+            "prompts_per_rollout",
+            self.prompts_per_rollout,
+            f"must be a multiple of the {num_data_ranks} data-parallel ranks that share the "
+            "prompts",
+            "change one of them",
+        )
 
     def problems(self) -> Iterator[InputError]:
         """Yield what does not fit together."""

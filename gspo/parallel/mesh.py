@@ -140,6 +140,16 @@ class Ranks:
         return replica * num_shards + self.mesh["shard"].get_local_rank()
 
     @property
+    def data_share(self) -> dict[str, int]:
+        """``rank`` and ``world_size`` among the ranks that draw different prompts."""
+        return {"rank": self.data_rank, "world_size": self.num_data_ranks}
+
+    @property
+    def share(self) -> dict[str, int]:
+        """``rank`` and ``world_size`` among all ranks."""
+        return {"rank": self.rank, "world_size": self.world_size}
+
+    @property
     def num_shards(self) -> int:
         """The number of parts that parameters are cut into."""
         return self.mesh["shard"].size() * self.mesh["context"].size()

@@ -1,1 +1,7 @@
-"""What a run writes."""
+"""What a run writes, and how far it has come."""
+
+from gspo.run.folder import RunFolder
+from gspo.run.progress import Progress, build_profiler
+from gspo.run.state import TrainState
+
+__all__ = ["Progress", "RunFolder", "TrainState", "build_profiler"]

@@ -1,0 +1,119 @@
+"""The progress bar, and how long a step takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import nn
+from torchtune import config
+from tqdm import tqdm
+
+from gspo.metrics import public
+
+# Name on the bar -> metric.
+_SHOWN = {
+    "reward": "reward/mean",
+    "held-out": "eval/accuracy",
+    "clip": "clip/any_document",
+    "tok/s": "tokens_per_second",
+}
+# Dense operations a second, from the data sheets.
+_PEAK_BF16_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+class Progress:
+    """A bar over the steps of a run, with the clock of run and steps.
+
+    Args:
+        num_steps: of the run.
+        policy: its number of parameters is for the share of the device's peak.
+        device: this rank's.
+        shown: the bar is; the clock runs on every rank.
+    """
+
+    def __init__(
+        self, num_steps: int, policy: nn.Module, device: torch.device, *, shown: bool
+    ) -> None:
+        self._num_steps = num_steps
+        self._num_parameters = sum(p.numel() for p in policy.parameters())
+        self._device = device
+        self._shown = shown
+        self._last_values: dict[str, float] = {}
+        self._run_began = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        """Show the bar and start the clock of the steps."""
+        self._step_began = time.perf_counter()
+        self._bar = tqdm(
+            total=self._num_steps, disable=not self._shown, desc="steps", dynamic_ncols=True
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._run_began
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Show the values that have a place on the bar; the others stay as they last were."""
+        self._last_values |= public(values)
+        shown = {}
+        for name, metric in _SHOWN.items():
+            if metric in self._last_values:
+                shown[name] = f"{self._last_values[metric]:.3g}"
+        self._bar.set_postfix(shown)
+
+    def advance(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Count a step and return its time and throughput.
+
+        Args:
+            values: metrics of the step.
+        """
+        now = time.perf_counter()
+        seconds = now - self._step_began
+        self._step_began = now
+        speed = {"time/step": seconds} | self._throughput(values["_slots"] / seconds)
+        self._bar.update()
+        self.show({**values, **speed})
+        return speed
+
+    def _throughput(self, rate: float) -> dict[str, float]:
+        """Return tokens through the policy a second, and on a known GPU MFU (6 N) and memory."""
+        throughput = {"tokens_per_second": rate}
+        if self._device.type != "cuda":
+            return throughput
+        device_name = torch.cuda.get_device_name(self._device)
+        for name, peak in _PEAK_BF16_FLOPS.items():
+            if name in device_name:
+                flops = 6 * self._num_parameters * rate
+                throughput["mfu"] = flops / (peak * dist.get_world_size())
+        throughput["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return throughput
+
+
+def build_profiler(options: Mapping[str, Any] | None) -> Any:
+    """Build torchtune's profiler, which does nothing unless ``enabled`` is among the options."""
+    defaults = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
+    profiler, _ = config.instantiate(OmegaConf.create({**defaults, **(options or {})}))
+    return profiler
