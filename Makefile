@@ -1,6 +1,7 @@
-# make install, into .venv, with the pinned packages; make demo [SEED=k], make test, make lint, each after it.
+# make install, into .venv, with the pinned packages; make demo [SEED=k], make test, make lint and
+# make docs, each after it.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint install
+.PHONY: demo test lint docs install
 
 # The first that runs: a shim of a version manager can be on the path and fail.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -20,6 +21,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  # the pages that are made from the code
+	$(BIN)/python -m gspo.config.reference > docs/configuration.md
 
 install: .venv/.installed
 
