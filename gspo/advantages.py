@@ -1,59 +1,68 @@
-"""Group advantages: what one completion's reward is worth beside the others drawn for the same prompt.
+"""Group advantages: a completion's reward beside those of the others drawn for the same prompt.
 
-Each estimator takes the rewards of one group and gives its advantages in the same order, in float64, unitless for
-:func:`group_mean_std` and in units of reward otherwise. A group whose rewards are exactly equal gets exact zeros: the
-mean of equal numbers is not always that number in floating point, and what remains must not become an advantage.
+Each estimator takes the rewards of one group and returns its advantages in the same order, in
+float64, unitless for :func:`group_mean_std` and in units of reward otherwise. A group whose rewards
+are exactly equal gets exact zeros: the mean of equal numbers is not always that number in floating
+point, and what remains must not become an advantage.
 
-What is not here: dropping such groups and putting non-finite rewards aside, see :mod:`gspo.data.advantage`; per-turn
-advantages, which go through ``segment_index``.
+Not here: dropping such groups and putting non-finite rewards aside, see :mod:`gspo.data.advantage`;
+per-turn advantages, which go through ``segment_index``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gspo.errors import InputError
+from gspo.errors import InputError, require
 
 Estimator = Callable[[Sequence[float]], Sequence[float]]
 
 
 def group_mean_std(rewards: Sequence[float], *, std_floor: float = 1e-4) -> list[float]:
-    """``(reward - mean) / max(std, std_floor)``: GRPO, arXiv 2402.03300, section 4.1.2.
+    """Return ``(reward - mean) / max(std, std_floor)``: GRPO, arXiv 2402.03300, section 4.1.2.
 
-    The std is the sample's (divided by G - 1), as in the implementations that published learning rates come from (TRL,
-    verl); the population's would make every advantage sqrt(G / (G - 1)) times larger.
+    The std is the sample's (divided by G - 1), as in the implementations that published learning
+    rates come from (TRL, verl); the population's would make every advantage sqrt(G / (G - 1)) times
+    larger.
 
     Args:
         rewards: [G], of one group, finite.
-        std_floor: in units of reward. With it, rewards that differ by a rounding, 1e-17, give advantages of 1e-13.
+        std_floor: In units of reward. With it, rewards that differ by a rounding, 1e-17, give
+            advantages of 1e-13.
 
     Raises:
-        InputError: the group has fewer than two rewards.
+        InputError: The group has fewer than two rewards.
     """
     deviations = group_mean(rewards)
-    std = (sum(d * d for d in deviations) / (len(deviations) - 1)) ** 0.5
+    sum_of_squares = sum(d * d for d in deviations)
+    std = (sum_of_squares / (len(deviations) - 1)) ** 0.5
     scale = max(std, std_floor)
     return [d / scale for d in deviations]
 
 
 def group_mean(rewards: Sequence[float]) -> list[float]:
-    """``reward - mean``: Dr. GRPO, arXiv 2503.20783, section 3.2. No std, so hard and easy prompts weigh the same.
+    """Return ``reward - mean``: Dr. GRPO, arXiv 2503.20783, section 3.2.
+
+    It has no std, so that hard and easy prompts weigh the same.
 
     Raises:
-        InputError: the group has fewer than two rewards; the advantage would always be 0.
+        InputError: The group has fewer than two rewards; the advantage would always be 0.
     """
-    values = _floats(rewards)
+    values = [float(reward) for reward in rewards]
+    check_group_size(group_mean, len(values))
     if all_equal(values):
         return [0.0] * len(values)
     mean = sum(values) / len(values)
-    return [v - mean for v in values]
+    return [value - mean for value in values]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
-    """``reward - mean of the others``: RLOO, arXiv 2402.14740, equation 7. It is group_mean times G / (G - 1).
+    """Return ``reward - mean of the others``: RLOO, arXiv 2402.14740, equation 7.
+
+    It is :func:`group_mean` times G / (G - 1).
 
     Raises:
-        InputError: the group has fewer than two rewards.
+        InputError: The group has fewer than two rewards.
     """
     deviations = group_mean(rewards)
     scale = len(deviations) / (len(deviations) - 1)
@@ -68,39 +77,42 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def get_estimator(estimator: str | Estimator) -> Estimator:
-    """The estimator of that name; a callable ``[G] rewards -> [G] advantages`` is returned as it is.
+    """Return the estimator of a name; a callable ``[G] rewards -> [G] advantages`` is its own.
 
     Raises:
-        InputError: no estimator has that name.
+        InputError: No estimator has that name.
     """
     if callable(estimator):
         return estimator
-    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
+    is_known = isinstance(estimator, str) and estimator in ESTIMATORS
+    if not is_known:
         names = ", ".join(ESTIMATORS)
-        raise InputError(
-            f"advantages.estimator: {estimator!r} is not known. Use one of {names}, or a callable."
-        )
+        remedy = f"use one of {names}, or a callable"
+        raise InputError("estimator", estimator, "is not known", remedy)
     return ESTIMATORS[estimator]
 
 
 def check_group_size(estimator: str | Estimator, group_size: int) -> None:
-    """Refuse a group size with which one of our estimators has nothing to compare with; a callable decides for itself.
+    """Refuse a group size with which an estimator of this module has nothing to compare with.
+
+    A callable of the user's decides for itself.
 
     Raises:
-        InputError: naming ``group_size``.
+        InputError: Naming ``group_size``.
     """
-    if group_size < 2 and get_estimator(estimator) in ESTIMATORS.values():
-        raise InputError(
-            f"group_size: {group_size} leaves the advantage nothing to compare a completion with. Set it to 2 or more."
-        )
+    is_ours = get_estimator(estimator) in ESTIMATORS.values()
+    require(
+        group_size >= 2 or not is_ours,
+        "group_size",
+        group_size,
+        "leaves the advantage nothing to compare a completion with",
+        "set it to 2 or more",
+    )
 
 
 def all_equal(rewards: Sequence[float]) -> bool:
-    """Whether a group carries no signal: its rewards are exactly equal, or there are fewer than two."""
-    return len(rewards) < 2 or all(r == rewards[0] for r in rewards)
+    """Return whether a group carries no signal.
 
-
-def _floats(rewards: Sequence[float]) -> list[float]:
-    values = [float(r) for r in rewards]
-    check_group_size("group_mean", len(values))
-    return values
+    Its rewards are exactly equal, or there are fewer than two.
+    """
+    return len(rewards) < 2 or all(reward == rewards[0] for reward in rewards)

@@ -1,14 +1,15 @@
 """Policy objectives as pure functions of ``[T]`` and ``[D]`` tensors.
 
-An objective is three choices, composed: the level of the importance ratio (token, document, segment, and mixes), the
-surrogate, and the aggregation (what one document weighs). Each function here makes one of them;
-:func:`policy_objective` puts them together and returns undivided sums, so that the caller divides by the counts of the
-whole optimizer step.
+An objective is three choices, composed: the level of the importance ratio (token, document,
+segment, and mixes), the surrogate, and the aggregation (what one document weighs). Each function
+here makes one of them; :func:`policy_objective` puts them together and returns undivided sums, so
+that the caller divides by the counts of the whole optimizer step.
 
-Not here: the logits (see :mod:`gspo.kernels`), the denominators over ranks, and any reduction over processes.
+Not here: the logits (see :mod:`gspo.kernels`), the denominators over ranks, and any reduction over
+processes.
 
-T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or float64, whatever
-the model's dtype.
+T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or
+float64, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gspo.errors import InputError
+from gspo.errors import NO_VALUE, InputError
 from gspo.losses.accounting import (
     correction_metrics,
+    count_not_finite,
     mismatch_metrics,
     quarantine_metrics,
     ratio_metrics,
     token_metrics,
 )
-from gspo.losses.inputs import LossInputs
+from gspo.losses.inputs import LossInputs, LossOutput
 from gspo.losses.units import (
     Corrected,
     Drift,
@@ -42,49 +45,42 @@ from gspo.losses.units import (
     segment_units,
     token_units,
 )
-from gspo.types import MetricSums
+from gspo.metrics import Mean, Metrics
 
-RatioLevel = Callable[
-    [Drift, Tensor, LossInputs], RatioTerms
-]  # of a drift, document weights [D] and the inputs
-
-
+RatioLevel = Callable[[Drift, Tensor, LossInputs], RatioTerms]  # the tensor: document weights [D]
 Surrogate = Callable[[RatioTerms], SurrogateTerms]
-
-
 Correction = Callable[[Units, Drift, LossInputs], Corrected]
-
-
 DocumentWeights = Callable[[Tensor], Tensor]  # [D] labelled tokens -> [D]
-
-
 KLEstimator = Callable[[Tensor, Tensor], Tensor]  # [T] new and reference log-probabilities -> [T]
 
 
 def equal_weights(label_counts: Tensor) -> Tensor:  # [D] -> [D]
-    """Every document that has a label weighs 1."""
+    """Weigh every document that has a label as 1."""
     return label_counts > 0
 
 
 def token_weights(label_counts: Tensor) -> Tensor:  # [D] -> [D]
-    """A document weighs its labelled tokens."""
+    """Weigh a document as its labelled tokens."""
     return label_counts
 
 
 def over_documents(num_documents: int, num_label_tokens: int) -> float:
-    """Divide by the documents of the optimizer step, over all ranks and microbatches, as all of these do."""
+    """Divide by the documents of the optimizer step, over all ranks and microbatches."""
     return float(num_documents)
 
 
 def over_tokens(num_documents: int, num_label_tokens: int) -> float:
-    """Divide by the labelled tokens."""
+    """Divide by the labelled tokens of the optimizer step."""
     return float(num_label_tokens)
 
 
 def over_constant_length(
     num_documents: int, num_label_tokens: int, *, constant_length: int
 ) -> float:
-    """Divide by the documents times a fixed number of tokens (Dr. GRPO, arXiv 2503.20783, appendix)."""
+    """Divide by the documents times a fixed number of tokens.
+
+    Dr. GRPO, arXiv 2503.20783, appendix.
+    """
     return float(num_documents * constant_length)
 
 
@@ -93,14 +89,19 @@ def over_batch_size(num_documents: int, num_label_tokens: int, *, batch_size: in
     return float(batch_size)
 
 
-AGGREGATIONS: dict[
-    str, tuple[DocumentWeights, Callable[..., float]]
-] = {  # what a document weighs, and over what
-    "document": (equal_weights, over_documents),
-    "token": (token_weights, over_tokens),
-    "token_over_documents": (token_weights, over_documents),
-    "constant": (token_weights, over_constant_length),
-    "token_over_batch_size": (token_weights, over_batch_size),
+class Aggregation(NamedTuple):
+    """What a document weighs, and what the sum is divided by."""
+
+    weights: DocumentWeights
+    denominator: Callable[..., float]
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "document": Aggregation(equal_weights, over_documents),
+    "token": Aggregation(token_weights, over_tokens),
+    "token_over_documents": Aggregation(token_weights, over_documents),
+    "constant": Aggregation(token_weights, over_constant_length),
+    "token_over_batch_size": Aggregation(token_weights, over_batch_size),
 }
 
 
@@ -112,9 +113,13 @@ def document_ratio(
     bound: float = 10.0,
     length_exponent: float = 1.0,
 ) -> RatioTerms:
-    """Sequence ratio ``exp(sum of l_t / N^g)``; ``s``, its geometric mean, at g = 1 (GSPO, arXiv 2507.18071, eq. 7)."""
+    """Return the sequence ratio ``exp(sum of l_t / N^g)``.
+
+    At g = 1 it is ``s``, the geometric mean of the token ratios (GSPO, arXiv 2507.18071, eq. 7).
+    """
     units = document_units(drift, weights, inputs)
-    scale = units.num_tokens.clamp(min=1).to(units.log_ratio.dtype) ** (1 - length_exponent)
+    num_tokens = units.num_tokens.clamp(min=1).to(units.log_ratio.dtype)
+    scale = num_tokens ** (1 - length_exponent)
     return _bounded(units, units.log_ratio * scale, -bound, bound)
 
 
@@ -125,18 +130,21 @@ def segment_ratio(
     *,
     bound: float = 10.0,
 ) -> RatioTerms:
-    """GSPO's ratio of each segment; a document's weight is spread over its segments by their labelled tokens.
+    """Return GSPO's ratio of each segment.
 
-    At a ratio of 1 the gradient is GSPO's, whatever the segments. One per document is GSPO, one per token is GRPO.
+    A document's weight is spread over its segments by their labelled tokens. At a ratio of 1 the
+    gradient is GSPO's, whatever the segments. One per document is GSPO, one per token is GRPO.
 
     Raises:
-        InputError: there are no segments.
+        InputError: There are no segments.
     """
     if inputs.segments is None:
         raise InputError(
-            "loss._component_ names an objective with a ratio per segment, but the documents have none: let the run "
-            "cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter (a batch of your own needs a "
-            "segment_index), or name gspo.losses.GSPOLoss."
+            "segments",
+            NO_VALUE,
+            "the objective has a ratio per segment, but the documents have none",
+            "let the run cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter "
+            "(a batch of your own needs a segment_index), or name gspo.losses.GSPOLoss",
         )
     units = segment_units(drift, weights, inputs, inputs.segments)
     return _bounded(units, units.log_ratio, -bound, bound)
@@ -149,7 +157,10 @@ def token_ratio(
     *,
     bound: float = 10.0,
 ) -> RatioTerms:
-    """Per-token ratio ``r_t``; a document's weight is spread evenly over its tokens (GRPO, arXiv 2402.03300, eq. 3)."""
+    """Return the ratio ``r_t`` of each token (GRPO, arXiv 2402.03300, eq. 3).
+
+    A document's weight is spread evenly over its tokens.
+    """
     units = token_units(drift, weights, inputs)
     return _bounded(units, units.log_ratio, -bound, bound)
 
@@ -162,14 +173,15 @@ def document_ratio_per_token(
     bound: float = 10.0,
     bound_below: bool = True,
 ) -> RatioTerms:
-    """Value ``s``, gradient through ``logp_t`` alone (GSPO-token, arXiv 2507.18071, eq. 14); weights as in GRPO.
+    """Return ``s`` for each token, with a gradient through ``logp_t`` alone.
 
-    So that tokens of a document may have different advantages. ``bound_below`` False bounds large ratios only, as verl.
+    GSPO-token, arXiv 2507.18071, eq. 14: tokens of a document may have different advantages. The
+    weights are as in GRPO. With ``bound_below`` False only large ratios are bounded, as in verl.
     """
     units = token_units(drift, weights, inputs)
-    return _bounded(
-        units, _sequence_exponent(units, drift, inputs), -bound if bound_below else -math.inf, bound
-    )
+    exponent = _sequence_exponent(units, drift, inputs)
+    lowest = -bound if bound_below else -math.inf
+    return _bounded(units, exponent, lowest, bound)
 
 
 def mixed_ratio(
@@ -180,24 +192,34 @@ def mixed_ratio(
     token_share: float,
     bound: float = 10.0,
 ) -> RatioTerms:
-    """Value ``exp(a l_t + (1 - a) mean l)``, gradient through ``logp_t`` alone, as at both ends.
+    """Return ``exp(a l_t + (1 - a) mean l)``, with a gradient through ``logp_t`` alone.
 
-    ``token_share`` a = 1 is GRPO's ratio, 0 GSPO-token's. The mean is held still: with a gradient of its own, a token's
-    credit would again be spread over its document.
+    ``token_share`` a = 1 is GRPO's ratio, 0 GSPO-token's. The mean is held still: with a gradient
+    of its own, a token's credit would again be spread over its document.
     """
     units = token_units(drift, weights, inputs)
-    exponent = token_share * units.log_ratio + (1 - token_share) * _sequence_exponent(
-        units, drift, inputs
-    )
+    of_document = _sequence_exponent(units, drift, inputs)
+    exponent = token_share * units.log_ratio + (1 - token_share) * of_document
     return _bounded(units, exponent, -bound, bound)
+
+
+def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
+    """Return ``sg(mean l) + l_t - sg(l_t)``: the document's mean, with the token's own gradient."""
+    means = per_label(drift.documents.log_ratio.detach(), inputs.label_counts)
+    return means[units.document] + (units.log_ratio - units.log_ratio.detach())
+
+
+def _bounded(units: Units, exponent: Tensor, low: float, high: float) -> RatioTerms:
+    is_outside = (exponent < low) | (exponent > high)
+    return RatioTerms(units, exponent.clamp(low, high), is_outside)
 
 
 def token_truncated(
     units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float
 ) -> Corrected:
-    """``min(r_t, high)`` for each token (truncated importance sampling; Ionides 2008, doi 10.1198/106186008X320456).
+    """Weigh each token by ``min(r_t, high)``; units must be tokens.
 
-    Each unit has the ratio of its mean, so units must be tokens.
+    Truncated importance sampling, Ionides 2008, doi 10.1198/106186008X320456.
     """
     return _truncated(_exp(units.mismatch), high)
 
@@ -205,7 +227,10 @@ def token_truncated(
 def token_masked(
     units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float
 ) -> Corrected:
-    """``r_t``, and 0 outside [low, high] (as IcePop does); units must be tokens."""
+    """Weigh each token by ``r_t``, and by 0 outside [low, high], as IcePop does.
+
+    Units must be tokens.
+    """
     ratio = _exp(units.mismatch)
     outside = (ratio < low) | (ratio > high)
     return Corrected(ratio, torch.where(outside, 0.0, ratio), outside)
@@ -214,15 +239,21 @@ def token_masked(
 def sequence_product(
     units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float
 ) -> Corrected:
-    """``min(product of r_t, high)`` of the unit's document: unbiased but for the bound, and wide for long ones."""
-    return _truncated(_exp(drift.documents[3][units.document]), high)
+    """Weigh each unit by ``min(product of r_t, high)`` of its document.
+
+    It is unbiased but for the bound, and varies widely for long documents.
+    """
+    return _truncated(_exp(drift.documents.mismatch[units.document]), high)
 
 
 def sequence_geometric(
     units: Units, drift: Drift, inputs: LossInputs, *, low: float, high: float
 ) -> Corrected:
-    """``min(geometric mean of r_t, high)`` of the unit's document: GSPO's ratio, of the mismatch."""
-    means = per_label(drift.documents[3], inputs.label_counts)
+    """Weigh each unit by ``min(geometric mean of r_t, high)`` of its document.
+
+    This is GSPO's ratio, of the mismatch.
+    """
+    means = per_label(drift.documents.mismatch, inputs.label_counts)
     return _truncated(_exp(means[units.document]), high)
 
 
@@ -240,21 +271,26 @@ CORRECTIONS: dict[str, Callable[..., Corrected]] = {
     "sequence_product": sequence_product,
     "sequence_geometric": sequence_geometric,
 }
+TOKEN_CORRECTIONS = frozenset({"token_tis", "token_mask"})  # their units must be tokens
 
 
 def unclipped_surrogate(terms: RatioTerms) -> SurrogateTerms:
-    """``-r A``: importance sampling, with nothing clipped."""
+    """Return ``-r A``: importance sampling, with nothing clipped."""
+    loss = -terms.log_ratio.exp() * terms.units.advantages
     nowhere = torch.zeros_like(terms.bounded)
-    return SurrogateTerms(
-        -terms.log_ratio.exp() * terms.units.advantages, nowhere, nowhere, nowhere
-    )
+    return SurrogateTerms(loss, outside=nowhere, low=nowhere, high=nowhere)
 
 
 def clipped_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> SurrogateTerms:
-    """``-min(r A, clip(r, 1 - low, 1 + high) A)`` (PPO, arXiv 1707.06347, eq. 7); an infinite width does not clip."""
-    ratio, advantages = terms.log_ratio.exp(), terms.units.advantages
+    """Return ``-min(r A, clip(r, 1 - low, 1 + high) A)`` (PPO, arXiv 1707.06347, eq. 7).
+
+    An infinite width does not clip.
+    """
+    ratio = terms.log_ratio.exp()
+    advantages = terms.units.advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
+    below = ratio < 1 - clip_low
+    above = ratio > 1 + clip_high
     return SurrogateTerms(
         loss=-torch.minimum(ratio * advantages, clipped * advantages),
         outside=below | above,
@@ -266,42 +302,51 @@ def clipped_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -
 def dual_clipped_surrogate(
     terms: RatioTerms, *, clip_low: float, clip_high: float, dual_clip: float
 ) -> SurrogateTerms:
-    """The clipped surrogate, and for A < 0 at most ``-c A``, c > 1 (arXiv 1912.09729, eq. 5)."""
-    found, advantages = (
-        clipped_surrogate(terms, clip_low=clip_low, clip_high=clip_high),
-        terms.units.advantages,
-    )
+    """Return the clipped surrogate, and for A < 0 at most ``-c A``, c > 1.
+
+    From arXiv 1912.09729, eq. 5.
+    """
+    clipped = clipped_surrogate(terms, clip_low=clip_low, clip_high=clip_high)
+    advantages = terms.units.advantages
     capped = (terms.log_ratio > math.log(dual_clip)) & (advantages < 0)
-    loss = torch.where(capped, -dual_clip * advantages, found.loss)
-    return SurrogateTerms(loss, found.outside | capped, found.low, found.high | capped)
+    return SurrogateTerms(
+        loss=torch.where(capped, -dual_clip * advantages, clipped.loss),
+        outside=clipped.outside | capped,
+        low=clipped.low,
+        high=clipped.high | capped,
+    )
 
 
 def cispo_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> SurrogateTerms:
-    """``-sg(clip(r, 1 - low, 1 + high)) A logp`` (CISPO, arXiv 2506.13585, eq. 4 and 5): no gradient vanishes."""
+    """Return ``-sg(clip(r, 1 - low, 1 + high)) A logp`` (CISPO, arXiv 2506.13585, eq. 4 and 5).
+
+    No gradient vanishes.
+    """
     ratio = terms.log_ratio.detach().exp()
     truncated = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -truncated * terms.units.advantages * terms.units.logps
     nowhere = torch.zeros_like(terms.bounded)
-    return SurrogateTerms(
-        -truncated * terms.units.advantages * terms.units.logps,
-        ratio != truncated,
-        nowhere,
-        nowhere,
-    )
+    return SurrogateTerms(loss, outside=ratio != truncated, low=nowhere, high=nowhere)
 
 
 def length_fair_surrogate(
     terms: RatioTerms, *, clip_low: float, clip_high: float
 ) -> SurrogateTerms:
-    """The clipped surrogate with a band of ``-low sqrt(N)`` to ``high sqrt(N)`` on the log (FSPO, arXiv 2509.09177).
+    """Return the clipped surrogate with a clip range of ``-low sqrt(N)`` to ``high sqrt(N)`` nats.
 
-    For the product ratio, whose log spreads as sqrt(N): documents of all lengths are then clipped alike.
+    FSPO, arXiv 2509.09177, for the product ratio, whose log spreads as sqrt(N): documents of all
+    lengths are then clipped alike.
     """
+    log_ratio = terms.log_ratio
     advantages = terms.units.advantages
-    root = terms.units.num_tokens.clamp(min=1).to(terms.log_ratio.dtype).sqrt()
-    below, above = terms.log_ratio < -clip_low * root, terms.log_ratio > clip_high * root
-    clipped = torch.minimum(torch.maximum(terms.log_ratio, -clip_low * root), clip_high * root)
+    root = terms.units.num_tokens.clamp(min=1).to(log_ratio.dtype).sqrt()
+    lowest = -clip_low * root
+    highest = clip_high * root
+    below = log_ratio < lowest
+    above = log_ratio > highest
+    clipped = torch.minimum(torch.maximum(log_ratio, lowest), highest)
     return SurrogateTerms(
-        loss=-torch.minimum(terms.log_ratio.exp() * advantages, clipped.exp() * advantages),
+        loss=-torch.minimum(log_ratio.exp() * advantages, clipped.exp() * advantages),
         outside=below | above,
         low=below & (advantages < 0),
         high=above & (advantages > 0),
@@ -309,17 +354,20 @@ def length_fair_surrogate(
 
 
 def k1(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """``log(new / ref)``, unbiased. All three are per token, in nats (Schulman, "Approximating KL divergence")."""
+    """Return ``log(new / ref)``, unbiased.
+
+    All three are per token, in nats (Schulman, "Approximating KL divergence").
+    """
     return new_logps - ref_logps
 
 
 def k2(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """``log(new / ref)^2 / 2``, biased, whose gradient is the KL's."""
+    """Return ``log(new / ref)^2 / 2``, biased, whose gradient is the KL's."""
     return 0.5 * (new_logps - ref_logps).square()
 
 
 def k3(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """``ref / new - 1 - log(ref / new)``, unbiased and never negative."""
+    """Return ``ref / new - 1 - log(ref / new)``, unbiased and never negative."""
     delta = new_logps - ref_logps
     return torch.expm1(-delta) + delta
 
@@ -339,50 +387,51 @@ def policy_objective(
     kl: KLEstimator = k3,
     entropy_coef: float = 0.0,
     correction: Correction | None = None,
-) -> tuple[Tensor, MetricSums]:
-    """The undivided loss sum and its metric sums. Collective where documents span ranks, see :class:`LossInputs`.
+) -> LossOutput:
+    """Return the undivided loss sum and its metrics.
 
-    A document whose log-ratio is not finite is quarantined: it counts in ``quarantined_documents``
-    (and ``_late_documents`` and ``_late_tokens``, which mend the denominators) and nowhere else.
+    Collective where documents span ranks, see :class:`~gspo.losses.inputs.LossInputs`. A document
+    with a value that is not finite is quarantined: it counts in ``not_finite`` (and its metric
+    ``quarantined_documents``) and nowhere else.
     """
     drift = measure_drift(logps, inputs)
-    valid, token_valid = drift.valid, drift.token_valid
-    usable = replace(
-        inputs, loss_mask=token_valid, advantages=torch.where(valid, inputs.advantages, 0.0)
-    )
-    of_documents = torch.where(valid, weights(inputs.label_counts), 0).to(logps.dtype)
-    terms = ratio(drift, of_documents, usable)
+    advantages = torch.where(drift.valid, inputs.advantages, 0.0)
+    trained = replace(inputs, loss_mask=drift.token_valid, advantages=advantages)
+    document_weights = torch.where(drift.valid, weights(inputs.label_counts), 0).to(logps.dtype)
+
+    terms = ratio(drift, document_weights, trained)
     result = surrogate(terms)
-    terms_of_units, metrics = terms.units.weights * result.loss, {}
+    unit_losses = terms.units.weights * result.loss
+    metrics: Metrics = {}
     if inputs.sampler_logps is not None:
-        metrics = mismatch_metrics(drift, usable)
+        metrics |= mismatch_metrics(drift, trained)
         if correction is not None:
-            corrected = correction(terms.units, drift, usable)
-            terms_of_units = corrected.weights * terms_of_units
+            corrected = correction(terms.units, drift, trained)
+            unit_losses = corrected.weights * unit_losses
             metrics |= correction_metrics(corrected, terms.units)
-    loss = count_once(terms_of_units, terms.units.counted)
-    metrics |= (
-        ratio_metrics(drift, terms, result, usable)
-        | token_metrics(logps.detach(), entropy.detach(), usable)
-        | quarantine_metrics(valid, inputs)
-    )
+    loss = count_once(unit_losses, terms.units.counted)
 
-    per_token = per_label(of_documents, inputs.label_counts)[inputs.document_index]
+    not_finite = count_not_finite(drift.valid, inputs)
+    metrics |= ratio_metrics(drift, terms, result, trained)
+    metrics |= token_metrics(logps.detach(), entropy.detach(), trained)
+    metrics |= quarantine_metrics(not_finite)
+
+    per_token = per_label(document_weights, inputs.label_counts)[inputs.document_index]
     if inputs.ref_logps is not None:
-        estimate = kl(torch.where(token_valid, logps, inputs.ref_logps), inputs.ref_logps)
-        estimate = torch.where(token_valid, estimate, 0.0)
-        metrics["kl_ref"] = (estimate.detach().sum(), token_valid.sum())
-        loss = loss + kl_coef * (per_token * estimate).sum()
+        divergence = _reference_kl(logps, inputs.ref_logps, drift.token_valid, kl)
+        metrics["kl_ref"] = Mean(divergence.detach().sum(), drift.token_valid.sum())
+        loss = loss + kl_coef * (per_token * divergence).sum()
     if entropy_coef:
-        loss = loss - entropy_coef * (per_token * torch.where(token_valid, entropy, 0.0)).sum()
-    return loss, metrics
+        valid_entropy = torch.where(drift.token_valid, entropy, 0.0)
+        loss = loss - entropy_coef * (per_token * valid_entropy).sum()
+    return LossOutput(loss, metrics, not_finite)
 
 
-def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
-    """``sg(mean l) + l_t - sg(l_t)``: the document's mean in value, the token's own log-ratio in gradient."""
-    means = per_label(drift.documents[0].detach(), inputs.label_counts)
-    return means[units.document] + (units.log_ratio - units.log_ratio.detach())
-
-
-def _bounded(units: Units, exponent: Tensor, low: float, high: float) -> RatioTerms:
-    return RatioTerms(units, exponent.clamp(low, high), (exponent < low) | (exponent > high))
+def _reference_kl(
+    logps: Tensor,  # [T] nats
+    ref_logps: Tensor,  # [T] nats
+    valid: Tensor,  # [T] bool
+    kl: KLEstimator,
+) -> Tensor:  # [T] nats, 0 where not valid
+    finite_logps = torch.where(valid, logps, ref_logps)  # no NaN in the gradient of the others
+    return torch.where(valid, kl(finite_logps, ref_logps), 0.0)

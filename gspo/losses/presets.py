@@ -1,9 +1,10 @@
-"""Objectives by the names that papers and tools give them, as config keys, and what each makes of a document's length.
+"""Objectives by the names that papers and tools give them, and how they weigh a document's length.
 
-``preset: NAME`` in a config lays a preset's keys under the config's own. ``python -m gspo presets`` prints the table.
-Learning rates do not carry over between presets whose gradients differ by a factor; the table has that too.
+``preset: NAME`` in a config lays a preset's keys under the config's own, see
+:mod:`gspo.config.presets`. ``python -m gspo presets`` prints the table. Learning rates do not carry
+over between presets whose gradients differ by a factor; the table has that too.
 
-Not here: the losses (:mod:`gspo.losses`), which presets name as a config does.
+Not here: the losses (:mod:`gspo.losses.components`), which presets name as a config does.
 """
 
 from __future__ import annotations
@@ -19,17 +20,16 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune import config
 
-from gspo.losses.inputs import LossInputs, Segments
+from gspo.losses.inputs import LossInputs, LossOutput, Segments
 
 logger = logging.getLogger(__name__)
 
-
-LENGTHS = (8, 64, 256, 1024)  # of the documents that the table and the recipe's log speak of
+LENGTHS = (8, 64, 256, 1024)  # tokens, of the documents in the table and in the recipe's log
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One row of the table."""
+    """An objective of a paper or tool."""
 
     source: str
     config: Mapping[str, Any]  # keys of a recipe's config
@@ -48,12 +48,21 @@ def _preset(
     recipe: Mapping[str, Any] | None = None,
     **loss: Any,
 ) -> Preset:
-    band = {"clip_low": clip_low, "clip_high": clip_high, "aggregation": aggregation}
-    keys = {
-        "loss": {"_component_": f"gspo.losses.{component}", **band, **loss},
-        "advantages": {"estimator": "group_mean_std", **(advantages or {})},
+    sections: dict[str, Any] = {
+        "loss": {
+            "_component_": f"gspo.losses.{component}",
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "aggregation": aggregation,
+            **loss,
+        },
+        "advantages": {"estimator": "group_mean_std"},
     }
-    return Preset(source, {**keys, **(recipe or {})}, note)
+    if advantages is not None:
+        sections["advantages"] |= advantages
+    if recipe is not None:
+        sections |= recipe
+    return Preset(source, sections, note)
 
 
 PRESETS: dict[str, Preset] = {
@@ -61,23 +70,27 @@ PRESETS: dict[str, Preset] = {
     "gspo_token": _preset("arXiv 2507.18071, eq. 13", "GSPOTokenLoss", 3e-4, 4e-4, "document"),
     "fast_llm_502": _preset(
         "Fast-LLM, first form of pull request 502", "GSPOLoss", 0.2, 0.2, "token",
-        note="loss.normalize_by_documents: true makes it fast_llm_head", normalize_by_documents=False,
+        note="loss.normalize_by_documents: true makes it fast_llm_head",
+        normalize_by_documents=False,
     ),
     "fast_llm_head": _preset("Fast-LLM", "GSPOLoss", 0.2, 0.2, "token_over_documents"),
     "pipelinerl": _preset(
         "PipelineRL", "GSPOLoss", 0.2, 0.2, "token_over_batch_size", batch_size="${docs_per_step}",
     ),
     "trl_sequence_grpo": _preset(
-        "TRL, importance_sampling_level sequence, loss_type grpo", "GSPOLoss", 0.2, 0.2, "document",
+        "TRL, importance_sampling_level sequence, loss_type grpo",
+        "GSPOLoss", 0.2, 0.2, "document",
         note="over the step's documents, where TRL takes the mean of microbatch means",
     ),
     "trl_sequence_dapo": _preset(
-        "TRL, importance_sampling_level sequence, its default loss_type", "GSPOLoss", 0.2, 0.2, "token"
+        "TRL, importance_sampling_level sequence, its default loss_type",
+        "GSPOLoss", 0.2, 0.2, "token",
     ),
     "luspo": _preset("arXiv 2602.05261", "GSPOLoss", 0.2, 0.2, "token_over_documents"),
     "verl": _preset(
         "verl, loss_mode gspo", "GSPOTokenLoss", 0.2, 0.2, "document",
-        note="the mean log-ratio is capped at 10 above and nowhere below", log_ratio_bound=10.0, bound_below=False,
+        note="the mean log-ratio is capped at 10 above and nowhere below",
+        log_ratio_bound=10.0, bound_below=False,
     ),
     "grpo": _preset("arXiv 2402.03300, eq. 3", "GRPOLoss", 0.2, 0.2, "document"),
     "dr_grpo": _preset(
@@ -96,69 +109,86 @@ PRESETS: dict[str, Preset] = {
         recipe={"group_size": 4, "optimizer": {"lr": 1e-7}},
     ),
     "fspo": _preset("arXiv 2509.09177", "FSPOLoss", 0.2, 0.2, "document"),
-    "multi_scale": _preset("exp(a l_t + (1 - a) mean l)", "MultiScaleLoss", 0.2, 0.2, "document", token_share=0.5),
+    "multi_scale": _preset(
+        "exp(a l_t + (1 - a) mean l)", "MultiScaleLoss", 0.2, 0.2, "document", token_share=0.5,
+    ),
 }  # fmt: skip
 
 
 def token_gradient(loss: Any, lengths: Sequence[int] = LENGTHS) -> Tensor:  # [T] float64
-    """The gradient of an optimizer step's loss by the log-probability of each token, at a ratio of 1 and A = 1.
+    """Return the gradient of a step's loss by each token's log-probability.
+
+    All ratios and advantages are 1.
 
     Args:
-        loss: a component of :mod:`gspo.losses`, or one with the same two methods.
-        lengths: labelled tokens of the documents that the step consists of.
+        loss: A component of :mod:`gspo.losses`, or one with the same two methods.
+        lengths: Labelled tokens of the documents that the step consists of.
     """
-    counts = torch.tensor(lengths)
-    index = torch.arange(len(lengths)).repeat_interleave(counts)
-    logps = torch.full((int(counts.sum()),), -1.0, dtype=torch.float64, requires_grad=True)
+    num_documents = len(lengths)
+    label_counts = torch.tensor(lengths)
+    documents = torch.arange(num_documents)
+    document_index = documents.repeat_interleave(label_counts)
+    num_tokens = document_index.numel()
+    logps = torch.full((num_tokens,), -1.0, dtype=torch.float64, requires_grad=True)
+    entropy = torch.zeros(num_tokens, dtype=torch.float64)
     inputs = LossInputs(
-        document_index=index,
-        loss_mask=torch.ones_like(index, dtype=torch.bool),
+        document_index=document_index,
+        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
         old_logps=logps.detach(),
-        advantages=torch.ones(len(lengths), dtype=torch.float64),
-        label_counts=counts,
+        advantages=torch.ones(num_documents, dtype=torch.float64),
+        label_counts=label_counts,
         ref_logps=logps.detach(),
-        segments=Segments(index, torch.arange(len(lengths)), counts),
+        segments=Segments(document_index, documents, label_counts),
     )
-    total, _ = loss(logps, torch.zeros_like(index, dtype=torch.float64), inputs)
-    (gradient,) = torch.autograd.grad(total / loss.denominator(len(lengths), index.numel()), logps)
+    output = LossOutput(*loss(logps, entropy, inputs))
+    mean_loss = output.loss / loss.denominator(num_documents, num_tokens)
+    (gradient,) = torch.autograd.grad(mean_loss, logps)
     return gradient
 
 
 def effective_weights(loss: Any, lengths: Sequence[int] = LENGTHS) -> list[float]:
-    """What each document weighs in the gradient: the sum of its tokens' coefficients, see :func:`token_gradient`.
+    """Return what each document weighs in the gradient: the sum of its tokens' coefficients.
 
-    In the paper's GSPO all weigh 1 over the number of documents.
+    See :func:`token_gradient`. In the paper's GSPO all weigh 1 over the number of documents.
     """
-    return [float(part.abs().sum()) for part in token_gradient(loss, lengths).split(list(lengths))]
+    by_document = token_gradient(loss, lengths).split(list(lengths))
+    return [float(coefficients.abs().sum()) for coefficients in by_document]
 
 
 def rows() -> list[dict[str, Any]]:
-    """The table. A fixed batch size is that of :data:`LENGTHS`, a fixed length the longest of them."""
-    gradients, found = {}, []
-    for name, preset in PRESETS.items():
-        context = {"docs_per_step": len(LENGTHS), "sampling": {"max_new_tokens": max(LENGTHS)}}
-        cfg = OmegaConf.create({**context, **deepcopy(dict(preset.config))})
-        loss = config.instantiate(cfg.loss)
-        gradients[name] = token_gradient(loss)
-        # With gradients of the tokens that all agree the norm is the sum of the coefficients, with independent ones
-        # the root of the sum of squares.
-        aligned, independent = (
-            float(gradients[name].norm(p) / gradients["gspo"].norm(p)) for p in (1, 2)
-        )
-        found.append(
-            {
-                "preset": name,
-                "ratio": loss.ratio_level,
-                "surrogate": loss.surrogate_name,
-                "clip_low": loss.clip_low,
-                "clip_high": loss.clip_high,
-                "aggregation": loss.aggregation,
-                "advantage": cfg.advantages.estimator,
-                "weights": effective_weights(loss),
-                "gradient_aligned": aligned,
-                "gradient_independent": independent,
-                "source": preset.source,
-                "note": preset.note,
-            }
-        )
-    return found
+    """Return the table, a dict for each preset.
+
+    A fixed batch size is that of :data:`LENGTHS`, a fixed length the longest of them.
+    """
+    gspo_gradient = token_gradient(_build(PRESETS["gspo"]))
+    return [_row(name, preset, gspo_gradient) for name, preset in PRESETS.items()]
+
+
+def _build(preset: Preset) -> Any:
+    """Build a preset's loss for a step of documents of :data:`LENGTHS`."""
+    context = {"docs_per_step": len(LENGTHS), "sampling": {"max_new_tokens": max(LENGTHS)}}
+    cfg = OmegaConf.create({**context, **deepcopy(dict(preset.config))})
+    return config.instantiate(cfg.loss)
+
+
+def _row(name: str, preset: Preset, gspo_gradient: Tensor) -> dict[str, Any]:
+    loss = _build(preset)
+    gradient = token_gradient(loss)
+    # Where the gradients of all tokens agree, the norm is the sum of the coefficients; where they
+    # are independent, the root of the sum of squares.
+    aligned = gradient.norm(1) / gspo_gradient.norm(1)
+    independent = gradient.norm(2) / gspo_gradient.norm(2)
+    return {
+        "preset": name,
+        "ratio": loss.ratio_level,
+        "surrogate": loss.surrogate_name,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "aggregation": loss.aggregation,
+        "advantage": preset.config["advantages"]["estimator"],
+        "weights": effective_weights(loss),
+        "gradient_aligned": float(aligned),
+        "gradient_independent": float(independent),
+        "source": preset.source,
+        "note": preset.note,
+    }

@@ -1,7 +1,8 @@
-"""What every objective is made of: its inputs, the drift of the policy, units with one ratio, and sums over documents.
+"""What objectives are made of: the policy's drift, units with one ratio, and sums over documents.
 
-T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or float64, whatever
-the model's dtype. Where a document spans ranks, its sums are completed here and nowhere else.
+T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or
+float64, whatever the model's dtype. Where a document spans ranks, its sums are completed here and
+in :mod:`gspo.losses.accounting`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,14 +17,41 @@ from gspo.losses.inputs import LossInputs, Segments, whole_here
 
 
 @dataclass(frozen=True, slots=True)
+class DriftTable:
+    """Four values of each document or segment, sums or means over its labelled tokens."""
+
+    rows: Tensor  # [4, K], in one tensor so that ranks add up all of them at once
+
+    @property
+    def log_ratio(self) -> Tensor:  # [K]
+        """Nats, new - old."""
+        return self.rows[0]
+
+    @property
+    def logps(self) -> Tensor:  # [K]
+        """Nats."""
+        return self.rows[1]
+
+    @property
+    def advantages(self) -> Tensor:  # [K]
+        """Of the tokens' own advantages; 0 where they have none."""
+        return self.rows[2]
+
+    @property
+    def mismatch(self) -> Tensor:  # [K]
+        """Nats, old - sampler's."""
+        return self.rows[3]
+
+
+@dataclass(frozen=True, slots=True)
 class Drift:
-    """How far each token's log-probability has moved, and the sums of that; 0 where a token is not trained."""
+    """How far each token's log-probability has moved, and sums; 0 where a token is not trained."""
 
     log_ratio: Tensor  # [T] nats, new - old
     logps: Tensor  # [T] nats
     mismatch: Tensor  # [T] nats, old - sampler's; 0 where these are the same
-    documents: Tensor  # [4, D] sums of log_ratio, of logps, of token_advantages (0 where there are none), of mismatch
-    segments: Tensor | None  # [4, K] the same
+    documents: DriftTable  # sums over documents, 0 where not valid
+    segments: DriftTable | None  # sums over segments
     valid: Tensor  # [D] bool, documents with a label whose every value is finite
     token_valid: Tensor  # [T] bool, their labelled tokens
 
@@ -32,10 +60,8 @@ class Drift:
 class Units:
     """What has one ratio: tokens, segments or documents."""
 
-    log_ratio: (
-        Tensor  # [K] nats, mean over the unit's labelled tokens; 0 where not valid, as the next
-    )
-    logps: Tensor  # [K] nats, mean
+    log_ratio: Tensor  # [K] nats, mean over the unit's labelled tokens; 0 where not valid
+    logps: Tensor  # [K] nats, mean; 0 where not valid
     mismatch: Tensor  # [K] nats, mean
     advantages: Tensor  # [K]
     weights: Tensor  # [K], the unit's share in the undivided sum; 0 where not valid
@@ -57,17 +83,20 @@ class RatioTerms:
 
 @dataclass(frozen=True, slots=True)
 class SurrogateTerms:
-    """A surrogate's loss and where its ratio is outside the band, over K units."""
+    """A surrogate's loss and where its ratio is outside the clip range, over K units."""
 
     loss: Tensor  # [K]
-    outside: Tensor  # [K] bool, ratio outside the band, on either side
-    low: Tensor  # [K] bool, the gradient vanishes at the low edge
-    high: Tensor  # [K] bool, the gradient vanishes at the high edge
+    outside: Tensor  # [K] bool, ratio outside the clip range, on either side
+    low: Tensor  # [K] bool, the gradient vanishes below the range
+    high: Tensor  # [K] bool, the gradient vanishes above it
 
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """Importance weights from the sampler's to the trainer's own old log-probabilities, over K units; no gradient."""
+    """Importance weights of K units from the sampler's old log-probabilities to the trainer's.
+
+    They carry no gradient.
+    """
 
     ratio: Tensor  # [K]
     weights: Tensor  # [K], of the unit's term
@@ -78,16 +107,20 @@ def document_sums(
     values: Tensor,  # [..., T]
     inputs: LossInputs,
 ) -> Tensor:  # [..., D]
-    """Sums of ``values`` over each document's labelled tokens, wherever these are. Collective over a context group."""
+    """Add up ``values`` over each document's labelled tokens on all ranks.
+
+    Collective over a context group.
+    """
     picked = torch.where(inputs.loss_mask, values, 0.0)  # not a product: -inf * 0 is nan
-    return inputs.complete(sums_at(picked, inputs.document_index, inputs.label_counts.numel()))
+    num_documents = inputs.label_counts.numel()
+    return inputs.complete(sums_at(picked, inputs.document_index, num_documents))
 
 
 def document_means(
     values: Tensor,  # [..., T]
     inputs: LossInputs,
 ) -> Tensor:  # [..., D]
-    """Means of ``values`` over each document's labelled tokens; 0 for one without any. See :func:`document_sums`."""
+    """Average ``values`` over each document's labelled tokens; 0 without any. Collective."""
     return per_label(document_sums(values, inputs), inputs.label_counts)
 
 
@@ -95,93 +128,124 @@ def per_label(
     amounts: Tensor,  # [..., D]
     label_counts: Tensor,  # [D]
 ) -> Tensor:  # [..., D]
-    """What of an amount falls on each labelled token: sums become means. No token counts as one."""
+    """Divide amounts per document by their label counts (at least 1)."""
     return amounts / label_counts.clamp(min=1)
+
+
+def sums_at(
+    values: Tensor,  # [..., K]
+    index: Tensor,  # [K] int64 in [0, size)
+    size: int,
+) -> Tensor:  # [..., size]
+    """Add up the values that have the same index."""
+    return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
 
 
 def count_once(
     terms: Tensor,  # [K]
     counted: Tensor,  # [K] bool
 ) -> Tensor:  # []
-    """The sum of ``terms`` that are counted here, with the gradient of all of them."""
+    """Add up the terms that are counted here, with the gradient of all of them."""
     return torch.where(counted, terms, terms - terms.detach()).sum()
 
 
 def measure_drift(logps: Tensor, inputs: LossInputs) -> Drift:
-    """What every ratio is made of. A document is valid if its every value is finite.
+    """Return what every ratio is made of. A document is valid if its every value is finite.
 
     One sum over a context group, by segment where there are any, since these add up to documents.
     """
-    found = logps - inputs.old_logps
-    finite = found.detach().isfinite()
-    for others in (inputs.ref_logps, inputs.sampler_logps):
-        if others is not None:
-            finite &= others.isfinite()
+    log_ratio = logps - inputs.old_logps
+    finite = _finite_tokens(log_ratio, inputs)
     trained = inputs.loss_mask & finite
-    given = torch.zeros_like(found) if inputs.token_advantages is None else inputs.token_advantages
-    mismatch = (
-        torch.zeros_like(found)
-        if inputs.sampler_logps is None
-        else inputs.old_logps - inputs.sampler_logps
-    )
-    picked = [torch.where(trained, values, 0.0) for values in (found, logps, given, mismatch)]
-    rows = torch.stack((*picked, (inputs.loss_mask & ~finite).to(found.dtype)))
-    if inputs.segments is None:
-        segments, documents = None, document_sums(rows, inputs)
-    else:
-        index, owner = inputs.segments.index, inputs.segments.document
-        segments = inputs.complete(sums_at(rows, index, owner.numel()))
-        documents = sums_at(segments, owner, inputs.label_counts.numel())
-    *_, num_bad = documents
-    valid = (
-        (inputs.label_counts > 0)
-        & (num_bad == 0)
-        & documents.isfinite().all(0)
-        & inputs.advantages.isfinite()
-    )
+    values = (log_ratio, logps, *_advantages_and_mismatch(log_ratio, inputs))
+    tokens = [torch.where(trained, value, 0.0) for value in values]
+    is_bad = (inputs.loss_mask & ~finite).to(log_ratio.dtype)
+    segments, documents = _sums(torch.stack((*tokens, is_bad)), inputs)
+
+    valid = _valid_documents(documents, inputs)
     token_valid = inputs.loss_mask & valid[inputs.document_index]
     return Drift(
-        log_ratio=torch.where(token_valid, rows[0], 0.0),
-        logps=torch.where(token_valid, rows[1], 0.0),
-        mismatch=torch.where(token_valid, rows[3], 0.0),
-        documents=torch.where(valid, documents[:4], 0.0),
-        segments=None if segments is None else segments[:4],
+        log_ratio=torch.where(token_valid, tokens[0], 0.0),
+        logps=torch.where(token_valid, tokens[1], 0.0),
+        mismatch=torch.where(token_valid, tokens[3], 0.0),
+        documents=DriftTable(torch.where(valid, documents[:4], 0.0)),
+        segments=None if segments is None else DriftTable(segments[:4]),
         valid=valid,
         token_valid=token_valid,
     )
 
 
+def _finite_tokens(log_ratio: Tensor, inputs: LossInputs) -> Tensor:  # [T] bool
+    finite = log_ratio.detach().isfinite()
+    for logps in (inputs.ref_logps, inputs.sampler_logps):
+        if logps is not None:
+            finite = finite & logps.isfinite()
+    return finite
+
+
+def _advantages_and_mismatch(
+    log_ratio: Tensor, inputs: LossInputs
+) -> tuple[Tensor, Tensor]:  # [T], [T]
+    """Return the tokens' own advantages and mismatches, zeros where the inputs have none."""
+    advantages = inputs.token_advantages
+    if advantages is None:
+        advantages = torch.zeros_like(log_ratio)
+    if inputs.sampler_logps is None:
+        return advantages, torch.zeros_like(log_ratio)
+    return advantages, inputs.old_logps - inputs.sampler_logps
+
+
+def _sums(
+    tokens: Tensor,  # [N, T]
+    inputs: LossInputs,
+) -> tuple[Tensor | None, Tensor]:  # [N, K], [N, D]
+    """Return the sums over segments, if there are any, and over documents. Collective."""
+    if inputs.segments is None:
+        return None, document_sums(tokens, inputs)
+    owner = inputs.segments.document
+    segments = inputs.complete(sums_at(tokens, inputs.segments.index, owner.numel()))
+    return segments, sums_at(segments, owner, inputs.label_counts.numel())
+
+
+def _valid_documents(
+    sums: Tensor,  # [5, D], the last row counts tokens that are not finite
+    inputs: LossInputs,
+) -> Tensor:  # [D] bool
+    has_labels = inputs.label_counts > 0
+    is_finite = (sums[-1] == 0) & sums.isfinite().all(0)  # a sum may overflow
+    return has_labels & is_finite & inputs.advantages.isfinite()
+
+
 def document_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
-    """Documents as units of the ratio; ``weights`` [D] are theirs."""
-    own = torch.arange(inputs.label_counts.numel(), device=weights.device)
-    return _whole_units(
-        drift.documents,
-        Segments(inputs.document_index, own, inputs.label_counts),
-        weights,
-        drift,
-        inputs,
-    )
+    """Return documents as units of the ratio; ``weights`` [D] are theirs."""
+    numbers = torch.arange(inputs.label_counts.numel(), device=weights.device)
+    documents = Segments(inputs.document_index, numbers, inputs.label_counts)
+    return _whole_units(drift.documents, documents, weights, drift, inputs)
 
 
 def segment_units(drift: Drift, weights: Tensor, inputs: LossInputs, segments: Segments) -> Units:
-    """Segments as units; each has the share of its document's weight that it has of the labelled tokens."""
+    """Return segments as units; a document's weight is spread over its segments by their labels."""
     assert drift.segments is not None, "the drift has the sums of the segments that its inputs have"
     return _whole_units(drift.segments, segments, weights, drift, inputs)
 
 
 def _whole_units(
-    sums: Tensor, parts: Segments, weights: Tensor, drift: Drift, inputs: LossInputs
+    sums: DriftTable, segments: Segments, weights: Tensor, drift: Drift, inputs: LossInputs
 ) -> Units:
-    """Units that every rank of a context group has."""
-    counts, document = parts.label_counts, parts.document
+    """Return units that every rank of a context group has."""
+    counts = segments.label_counts
+    document = segments.document
     valid = drift.valid[document] & (counts > 0)
-    log_ratio, logps, advantages, mismatch = per_label(torch.where(valid, sums, 0.0), counts)
+    means = DriftTable(per_label(torch.where(valid, sums.rows, 0.0), counts))
+    advantages = means.advantages
+    if inputs.token_advantages is None:
+        advantages = inputs.advantages[document]
     share = per_label(counts.to(weights.dtype), inputs.label_counts[document])
     return Units(
-        log_ratio=log_ratio,
-        logps=logps,
-        mismatch=mismatch,
-        advantages=inputs.advantages[document] if inputs.token_advantages is None else advantages,
+        log_ratio=means.log_ratio,
+        logps=means.logps,
+        mismatch=means.mismatch,
+        advantages=advantages,
         weights=torch.where(valid, weights[document] * share, 0.0),
         valid=valid,
         counted=valid if inputs.counted is None else valid & inputs.counted[document],
@@ -192,28 +256,22 @@ def _whole_units(
 
 
 def token_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
-    """Labelled tokens as units, those that are here; a document's weight is spread evenly over its own."""
-    valid, document = drift.token_valid, inputs.document_index
-    given = (
-        inputs.advantages[document] if inputs.token_advantages is None else inputs.token_advantages
-    )
-    per_token = per_label(weights, inputs.label_counts)
+    """Return the labelled tokens here as units; a document's weight is spread evenly over them."""
+    valid = drift.token_valid
+    document = inputs.document_index
+    advantages = inputs.token_advantages
+    if advantages is None:
+        advantages = inputs.advantages[document]
+    token_weights = per_label(weights, inputs.label_counts)[document]
     return Units(
         log_ratio=drift.log_ratio,
         logps=drift.logps,
         mismatch=drift.mismatch,
-        advantages=torch.where(valid, given, 0.0),
-        weights=torch.where(valid, per_token[document], 0.0),
+        advantages=torch.where(valid, advantages, 0.0),
+        weights=torch.where(valid, token_weights, 0.0),
         valid=valid,
         counted=valid,
         document=document,
         num_tokens=valid.long(),
         complete=inputs.complete,
     )
-
-
-def sums_at(
-    values: Tensor, index: Tensor, size: int
-) -> Tensor:  # [..., K], [K] in [0, size) -> [..., size]
-    """Sums of the values that have the same index."""
-    return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
