@@ -74,6 +74,7 @@ class _PolicyLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._check_types()
         self._check_shared_arguments()
         if self.normalize_by_documents and self.aggregation == "token":
             self.aggregation = "token_over_documents"
@@ -96,9 +97,12 @@ class _PolicyLoss(nn.Module):
             needs=self._needs(),
         )
 
-    def _check_shared_arguments(self) -> None:
+    def _check_types(self) -> None:
         for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type).split(" | "))
+            kinds = str(field.type).split(" | ")
+            _check_type(field.name, getattr(self, field.name), kinds)
+
+    def _check_shared_arguments(self) -> None:
         _check_choice("aggregation", self.aggregation, F.AGGREGATIONS)
         _check_choice("kl_estimator", self.kl_estimator, F.KL_ESTIMATORS)
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "must be 0 or more")

@@ -324,7 +324,8 @@ def cispo_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> 
     """
     ratio = terms.log_ratio.detach().exp()
     truncated = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -truncated * terms.units.advantages * terms.units.logps
+    units = terms.units
+    loss = -truncated * units.advantages * units.logps
     nowhere = torch.zeros_like(terms.bounded)
     return SurrogateTerms(loss, outside=ratio != truncated, low=nowhere, high=nowhere)
 
@@ -395,8 +396,7 @@ def policy_objective(
     ``quarantined_documents``) and nowhere else.
     """
     drift = measure_drift(logps, inputs)
-    advantages = torch.where(drift.valid, inputs.advantages, 0.0)
-    trained = replace(inputs, loss_mask=drift.token_valid, advantages=advantages)
+    trained = _valid_inputs(inputs, drift)
     document_weights = torch.where(drift.valid, weights(inputs.label_counts), 0).to(logps.dtype)
 
     terms = ratio(drift, document_weights, trained)
@@ -427,6 +427,12 @@ def policy_objective(
     return LossOutput(loss, metrics, not_finite)
 
 
+def _valid_inputs(inputs: LossInputs, drift: Drift) -> LossInputs:
+    """Return the inputs with nothing to train in documents that are not valid."""
+    advantages = torch.where(drift.valid, inputs.advantages, 0.0)
+    return replace(inputs, loss_mask=drift.token_valid, advantages=advantages)
+
+
 def _reference_kl(
     logps: Tensor,  # [T] nats
     ref_logps: Tensor,  # [T] nats
@@ -434,4 +440,5 @@ def _reference_kl(
     kl: KLEstimator,
 ) -> Tensor:  # [T] nats, 0 where not valid
     finite_logps = torch.where(valid, logps, ref_logps)  # no NaN in the gradient of the others
-    return torch.where(valid, kl(finite_logps, ref_logps), 0.0)
+    estimate = kl(finite_logps, ref_logps)
+    return torch.where(valid, estimate, 0.0)

@@ -167,7 +167,8 @@ def rows() -> list[dict[str, Any]]:
 def _build(preset: Preset) -> Any:
     """Build a preset's loss for a step of documents of :data:`LENGTHS`."""
     context = {"docs_per_step": len(LENGTHS), "sampling": {"max_new_tokens": max(LENGTHS)}}
-    cfg = OmegaConf.create({**context, **deepcopy(dict(preset.config))})
+    keys = deepcopy(dict(preset.config))
+    cfg = OmegaConf.create({**context, **keys})
     return config.instantiate(cfg.loss)
 
 

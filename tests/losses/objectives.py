@@ -8,7 +8,7 @@ from gspo.losses.inputs import LossInputs, find_segments
 
 
 def random_documents(lengths, *, seed=0, scale=0.3, prompt=2):
-    """Old and new log-probabilities, masks and advantages of documents; the first ``prompt`` places have no label."""
+    """Log-probabilities, masks and advantages; the first ``prompt`` slots have no label."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -47,7 +47,7 @@ def pack(documents, *, padding=3, per_token=False, with_segments=False):
     zero = torch.zeros(1, dtype=torch.float64)
     document_index = torch.cat(index)
     segment = torch.cat([d["segment"] for d in documents] + [blank.long()])
-    given = torch.cat([d["token_advantage"] for d in documents] + [blank])
+    token_advantages = torch.cat([d["token_advantage"] for d in documents] + [blank])
     inputs = LossInputs(
         document_index=document_index,
         loss_mask=mask,
@@ -61,7 +61,7 @@ def pack(documents, *, padding=3, per_token=False, with_segments=False):
         )
         if with_segments
         else None,
-        token_advantages=given if per_token else None,
+        token_advantages=token_advantages if per_token else None,
     )
     return flat["new"], flat["entropy"], inputs
 
@@ -124,7 +124,7 @@ def gspo(
 
 
 def weighted_logp(ratio, log_ratio, advantage, low, high, dual=None):
-    """A term whose value is that of a constant ratio, and whose gradient goes through the log-probability."""
+    """A term with the value of a constant ratio and a gradient through the log-probability."""
     value = torch.as_tensor(ratio, dtype=torch.float64).detach().requires_grad_()
     term = clipped(value, advantage, low, high, dual)
     slope = torch.autograd.grad(term, value, allow_unused=True)[0] if term.requires_grad else None
@@ -145,7 +145,7 @@ def mix(
     dual=None,
     per_token=False,
 ):
-    """The undivided sum with the ratio exp(a l + (1 - a) mean l); a = 0 is GSPO-token, a = 1 GRPO."""
+    """The undivided sum with the ratio exp(a l + (1 - a) mean l): 0 is GSPO-token, 1 GRPO."""
     total = 0.0
     for d, log_ratio in trained(documents):
         for one, advantage in zip(log_ratio, advantages(d, per_token), strict=True):
@@ -211,14 +211,18 @@ def fspo(documents, *, low, high, aggregation="document", bound=40.0, per_token=
 
 
 def segments(documents, *, low, high, aggregation="document", dual=None, per_token=False):
-    """The undivided sum with a ratio per segment, each weighing as its document times its share of the labels."""
+    """The undivided sum with a ratio per segment.
+
+    A segment weighs as its document times its share of the labels.
+    """
     total = 0.0
     for d, log_ratio in trained(documents):
-        of, given = d["segment"][d["mask"]], advantages(d, per_token)
-        for s in sorted(set(of.tolist())):
-            ratio = torch.exp(log_ratio[of == s].mean())
-            share = int((of == s).sum()) / len(of)
-            term = clipped(ratio, given[of == s].mean(), low, high, dual)
+        segment, of_tokens = d["segment"][d["mask"]], advantages(d, per_token)
+        for s in sorted(set(segment.tolist())):
+            inside = segment == s
+            ratio = torch.exp(log_ratio[inside].mean())
+            share = int(inside.sum()) / len(segment)
+            term = clipped(ratio, of_tokens[inside].mean(), low, high, dual)
             total = total + weight(d, aggregation) * share * term
     return total
 

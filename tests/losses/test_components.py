@@ -1,4 +1,4 @@
-"""Every objective against a float64 restatement, in value and gradient, and the accounting beside them."""
+"""Every objective against a float64 restatement, in value and gradient, and the accounting."""
 
 import inspect
 import math
@@ -19,13 +19,15 @@ from gspo.losses import (
     SegmentLoss,
     functional,
 )
-from gspo.losses.inputs import LossInputs, find_segments
+from gspo.losses.inputs import LossInputs, LossTraits, find_segments, traits_of
 from gspo.losses.units import document_means
+from gspo.metrics import Mean, NotFinite, Sum
+from gspo.types import Axis
 from tests.losses import objectives
 
 LENGTHS = {"single": [7], "one_token": [1], "many": [1, 63, 5, 257, 12], "equal": [4, 4, 4]}
 AGGREGATIONS = ["document", "token", "token_over_documents", "constant", "token_over_batch_size"]
-BANDS = {"narrow": (3e-4, 4e-4), "wide": (0.2, 0.28)}
+CLIP_RANGES = {"narrow": (3e-4, 4e-4), "wide": (0.2, 0.28)}
 LOSSES = {
     "gspo": (GSPOLoss, objectives.gspo),
     "grpo": (GRPOLoss, objectives.grpo),
@@ -44,7 +46,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 each_clipped_loss = pytest.mark.parametrize("name", CLIPPED)
 each_dual_loss = pytest.mark.parametrize("name", DUAL)
 each_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-each_band = pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+each_clip_range = pytest.mark.parametrize("clip_range", CLIP_RANGES.values(), ids=CLIP_RANGES)
 
 
 def build(name, low, high, aggregation="document", **options):
@@ -54,18 +56,29 @@ def build(name, low, high, aggregation="document", **options):
     )
 
 
+def pair(metric):
+    """A metric's value and weight as numbers."""
+    return int(metric.value), int(metric.weight)
+
+
 def pack(name, documents, **options):
     return objectives.pack(documents, with_segments=name == "segment", **options)
 
 
 def gradients(loss, documents, per_token=False):
     """The gradient of a loss on packed documents, document by document."""
+    output, grads = backward(loss, documents, per_token)
+    return output.loss.detach(), grads, output.metrics
+
+
+def backward(loss, documents, per_token=False):
+    """What a loss returns for packed documents, with its gradient document by document."""
     name = "segment" if isinstance(loss, SegmentLoss) else ""
     new, entropy, inputs = pack(name, documents, per_token=per_token)
     new.requires_grad_()
-    value, metrics = loss(new, entropy, inputs)
-    (grad,) = torch.autograd.grad(value, new)
-    return value.detach(), list(grad.split([d["old"].numel() for d in documents] + [3])), metrics
+    output = loss(new, entropy, inputs)
+    (grad,) = torch.autograd.grad(output.loss, new)
+    return output, list(grad.split([d["old"].numel() for d in documents] + [3]))
 
 
 def assert_same(loss, restated, documents, per_token=False):
@@ -89,11 +102,15 @@ def expected_gradients(restated, documents):
 
 @each_loss
 @each_lengths
-@each_band
+@each_clip_range
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_loss_equals_restatement(name, lengths, band, aggregation):
-    restated = partial(LOSSES[name][1], low=band[0], high=band[1], aggregation=aggregation)
-    assert_same(build(name, *band, aggregation), restated, objectives.random_documents(lengths))
+def test_loss_equals_restatement(name, lengths, clip_range, aggregation):
+    restated = partial(
+        LOSSES[name][1], low=clip_range[0], high=clip_range[1], aggregation=aggregation
+    )
+    assert_same(
+        build(name, *clip_range, aggregation), restated, objectives.random_documents(lengths)
+    )
 
 
 @each_loss
@@ -117,29 +134,29 @@ def test_dual_clip_equals_restatement(name):
         partial(LOSSES[name][1], low=0.2, high=0.3, dual=1.5),
         documents,
     )
-    assert metrics["clip/binding_document"][0] > 0
+    assert metrics["clip/binding_document"].value > 0
 
 
 @pytest.mark.parametrize("name", ["gspo", "grpo"])
-def test_without_a_band_nothing_is_clipped(name):
+def test_without_a_clip_range_nothing_is_clipped(name):
     documents = objectives.random_documents([1, 63, 5], scale=0.8)
     restated = partial(LOSSES[name][1], low=None, high=None, unclipped=True)
     metrics = assert_same(build(name, None, None), restated, documents)
-    assert metrics["clip/any_document"][0] == 0
+    assert metrics["clip/any_document"].value == 0
 
 
 @pytest.mark.parametrize("name", ["grpo", "cispo"])
 @pytest.mark.parametrize("side", ["low", "high"])
-def test_one_side_of_the_band_can_be_open(name, side):
-    band = {"low": 0.2, "high": 0.3} | {side: None}
+def test_one_side_of_the_clip_range_can_be_open(name, side):
+    clip_range = {"low": 0.2, "high": 0.3} | {side: None}
     restated = partial(
         LOSSES[name][1], **({"low": torch.inf, "high": torch.inf} if name == "grpo" else {})
     )
-    given = {k: torch.inf if v is None and name == "grpo" else v for k, v in band.items()}
+    widths = {k: torch.inf if v is None and name == "grpo" else v for k, v in clip_range.items()}
     documents = objectives.random_documents([9, 30], scale=0.8)
     assert_same(
-        build(name, band["low"], band["high"], "token"),
-        partial(restated, aggregation="token", **given),
+        build(name, clip_range["low"], clip_range["high"], "token"),
+        partial(restated, aggregation="token", **widths),
         documents,
     )
 
@@ -178,10 +195,14 @@ def same(a, b, documents, **options):
 
 
 @pytest.mark.parametrize("aggregation", ["document", "token"])
-@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
-def test_gspo_token_with_one_advantage_per_document_is_gspo(aggregation, band):
+@pytest.mark.parametrize("clip_range", CLIP_RANGES.values(), ids=CLIP_RANGES)
+def test_gspo_token_with_one_advantage_per_document_is_gspo(aggregation, clip_range):
     documents = objectives.random_documents([1, 63, 5, 257, 12])
-    same(build("gspo_token", *band, aggregation), build("gspo", *band, aggregation), documents)
+    same(
+        build("gspo_token", *clip_range, aggregation),
+        build("gspo", *clip_range, aggregation),
+        documents,
+    )
 
 
 def test_gspo_token_gives_credit_to_the_token_that_has_the_advantage():
@@ -206,7 +227,7 @@ def test_multi_scale_ends_in_gspo_token_and_grpo(share, other, per_token):
 @pytest.mark.parametrize(("cut", "other"), [("document", "gspo"), ("token", "grpo")])
 @pytest.mark.parametrize("aggregation", ["document", "token"])
 def test_segments_as_long_as_a_document_or_a_token(cut, other, aggregation):
-    """A document's weight is spread by tokens, so that one token per segment is GRPO with the same weights."""
+    """A document's weight is spread by tokens: one token per segment is GRPO, weighed alike."""
     documents = objectives.random_documents([1, 63, 5, 12])
     for d in documents:
         numbers = torch.arange(d["old"].numel())
@@ -219,7 +240,7 @@ def test_segments_as_long_as_a_document_or_a_token(cut, other, aggregation):
     values = []
     for loss in (build("segment", 0.2, 0.25, aggregation), build(other, 0.2, 0.25, aggregation)):
         leaf = new.clone().requires_grad_()
-        value, _ = loss(leaf, entropy, replace(inputs, segments=segments))
+        value = loss(leaf, entropy, replace(inputs, segments=segments)).loss
         values.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-14)
 
@@ -235,19 +256,21 @@ def test_a_segment_of_two_documents_is_refused():
 
 def test_segment_loss_without_segments_names_the_remedy():
     new, entropy, inputs = objectives.pack(objectives.random_documents([4]))
-    with pytest.raises(InputError, match=r"^loss\._component_ .* segment_index"):
+    with pytest.raises(
+        InputError, match=r"^segments: the objective has a ratio per segment, .* segment_index"
+    ):
         SegmentLoss()(new, entropy, inputs)
 
 
-def test_fspo_band_grows_with_the_root_of_the_length():
-    """Both products are at 0.9 of their band: neither is clipped. At 1.1 both are."""
+def test_fspo_clip_range_grows_with_the_root_of_the_length():
+    """Both products are at 0.9 of their clip range: neither is clipped. At 1.1 both are."""
     documents = objectives.random_documents([16, 400])
     for share, clipped in ((0.9, 0), (1.1, 2)):
         for d in documents:
             d["new"] = d["old"] + share * 0.2 / d["mask"].sum() ** 0.5
             d["advantage"] = torch.tensor(1.0, dtype=torch.float64)
         _, _, metrics = gradients(FSPOLoss(clip_low=0.2, clip_high=0.2), documents)
-        assert metrics["clip/binding_document"][0] == clipped
+        assert metrics["clip/binding_document"].value == clipped
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -273,12 +296,12 @@ def test_clip_stops_the_gradient_on_its_side(name, shift, advantage, flows):
     documents[0]["advantage"] = torch.tensor(advantage, dtype=torch.float64)
     _, grads, metrics = gradients(build(name, 0.2, 0.2), documents)
     assert bool(grads[0].abs().sum() > 0) is flows
-    assert metrics["clip/any_document"][0] == 1
-    assert metrics["clip/binding_document"][0] == (0 if flows else 1)
-    assert metrics["clip/binding_token"] == ((0 if flows else 6), 6)
-    assert metrics["clip/any_token"] == (6, 6)
+    assert metrics["clip/any_document"].value == 1
+    assert metrics["clip/binding_document"].value == (0 if flows else 1)
+    assert metrics["clip/binding_token"] == Mean((0 if flows else 6), 6)
+    assert metrics["clip/any_token"] == Mean(6, 6)
     side = "clip/high" if shift > 0 else "clip/low"
-    assert metrics[side][0] == (0 if flows else metrics[side][1])
+    assert metrics[side].value == (0 if flows else metrics[side].weight)
 
 
 @each_loss
@@ -290,16 +313,17 @@ def test_clipped_documents_are_counted_by_length(name):
             torch.tensor(1.0, dtype=torch.float64),
         )
     new, entropy, inputs = objectives.pack(documents, with_segments=name == "segment")
-    _, metrics = LOSSES[name][0](clip_low=0.2, clip_high=0.2)(new, entropy, inputs)
-    found = [
-        tuple(map(int, v)) for k, v in metrics.items() if k.startswith("clip/binding_document_")
+    metrics = LOSSES[name][0](clip_low=0.2, clip_high=0.2)(new, entropy, inputs).metrics
+    counts = [
+        pair(metric) for key, metric in metrics.items() if key.startswith("clip/binding_document_")
     ]
     binds = name != "cispo"  # whose gradient never vanishes
-    assert found == [(binds, 3), (binds, 2), (binds, 2), (binds, 2)]
+    assert counts == [(binds, 3), (binds, 2), (binds, 2), (binds, 2)]
 
 
 def test_gspo_value_by_hand():
-    # Two labels, log-ratios 0.1 and 0.3: s = exp(0.2) = 1.2214 is above 1.2, so a positive advantage is clipped at 1.2.
+    # Two labels, log-ratios 0.1 and 0.3: s = exp(0.2) = 1.2214 is above 1.2, so that a positive
+    # advantage is clipped at 1.2.
     inputs = LossInputs(
         document_index=torch.tensor([0, 0, 1]),
         loss_mask=torch.tensor([True, True, False]),
@@ -308,11 +332,11 @@ def test_gspo_value_by_hand():
         label_counts=torch.tensor([2, 0]),
     )
     logps = torch.tensor([-0.9, -1.7, 0.0])
-    loss, metrics = GSPOLoss(clip_low=0.2, clip_high=0.2)(logps, torch.zeros(3), inputs)
+    loss, metrics, _ = GSPOLoss(clip_low=0.2, clip_high=0.2)(logps, torch.zeros(3), inputs)
     assert loss.item() == pytest.approx(-2.4)
-    loss, _ = GSPOLoss(clip_low=0.2, clip_high=0.3)(logps, torch.zeros(3), inputs)
+    loss, *_ = GSPOLoss(clip_low=0.2, clip_high=0.3)(logps, torch.zeros(3), inputs)
     assert loss.item() == pytest.approx(-2 * 2.718281828**0.2, rel=1e-6)
-    assert metrics["ratio/mean"][0].item() == pytest.approx(1.221402758, rel=1e-6)
+    assert metrics["ratio/mean"].value.item() == pytest.approx(1.221402758, rel=1e-6)
 
 
 def by_hand(loss, log_ratios, advantage, old=-1.0):
@@ -326,7 +350,7 @@ def by_hand(loss, log_ratios, advantage, old=-1.0):
         label_counts=torch.tensor([count]),
     )
     new = (inputs.old_logps + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_()
-    value, metrics = loss(new, torch.zeros_like(new), inputs)
+    value, metrics, _ = loss(new, torch.zeros_like(new), inputs)
     return value.item(), torch.autograd.grad(value, new)[0].tolist(), metrics
 
 
@@ -336,8 +360,8 @@ def test_dual_clip_by_hand():
     value, grads, metrics = by_hand(loss, [math.log(4), math.log(2)], -1.0)
     assert value == pytest.approx(3 + 2)
     assert grads == pytest.approx([0, 2])
-    assert metrics["clip/high"] == (1, 2)
-    value, grads, _ = by_hand(loss, [math.log(4), math.log(2)], 1.0)  # A > 0: the band alone
+    assert metrics["clip/high"] == Mean(1, 2)
+    value, grads, _ = by_hand(loss, [math.log(4), math.log(2)], 1.0)  # A > 0: the range alone
     assert value == pytest.approx(-2.4) and grads == [0, 0]
 
 
@@ -346,7 +370,7 @@ def test_cispo_by_hand():
     value, grads, metrics = by_hand(CISPOLoss(), [math.log(8), -math.log(2)], 2.0)
     assert value == pytest.approx(-2 * (6 * (math.log(8) - 1) + 0.5 * (-math.log(2) - 1)))
     assert grads == pytest.approx([-12, -1])
-    assert metrics["clip/any_document"][0] == 1 and metrics["clip/binding_document"][0] == 0
+    assert metrics["clip/any_document"].value == 1 and metrics["clip/binding_document"].value == 0
 
 
 def test_length_exponent_by_hand():
@@ -367,7 +391,7 @@ def test_verl_bounds_large_ratios_only():
     ):
         got, grads, metrics = by_hand(loss(bound_below=below), [log_ratio], 1.0)
         assert got == pytest.approx(value) and grads == pytest.approx([slope])
-        assert metrics["bounded_documents"][0] == bounded
+        assert metrics["bounded_documents"].value == bounded
 
 
 @each_loss
@@ -416,7 +440,7 @@ def test_penalties_equal_restatement(name, estimator, aggregation):
 
 def test_entropy_bonus_gradient_flows_to_the_entropy():
     _, entropy, inputs = objectives.pack(objectives.random_documents([4]))
-    loss, _ = GSPOLoss(entropy_coef=0.5)(inputs.old_logps, entropy.requires_grad_(), inputs)
+    loss, *_ = GSPOLoss(entropy_coef=0.5)(inputs.old_logps, entropy.requires_grad_(), inputs)
     (grad,) = torch.autograd.grad(loss, entropy)
     torch.testing.assert_close(grad, torch.where(inputs.loss_mask, -0.5 / 4, 0.0).double())
 
@@ -434,13 +458,13 @@ def test_document_that_is_not_finite_is_quarantined(name, poison, value):
         documents[1]["advantage"] = torch.tensor(value, dtype=torch.float64)
     else:
         documents[1][poison][4] = value
-    total, grads, metrics = gradients(build(name, 0.2, 0.2), documents, per_token)
-    torch.testing.assert_close(total, clean)
+    output, grads = backward(build(name, 0.2, 0.2), documents, per_token)
+    torch.testing.assert_close(output.loss.detach(), clean)
     assert grads[1].eq(0).all()
     torch.testing.assert_close(grads[2], clean_grads[1])
-    assert metrics["quarantined_documents"][0] == 1
-    assert metrics["_late_tokens"][0] == 8
-    assert all(pair[0].isfinite() for pair in metrics.values())
+    assert output.metrics["quarantined_documents"] == Sum(1)
+    assert output.not_finite == NotFinite(1, 8)
+    assert all(metric.value.isfinite() for metric in output.metrics.values())
 
 
 def test_bound_on_the_mean_log_ratio_is_counted():
@@ -448,50 +472,49 @@ def test_bound_on_the_mean_log_ratio_is_counted():
     documents[0]["new"] = documents[0]["old"] + 50.0
     documents[0]["advantage"] = torch.tensor(-1.0, dtype=torch.float64)
     value, grads, metrics = gradients(GSPOLoss(log_ratio_bound=2.0), documents)
-    assert metrics["bounded_documents"][0] == 1
-    assert metrics["ratio/max"][0].item() == pytest.approx(7.38905609893065)
+    assert metrics["bounded_documents"].value == 1
+    assert metrics["ratio/max"].value.item() == pytest.approx(7.38905609893065)
     assert grads[0].eq(0).all()
     assert value.isfinite()
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_long_documents_inside_the_length_fair_band_keep_their_gradient(advantage):
+def test_long_documents_inside_the_length_fair_clip_range_keep_their_gradient(advantage):
     (document,) = objectives.random_documents([10_000])
-    document["new"] = document["old"] + 1.5e-3  # a sum of 15, in a band of 20
+    document["new"] = document["old"] + 1.5e-3  # a sum of 15, in a range of 20
     document["advantage"] = torch.tensor(advantage, dtype=torch.float64)
     _, grads, metrics = gradients(FSPOLoss(), [document])
     torch.testing.assert_close(
         grads[0][document["mask"]], torch.full((10_000,), -advantage * math.exp(15)).double()
     )
-    assert metrics["bounded_documents"][0] == 0
+    assert metrics["bounded_documents"].value == 0
 
 
 @each_loss
 def test_metrics_do_not_disturb_the_loss(name):
     new, entropy, inputs = pack(name, objectives.random_documents([5, 8]))
-    loss, metrics = build(name, 0.2, 0.2)(new.requires_grad_(), entropy, inputs)
-    assert all(
-        not value.requires_grad and not weight.requires_grad for value, weight in metrics.values()
-    )
+    loss, metrics, not_finite = build(name, 0.2, 0.2)(new.requires_grad_(), entropy, inputs)
+    numbers = [number for metric in metrics.values() for number in (metric.value, metric.weight)]
+    assert not any(torch.as_tensor(number).requires_grad for number in [*numbers, *not_finite])
     before = torch.autograd.grad(loss, new, retain_graph=True)[0]
-    sum(value for value, _ in metrics.values())
+    sum(metric.value for metric in metrics.values())
     assert torch.equal(before, torch.autograd.grad(loss, new)[0])
 
 
 @pytest.mark.parametrize(
     "name", [name for name in LOSSES if name != "gspo_root"]
-)  # whose band is wider
+)  # whose range is wider
 def test_metrics_by_hand(name):
     documents = objectives.random_documents([2, 4])
     documents[0]["new"] = documents[0]["old"] + 0.1
     documents[1]["new"] = documents[1]["old"] - 0.2
     _, _, metrics = gradients(build(name, 0.15, 0.15), documents)
     k3 = 2 * (torch.e**0.1 - 1 - 0.1) + 4 * (torch.e**-0.2 - 1 + 0.2)
-    assert metrics["kl_new_old"][0].item() == pytest.approx(k3)
-    assert metrics["kl_new_old"][1] == 2
-    assert metrics["log_ratio/abs_document"][0].item() == pytest.approx(0.3)
-    assert metrics["_log_ratio_sq"][0].item() == pytest.approx(2 * 0.01 + 4 * 0.04)
-    assert metrics["clip/any_document"] == (1, 2)
+    assert metrics["kl_new_old"].value.item() == pytest.approx(k3)
+    assert metrics["kl_new_old"].weight == 2
+    assert metrics["log_ratio/abs_document"].value.item() == pytest.approx(0.3)
+    assert metrics["_log_ratio_sq"].value.item() == pytest.approx(2 * 0.01 + 4 * 0.04)
+    assert metrics["clip/any_document"] == Mean(1, 2)
 
 
 @each_loss
@@ -502,14 +525,10 @@ def test_compiled_form_agrees(name):
     values = []
     for form in (loss, compiled):
         leaf = new.detach().clone().requires_grad_()
-        value, metrics = form(leaf, entropy, inputs)
-        values.append(
-            (
-                value.detach(),
-                torch.autograd.grad(value, leaf)[0],
-                {k: v[0] for k, v in metrics.items()},
-            )
-        )
+        value, metrics, not_finite = form(leaf, entropy, inputs)
+        numbers = {name: metric.value for name, metric in metrics.items()}
+        grad = torch.autograd.grad(value, leaf)[0]
+        values.append((value.detach(), grad, numbers, tuple(not_finite)))
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
@@ -545,32 +564,35 @@ def test_normalize_by_documents_keeps_the_token_weights():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"clip_low": -0.1}, "loss.clip_low"),
-        ({"clip_low": 1.5}, "loss.clip_low"),
-        ({"clip_high": -0.1}, "loss.clip_high"),
-        ({"aggregation": "mean"}, "loss.aggregation"),
-        ({"aggregation": ["document"]}, "loss.aggregation"),
+        ({"clip_low": -0.1}, "^clip_low: "),
+        ({"clip_low": 1.5}, "^clip_low: "),
+        ({"clip_high": -0.1}, "^clip_high: "),
+        ({"aggregation": "mean"}, "^aggregation: "),
+        ({"aggregation": ["document"]}, "^aggregation: "),
         (
             {"normalize_by_documents": "flase"},
-            "loss.normalize_by_documents is 'flase': it must be true or false",
+            "^normalize_by_documents: 'flase' must be true or false",
         ),
-        ({"clip_high": True}, "loss.clip_high is True: it must be a finite number, or null"),
-        ({"clip_high": "0.2"}, "loss.clip_high"),
-        ({"kl_coef": torch.inf}, "loss.kl_coef is inf: it must be a finite number"),
-        ({"kl_coef": None}, "loss.kl_coef is None: it must be a finite number"),
-        ({"log_ratio_bound": torch.inf}, "loss.log_ratio_bound"),
+        ({"clip_high": True}, "^clip_high: True must be a finite number, or null"),
+        ({"clip_high": "0.2"}, "^clip_high: "),
+        ({"kl_coef": torch.inf}, "^kl_coef: inf must be a finite number"),
+        ({"kl_coef": None}, "^kl_coef: None must be a finite number"),
+        ({"log_ratio_bound": torch.inf}, "^log_ratio_bound: "),
         (
             {"aggregation": "constant", "constant_length": 1.5},
-            "loss.constant_length is 1.5: it must be a finite whole",
+            "^constant_length: 1.5 must be a finite whole",
         ),
-        ({"aggregation": "constant"}, "loss.constant_length"),
-        ({"aggregation": "constant", "constant_length": 0}, "loss.constant_length"),
-        ({"aggregation": "token_over_batch_size"}, "loss.batch_size"),
-        ({"kl_estimator": "k4"}, "loss.kl_estimator"),
-        ({"log_ratio_bound": 0.0}, "loss.log_ratio_bound"),
+        ({"aggregation": "constant"}, "^aggregation: 'constant' divides by constant_length"),
+        ({"aggregation": "constant", "constant_length": 0}, "^constant_length: "),
+        (
+            {"aggregation": "token_over_batch_size"},
+            "^aggregation: 'token_over_batch_size' divides by batch_size",
+        ),
+        ({"kl_estimator": "k4"}, "^kl_estimator: "),
+        ({"log_ratio_bound": 0.0}, "^log_ratio_bound: "),
         (
             {"aggregation": "constant", "constant_length": 9, "normalize_by_documents": True},
-            "normalize_by_documents",
+            "^normalize_by_documents: True contradicts aggregation 'constant'",
         ),
     ],
 )
@@ -585,15 +607,15 @@ def test_bad_option_names_its_key(name, options, key):
 @pytest.mark.parametrize(
     ("loss", "options", "key"),
     [
-        (GRPOLoss, {"dual_clip": 1.0}, "loss.dual_clip"),
-        (GSPOLoss, {"length_exponent": torch.inf}, "loss.length_exponent"),
-        (GSPOLoss, {"length_exponent": -1.0}, "loss.length_exponent"),
-        (GSPOTokenLoss, {"bound_below": "no"}, "loss.bound_below"),
-        (MultiScaleLoss, {"token_share": 1.1}, "loss.token_share"),
+        (GRPOLoss, {"dual_clip": 1.0}, "^dual_clip: "),
+        (GSPOLoss, {"length_exponent": torch.inf}, "^length_exponent: "),
+        (GSPOLoss, {"length_exponent": -1.0}, "^length_exponent: "),
+        (GSPOTokenLoss, {"bound_below": "no"}, "^bound_below: "),
+        (MultiScaleLoss, {"token_share": 1.1}, "^token_share: "),
     ],
 )
 def test_bad_option_of_one_loss_names_its_key(loss, options, key):
-    with pytest.raises(InputError, match=f"^{key} is "):
+    with pytest.raises(InputError, match=key):
         loss(**options)
 
 
@@ -616,3 +638,34 @@ def test_document_means_of_a_document_without_labels_are_zero():
         label_counts=torch.tensor([2, 0]),
     )
     assert document_means(torch.ones(3), inputs).tolist() == [1.0, 0.0]
+
+
+TRAITS = {
+    "gspo": (GSPOLoss, Axis.DOCUMENT),
+    "grpo": (GRPOLoss, Axis.SLOT),
+    "gspo_token": (GSPOTokenLoss, Axis.SLOT),
+    "segment": (SegmentLoss, Axis.SEGMENT),
+    "multi_scale": (MultiScaleLoss, Axis.SLOT),
+    "cispo": (CISPOLoss, Axis.SLOT),
+    "fspo": (FSPOLoss, Axis.DOCUMENT),
+}
+
+
+@pytest.mark.parametrize(("loss", "unit"), TRAITS.values(), ids=TRAITS)
+def test_traits_tell_what_steers_the_code_around_a_loss(loss, unit):
+    assert traits_of(loss()) == LossTraits(ratio_unit=unit)
+    on = loss(kl_coef=0.1, entropy_coef=0.1, correction="sequence_product", clip_low=None)
+    needs = {"kl_coef": "ref_logps", "correction": "sampler_logps", "entropy_coef": "entropies"}
+    assert traits_of(on) == LossTraits(ratio_unit=unit, entropy_grad=True, needs=needs)
+    assert not traits_of(loss(clip_low=None, clip_high=None)).has_clip_range
+
+
+@pytest.mark.parametrize(("loss", "unit"), TRAITS.values(), ids=TRAITS)
+@pytest.mark.parametrize("correction", ["token_tis", "token_mask"])
+def test_corrections_of_tokens_need_a_term_per_token(loss, unit, correction):
+    if unit == Axis.SLOT:
+        loss(correction=correction)
+        return
+    message = f"^correction: '{correction}' weighs tokens, but the terms of .* are {unit}; set it"
+    with pytest.raises(InputError, match=message):
+        loss(correction=correction)

@@ -8,7 +8,7 @@ import torch
 
 from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss, GSPOTokenLoss
-from gspo.metrics import METRICS, finalize
+from gspo.metrics import METRICS, NotFinite, finalize
 from tests.losses import objectives
 
 LOW, HIGH = 0.8, 1.25
@@ -42,7 +42,7 @@ def weights_of(document, name):
 
 
 def restated(documents, name, ratio):
-    """The undivided sum of clipped terms, each token's or document's times its weight; every document weighs 1."""
+    """The undivided sum of clipped terms, each times its weight; every document weighs 1."""
     total = 0.0
     for d in documents:
         weights, log_ratios = weights_of(d, name), (d["new"] - d["old"])[d["mask"]]
@@ -72,7 +72,7 @@ def test_correction_equals_restatement(build, ratio, name):
     loss = build(clip_low=0.2, clip_high=0.2, **options)
     new, entropy, inputs = packed(documents)
     new.requires_grad_()
-    value, metrics = loss(new, entropy, inputs)
+    value, metrics, _ = loss(new, entropy, inputs)
     (grad,) = torch.autograd.grad(value, new)
     for d in documents:
         d["new"] = d["new"].detach().requires_grad_()
@@ -82,37 +82,32 @@ def test_correction_equals_restatement(build, ratio, name):
     expected_grads = torch.autograd.grad(expected, [d["new"] for d in documents])
     torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad[:-3], torch.cat(expected_grads), rtol=1e-10, atol=1e-14)
-    assert 0 < metrics["correction/changed"][0] < metrics["correction/changed"][1]
+    assert 0 < metrics["correction/changed"].value < metrics["correction/changed"].weight
 
 
 def test_metrics_are_of_before_and_after():
     documents = documents_of([5, 12])
     loss = GRPOLoss(correction="token_mask", correction_low=LOW, correction_high=HIGH)
-    _, metrics = loss(*packed(documents))
+    metrics = loss(*packed(documents)).metrics
     ratios = torch.cat([(d["old"] - d["sampler"])[d["mask"]] for d in documents]).exp()
     kept = (ratios >= LOW) & (ratios <= HIGH)
-    found = finalize(
-        {
-            name: float(v) if name.endswith("max") else float(v / w)
-            for name, (v, w) in metrics.items()
-        }
-    )
-    assert found["correction/ratio_mean"] == pytest.approx(float(ratios.mean()))
-    assert found["correction/ratio_max"] == pytest.approx(float(ratios.max()))
-    assert found["correction/weight_mean"] == pytest.approx(float((ratios * kept).mean()))
-    assert found["correction/changed"] == pytest.approx(float((~kept).double().mean()))
+    numbers = finalize({name: metric.number() for name, metric in metrics.items()})
+    assert numbers["correction/ratio_mean"] == pytest.approx(float(ratios.mean()))
+    assert numbers["correction/ratio_max"] == pytest.approx(float(ratios.max()))
+    assert numbers["correction/weight_mean"] == pytest.approx(float((ratios * kept).mean()))
+    assert numbers["correction/changed"] == pytest.approx(float((~kept).double().mean()))
     for name, values in (("ratio", ratios), ("weight", ratios * kept)):
         share = float(values.sum() ** 2 / values.square().sum() / values.numel())
-        assert found[f"correction/{name}_ess"] == pytest.approx(share)
-    assert found["mismatch/rms_token"] == pytest.approx(float(ratios.log().square().mean().sqrt()))
+        assert numbers[f"correction/{name}_ess"] == pytest.approx(share)
+    assert numbers["mismatch/rms_token"] == pytest.approx(float(ratios.log().square().mean().sqrt()))
     means = [(d["old"] - d["sampler"])[d["mask"]].mean().abs() for d in documents]
-    assert found["mismatch/abs_document"] == pytest.approx(float(sum(means) / 2))
+    assert numbers["mismatch/abs_document"] == pytest.approx(float(sum(means) / 2))
 
 
 def test_without_a_mismatch_no_correction_changes_anything():
     new, entropy, inputs = packed(documents_of([5, 12]))
     same = replace(inputs, sampler_logps=inputs.old_logps)
-    plain, _ = GSPOTokenLoss()(new, entropy, replace(inputs, sampler_logps=None))
+    plain, *_ = GSPOTokenLoss()(new, entropy, replace(inputs, sampler_logps=None))
     for name in NAMES:
         assert GSPOTokenLoss(correction=name)(new, entropy, same)[0] == plain
 
@@ -120,8 +115,9 @@ def test_without_a_mismatch_no_correction_changes_anything():
 def test_a_sampler_value_that_is_not_finite_quarantines_its_document():
     new, entropy, inputs = packed(documents_of([5, 12]))
     inputs.sampler_logps[4] = torch.nan
-    value, metrics = GRPOLoss(correction="token_tis")(new, entropy, inputs)
-    assert value.isfinite() and metrics["quarantined_documents"][0] == 1
+    value, metrics, not_finite = GRPOLoss(correction="token_tis")(new, entropy, inputs)
+    assert value.isfinite() and metrics["quarantined_documents"].value == 1
+    assert not_finite == NotFinite(1, 5)
 
 
 @pytest.mark.parametrize(
@@ -129,19 +125,19 @@ def test_a_sampler_value_that_is_not_finite_quarantines_its_document():
     [
         (
             {"correction": "tis"},
-            "loss.correction is 'tis': it must be one of token_tis, token_mask",
+            "correction: 'tis' must be one of token_tis, token_mask",
         ),
         (
             {"correction": "token_tis"},
-            "loss.correction is 'token_tis', which weighs tokens, but GSPOLoss has one",
+            "correction: 'token_tis' weighs tokens, but the terms of GSPOLoss are documents; set",
         ),
         (
             {"correction": "sequence_product", "correction_high": 0.5},
-            "loss.correction_high is 0.5: it must be 1 or more",
+            "correction_high: 0.5 must be 1 or more",
         ),
         (
             {"correction": "sequence_product", "correction_low": 2.0},
-            "loss.correction_low is 2.0: it must lie in",
+            "correction_low: 2.0 must lie in",
         ),
     ],
     ids=["unknown", "of_tokens", "high", "low"],
@@ -153,7 +149,7 @@ def test_bad_correction_names_its_key(options, message):
 
 
 def test_metrics_of_corrections_are_declared():
-    _, metrics = GRPOLoss(correction="token_mask")(*packed(documents_of([5])))
+    metrics = GRPOLoss(correction="token_mask")(*packed(documents_of([5]))).metrics
     assert {
         name for name in metrics if "correction" in name or "mismatch" in name
     } <= METRICS.keys()

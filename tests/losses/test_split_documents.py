@@ -1,7 +1,7 @@
-"""Objectives whose documents span ranks: whatever the split, values and metrics add up and gradients are the whole's.
+"""Objectives whose documents span ranks: any split has the whole's value, metrics and gradients.
 
-The ranks are threads that meet where sums are completed; :mod:`tests.distributed.test_context` has real ones. The same
-of chunks of whole documents, which the loss head makes.
+The ranks are threads that meet where sums are completed; :mod:`tests.distributed.test_context` has
+real ones. The same of chunks of whole documents, which the loss head makes.
 """
 
 import random
@@ -23,8 +23,8 @@ from gspo.losses import (
     MultiScaleLoss,
     SegmentLoss,
 )
-from gspo.metrics import StepMetrics, merge_pairs
-from gspo.policy.microbatch import Microbatch, _part
+from gspo.metrics import Mean, StepMetrics, merge
+from gspo.policy.microbatch import Microbatch
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -132,16 +132,20 @@ def whole_gradients(loss, new, entropy, inputs):
 
 
 def assert_metrics_add_up(parts, metrics):
-    merged = merge_pairs(parts)
+    merged = merge(parts)
     assert merged.keys() == metrics.keys()
-    for name, pair in metrics.items():
-        if name.endswith(("/max", "/min", "_max")):  # extremes, whose weight says nothing
-            merged[name], pair = (merged[name][0],), (pair[0],)
-        if pair[-1] == 1:  # sums over the ranks
-            merged[name], pair = (merged[name][0],), (pair[0],)
-        torch.testing.assert_close(
-            torch.stack(merged[name]), torch.stack(pair), check_dtype=False, msg=name
-        )
+    for name, metric in metrics.items():
+        assert type(merged[name]) is type(metric)
+        torch.testing.assert_close(merged[name].value, metric.value, check_dtype=False, msg=name)
+        if isinstance(metric, Mean):  # the weight of others says nothing
+            torch.testing.assert_close(
+                merged[name].weight, metric.weight, check_dtype=False, msg=name
+            )
+
+
+def assert_not_finite_adds_up(parts, not_finite):
+    assert sum(part.documents for part in parts) == not_finite.documents
+    assert sum(part.tokens for part in parts) == not_finite.tokens
 
 
 @pytest.mark.parametrize("seed", range(12))
