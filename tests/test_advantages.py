@@ -83,6 +83,7 @@ def test_get_estimator_names_what_there_is():
     assert get_estimator("group_mean") is group_mean
     assert get_estimator(max) is max
     for unknown in ("mean", ["group_mean"]):
-        message = f"advantages.estimator: {unknown!r} is not known. Use one of group_mean_std, group_mean, leave"
-        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        names = "group_mean_std, group_mean, leave_one_out"
+        message = f"estimator: {unknown!r} is not known; use one of {names}, or a callable"
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             get_estimator(unknown)

@@ -1,17 +1,16 @@
-"""The trainer's log-probabilities are those of the distribution that the in-process sampler drew from."""
+"""The trainer's log-probabilities are of the distribution that the in-process sampler drew from."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from gspo.data.layout import pack_documents, rollout_documents
+from gspo.data.layout import group_documents, pack_documents
 from gspo.losses import GSPOLoss
-from gspo.metrics import combine
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
 from gspo.sampling.local import LocalSampler
-from gspo.types import Group, Prompt, Rollout, SamplingParams
+from gspo.types import Group, GroupBatch, Prompt, SamplingParams
 from tests import tiny_policy
 
 CPU = torch.device("cpu")
@@ -51,13 +50,12 @@ def batch():
     ]
     for i, completion in enumerate(c for group in groups for c in group.completions):
         completion.advantage = (-1.0) ** i
-    return pack_documents(rollout_documents(Rollout(groups)), bin_length=96)
+    return pack_documents(group_documents(GroupBatch(groups)), bin_length=96)
 
 
 def metric(batch, name):
-    _, sums = Policy(decoder(), GSPOLoss())(Microbatch.prepare(batch, CPU))
-    value, weight = combine("sum", sums[name], (0.0, 0.0))
-    return float(value / weight)
+    output = Policy(decoder(), GSPOLoss())(Microbatch.prepare(batch, CPU))
+    return output.metrics[name].number()
 
 
 def test_trainer_agrees_with_the_sampler_at_its_temperature(batch):
@@ -75,10 +73,9 @@ def test_another_temperature_shows(batch):
 def test_temperature_is_each_documents_own(batch):
     mixed = batch.temperature.clone()
     mixed[0] = 1.0
-    _, one = Policy(decoder(), GSPOLoss())(
-        Microbatch.prepare(replace(batch, temperature=mixed), CPU)
-    )
-    logps = Policy(decoder()).logps(Microbatch.prepare(replace(batch, temperature=mixed), CPU))
+    microbatch = Microbatch.prepare(replace(batch, temperature=mixed), CPU)
+    output = Policy(decoder(), GSPOLoss())(microbatch)
+    logps = Policy(decoder()).logps(microbatch)
     off = (logps - batch.old_logps).abs() > 1e-4
     assert set(batch.document_index[off].tolist()) == {0}
-    assert one["kl_new_old"][0] > 1e-3
+    assert output.metrics["kl_new_old"].value > 1e-3

@@ -9,7 +9,6 @@ Not here: the losses (:mod:`gspo.losses.components`), which presets name as a co
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from torch import Tensor
 from torchtune import config
 
 from gspo.losses.inputs import LossInputs, LossOutput, Segments
-
-logger = logging.getLogger(__name__)
 
 LENGTHS = (8, 64, 256, 1024)  # tokens, of the documents in the table and in the recipe's log
 

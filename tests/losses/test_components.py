@@ -355,7 +355,7 @@ def by_hand(loss, log_ratios, advantage, old=-1.0):
 
 
 def test_dual_clip_by_hand():
-    # Ratios 4 and 2 with A = -1: a loss of 4 is capped at 3, and its gradient stops; 2 is as it was.
+    # Ratios 4 and 2 with A = -1: a loss of 4 is capped at 3, and its gradient stops; 2 stays.
     loss = GRPOLoss(clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="token")
     value, grads, metrics = by_hand(loss, [math.log(4), math.log(2)], -1.0)
     assert value == pytest.approx(3 + 2)
@@ -366,7 +366,7 @@ def test_dual_clip_by_hand():
 
 
 def test_cispo_by_hand():
-    # Ratios 8, truncated to 6, and 0.5, with A = 2 and log-probabilities of -1 + log 8 and -1 - log 2.
+    # Ratios 8, truncated to 6, and 0.5; A = 2; log-probabilities of -1 + log 8 and -1 - log 2.
     value, grads, metrics = by_hand(CISPOLoss(), [math.log(8), -math.log(2)], 2.0)
     assert value == pytest.approx(-2 * (6 * (math.log(8) - 1) + 0.5 * (-math.log(2) - 1)))
     assert grads == pytest.approx([-12, -1])

@@ -99,7 +99,9 @@ def test_metrics_are_of_before_and_after():
     for name, values in (("ratio", ratios), ("weight", ratios * kept)):
         share = float(values.sum() ** 2 / values.square().sum() / values.numel())
         assert numbers[f"correction/{name}_ess"] == pytest.approx(share)
-    assert numbers["mismatch/rms_token"] == pytest.approx(float(ratios.log().square().mean().sqrt()))
+    assert numbers["mismatch/rms_token"] == pytest.approx(
+        float(ratios.log().square().mean().sqrt())
+    )
     means = [(d["old"] - d["sampler"])[d["mask"]].mean().abs() for d in documents]
     assert numbers["mismatch/abs_document"] == pytest.approx(float(sum(means) / 2))
 

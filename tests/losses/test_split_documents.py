@@ -6,7 +6,7 @@ real ones. The same of chunks of whole documents, which the loss head makes.
 
 import random
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -23,8 +23,10 @@ from gspo.losses import (
     MultiScaleLoss,
     SegmentLoss,
 )
-from gspo.metrics import Mean, StepMetrics, merge
+from gspo.losses.inputs import LossInputs
+from gspo.metrics import Mean, Metrics, NotFinite, StepMetrics, merge
 from gspo.policy.microbatch import Microbatch
+from gspo.types import Axis, field_specs
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -52,7 +54,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
-class Axis:
+class ThreadAxis:
     """Sums over threads, each of which gets the gradient of its own part."""
 
     def __init__(self, size):
@@ -74,12 +76,12 @@ class Axis:
 
 def on_threads(function, size):
     """``function(rank)`` of every rank at once."""
-    found = [None] * size
+    results = [None] * size
     errors = []
 
     def run(rank):
         try:
-            found[rank] = function(rank)
+            results[rank] = function(rank)
         except BaseException as error:
             errors.append(error)
 
@@ -90,7 +92,7 @@ def on_threads(function, size):
         thread.join()
     if errors:
         raise errors[0]
-    return found
+    return results
 
 
 def random_case(seed):
@@ -110,7 +112,7 @@ def random_case(seed):
 
 
 def build_case(name, option, documents):
-    """A loss with what it is given of the documents."""
+    """A loss with its inputs."""
     loss = LOSSES[name](clip_low=0.2, clip_high=0.25, **OPTIONS[option])
     new, entropy, inputs = objectives.pack(
         documents, with_segments=name == "segment", per_token=option == "token_advantages"
@@ -124,28 +126,48 @@ def build_case(name, option, documents):
     return loss, new, entropy, inputs
 
 
-def whole_gradients(loss, new, entropy, inputs):
+@dataclass
+class Result:
+    """A loss of some tokens with its gradients."""
+
+    value: torch.Tensor
+    grad: torch.Tensor
+    entropy_grad: torch.Tensor | None
+    metrics: Metrics
+    not_finite: NotFinite
+
+
+def backward(loss, new, entropy, inputs):
     new, entropy = new.clone().requires_grad_(), entropy.clone().requires_grad_()
-    value, metrics = loss(new, entropy, inputs)
+    value, metrics, not_finite = loss(new, entropy, inputs)
     value.backward()
-    return value.detach(), new.grad, entropy.grad, metrics
+    return Result(value.detach(), new.grad, entropy.grad, metrics, not_finite)
 
 
-def assert_metrics_add_up(parts, metrics):
-    merged = merge(parts)
-    assert merged.keys() == metrics.keys()
-    for name, metric in metrics.items():
+def take_slots(inputs, chosen):
+    """The inputs with some of their slots."""
+    changed = {}
+    for name, spec in field_specs(LossInputs).items():
+        values = getattr(inputs, name)
+        if spec.axis == Axis.SLOT and values is not None:
+            changed[name] = values[chosen]
+    if inputs.segments is not None:
+        changed["segments"] = replace(inputs.segments, index=inputs.segments.index[chosen])
+    return replace(inputs, **changed)
+
+
+def assert_accounts_add_up(results, whole):
+    merged = merge(result.metrics for result in results)
+    assert merged.keys() == whole.metrics.keys()
+    for name, metric in whole.metrics.items():
         assert type(merged[name]) is type(metric)
         torch.testing.assert_close(merged[name].value, metric.value, check_dtype=False, msg=name)
         if isinstance(metric, Mean):  # the weight of others says nothing
             torch.testing.assert_close(
                 merged[name].weight, metric.weight, check_dtype=False, msg=name
             )
-
-
-def assert_not_finite_adds_up(parts, not_finite):
-    assert sum(part.documents for part in parts) == not_finite.documents
-    assert sum(part.tokens for part in parts) == not_finite.tokens
+    assert sum(r.not_finite.documents for r in results) == whole.not_finite.documents
+    assert sum(r.not_finite.tokens for r in results) == whole.not_finite.tokens
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -154,48 +176,36 @@ def assert_not_finite_adds_up(parts, not_finite):
 def test_any_split_is_the_whole(name, option, seed):
     documents, size, rng = random_case(seed)
     loss, new, entropy, inputs = build_case(name, option, documents)
-    places = list(range(new.numel()))
-    rng.shuffle(places)
-    rank_of = torch.tensor([rng.randrange(size) for _ in places])  # some ranks may hold nothing
+    slots = list(range(new.numel()))
+    rng.shuffle(slots)
+    rank_of = torch.tensor([rng.randrange(size) for _ in slots])  # some ranks may hold nothing
     shares = [
-        torch.tensor([p for p in places if rank_of[p] == rank], dtype=torch.int64)
+        torch.tensor([slot for slot in slots if rank_of[slot] == rank], dtype=torch.int64)
         for rank in range(size)
     ]
-    axis = Axis(size)
+    axis = ThreadAxis(size)
 
     def run(rank):
         mine = shares[rank]
-        logps = new[mine].clone().requires_grad_()
-        entropies = entropy[mine].clone().requires_grad_()
-        part = replace(
-            inputs,
-            document_index=inputs.document_index[mine],
-            loss_mask=inputs.loss_mask[mine],
-            old_logps=inputs.old_logps[mine],
-            ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[mine],
-            sampler_logps=None if inputs.sampler_logps is None else inputs.sampler_logps[mine],
-            token_advantages=None
-            if inputs.token_advantages is None
-            else inputs.token_advantages[mine],
-            segments=None
-            if inputs.segments is None
-            else replace(inputs.segments, index=inputs.segments.index[mine]),
+        here = replace(
+            take_slots(inputs, mine),
             counted=torch.arange(inputs.label_counts.numel()) % size == rank,
             complete=axis.complete(rank),
         )
-        value, metrics = loss(logps, entropies, part)
-        value.backward()
-        return value.detach(), logps.grad, entropies.grad, metrics
+        return backward(loss, new[mine], entropy[mine], here)
 
-    found = on_threads(run, size)
-    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
-    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
-    for rank, (_, d_logps, d_entropy, _) in enumerate(found):
-        for got, want in ((d_logps, grad), (d_entropy, entropy_grad)):
+    ranks = on_threads(run, size)
+    whole = backward(loss, new, entropy, inputs)
+    torch.testing.assert_close(sum(r.value for r in ranks), whole.value, rtol=1e-10, atol=1e-12)
+    for result, share in zip(ranks, shares, strict=True):
+        for got, want in (
+            (result.grad, whole.grad),
+            (result.entropy_grad, whole.entropy_grad),
+        ):
             assert (got is None) == (want is None)
             if want is not None:
-                torch.testing.assert_close(got, want[shares[rank]], rtol=1e-10, atol=1e-14)
-    assert_metrics_add_up([f[-1] for f in found], metrics)
+                torch.testing.assert_close(got, want[share], rtol=1e-10, atol=1e-14)
+    assert_accounts_add_up(ranks, whole)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -211,38 +221,28 @@ def test_chunks_of_whole_documents_are_the_whole(name, option, seed):
     )
     rows = inputs.loss_mask  # all but padding
     new, entropy = new[rows], entropy[rows]
-    inputs = replace(
-        inputs,
-        document_index=inputs.document_index[rows],
-        loss_mask=rows[rows],
-        old_logps=inputs.old_logps[rows],
-        ref_logps=None if inputs.ref_logps is None else inputs.ref_logps[rows],
-        sampler_logps=None if inputs.sampler_logps is None else inputs.sampler_logps[rows],
-        token_advantages=None if inputs.token_advantages is None else inputs.token_advantages[rows],
-        segments=None
-        if inputs.segments is None
-        else replace(inputs.segments, index=inputs.segments.index[rows]),
-    )
+    inputs = take_slots(inputs, rows)
     counts = inputs.label_counts.tolist()
     cuts = [
         0,
         *sorted(rng.sample(range(1, len(counts)), rng.randint(0, len(counts) - 1))),
         len(counts),
     ]
-    value, grad, entropy_grad, metrics = whole_gradients(loss, new, entropy, inputs)
-    found = []
+    whole = backward(loss, new, entropy, inputs)
+    chunks = []
     for first, last in zip(cuts, cuts[1:], strict=False):
         span = slice(sum(counts[:first]), sum(counts[:last]))
-        found.append(
-            whole_gradients(loss, new[span], entropy[span], _part(inputs, counts, first, last))
-        )
-    torch.testing.assert_close(sum(f[0] for f in found), value, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.cat([f[1] for f in found]), grad, rtol=1e-10, atol=1e-14)
-    if entropy_grad is not None:
+        chunk_inputs = inputs.of_documents(counts, first, last)
+        chunks.append(backward(loss, new[span], entropy[span], chunk_inputs))
+    torch.testing.assert_close(sum(c.value for c in chunks), whole.value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([c.grad for c in chunks]), whole.grad, rtol=1e-10, atol=1e-14
+    )
+    if whole.entropy_grad is not None:
         torch.testing.assert_close(
-            torch.cat([f[2] for f in found]), entropy_grad, rtol=1e-10, atol=1e-14
+            torch.cat([c.entropy_grad for c in chunks]), whole.entropy_grad, rtol=1e-10, atol=1e-14
         )
-    assert_metrics_add_up([f[-1] for f in found], metrics)
+    assert_accounts_add_up(chunks, whole)
 
 
 @pytest.fixture
@@ -257,30 +257,29 @@ def one_rank():
 def test_segments_of_a_batch_go_through_the_head(one_rank, name):
     """In chunks as in one, and unlike documents without segments."""
     batch = pack_documents(tiny_policy.documents(), 64)
-    places = batch.loss_mask.cumsum(0) // 4
-    batch.segment_index = torch.unique(1000 * batch.document_index + places, return_inverse=True)[1]
+    cuts = batch.loss_mask.cumsum(0) // 4
+    batch.segment_index = torch.unique(1000 * batch.document_index + cuts, return_inverse=True)[1]
     num_segments = int(batch.segment_index.max()) + 1
     batch.segment_advantages = torch.randn(num_segments, generator=torch.Generator().manual_seed(0))
 
-    def found(kernel, **options):
+    def metrics_and_gradients(kernel, **options):
         loss = LOSSES[name](clip_low=0.01, clip_high=0.01)
         policy = build_policy(loss, kernel=kernel, **options)
-        (pairs,) = accumulate_gradients(
-            policy, [Microbatch.prepare(batch, torch.device("cpu"))], 7.0
-        )
-        sums = StepMetrics()
-        sums.add(pairs)
-        return sums.reduce(torch.device("cpu")), [p.grad.full_tensor() for p in policy.parameters()]
+        microbatch = Microbatch.prepare(batch, torch.device("cpu"))
+        (output,) = accumulate_gradients(policy, [microbatch], 7.0)
+        step = StepMetrics()
+        step.add(output.metrics, output.not_finite)
+        return step.reduce(), [p.grad.full_tensor() for p in policy.parameters()]
 
-    (metrics, grads), (expected, wanted) = found("compile", chunk_size=40), found("reference")
+    metrics, grads = metrics_and_gradients("compile", chunk_size=40)
+    expected, wanted = metrics_and_gradients("reference")
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
     for grad, want in zip(grads, wanted, strict=True):
         assert 0 < want.norm() and (grad - want).norm() <= 1e-5 * want.norm()
     batch.segment_advantages = torch.ones(num_segments)
-    assert any(
-        (a - b).norm() > 0.1 * b.norm() for a, b in zip(found("reference")[1], wanted, strict=True)
-    )
+    _, others = metrics_and_gradients("reference")
+    assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(others, wanted, strict=True))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "compile"])
@@ -289,7 +288,7 @@ def test_padding_alone_needs_no_segments(one_rank, name, kernel):
     """A rank whose documents have ended goes along with it."""
     microbatch = Microbatch.prepare(pack_documents([]), torch.device("cpu"))
     policy = build_policy(LOSSES[name](), kernel=kernel)
-    loss, _ = policy(microbatch)
+    loss = policy(microbatch).loss
     loss.backward()
     assert loss == 0 and not any(p.grad.full_tensor().any() for p in policy.parameters())
 
@@ -305,6 +304,7 @@ def test_an_objective_sums_over_the_ranks_once(name, per_token):
     loss, new, entropy, inputs = build_case(
         name, "token_advantages" if per_token else "plain", documents
     )
-    axis = Axis(1)
-    loss(new.requires_grad_(), entropy, replace(inputs, complete=axis.complete(0)))[0].backward()
+    axis = ThreadAxis(1)
+    output = loss(new.requires_grad_(), entropy, replace(inputs, complete=axis.complete(0)))
+    output.loss.backward()
     assert axis.num_sums == (2 if name in TOKEN_LEVEL else 1)
