@@ -1,36 +1,84 @@
-"""The loss head over chunks of rows: from hidden states and the LM-head weight to log-probabilities and gradients.
+"""The loss head over chunks of rows: from hidden states to log-probabilities and gradients.
 
-Never holds ``T x V``: one buffer of a chunk of logits is used again and again. In units of one product of all rows with
-the weight, f being the share of rows whose gradient is exactly zero:
+``T x V`` is never held: one buffer of a chunk of logits is used again and again. In units of one
+product of all rows with the weight, f being the share of rows whose gradient is exactly zero:
 
-- :func:`linear_loss`, for whole documents: 3 - 2f. The objective runs on the chunk while its logits are at hand, its
-  autograd gives one coefficient per row, and rows with a coefficient of zero are left out of both gradient products.
-  A document longer than a chunk pays a fourth product for its other rows, but for those in its last span.
-- :func:`linear_logps`, an autograd op that knows no objective: 4 - 3f, since the backward computes the logits of the
-  rows that have a gradient once more.
-- :func:`logits_logps`, for logits that are there already: two reads and one write in place, no product.
+- :func:`linear_loss`, for whole documents: 3 - 2f. Rows with a coefficient of zero are left out of
+  both gradient products. A document longer than a chunk pays a fourth product, for its rows with a
+  coefficient that do not lie in its last span of ``chunk_size`` rows.
+- :func:`linear_logps`, an autograd op that knows no objective: 4 - 3f, since the backward computes
+  the logits of the rows that have a gradient once more.
+- :func:`logits_logps`, for logits that are there already: two reads and one write in place, no
+  product.
 
-The gradient of any objective with respect to a row's logits is ``c * (onehot - softmax) / temperature`` with one number
-c per row, and a second for an entropy bonus, so nothing here depends on which objective it is.
+The gradient of any objective by a row's logits is ``c * (onehot - softmax) / temperature`` with one
+number c per row, and a second for an entropy bonus. So nothing here depends on which objective it
+is.
+
+One arrow points up: :func:`linear_loss` calls the objective, as its ``loss_function``, though the
+objective is built on log-probabilities and the head lies below it. A document's coefficients are
+known only after its log-probabilities. By calling back, the head gets them while the chunk's logits
+are still in the buffer and turns these into their gradient in place. An op that returns
+log-probabilities first, as :func:`linear_logps` does, has given the logits up by then and pays a
+product to compute them again. Of what the loss function returns, the head reads the loss sum alone;
+the second result goes to the caller as it is.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gspo.kernels.rows import RowKernels
-from gspo.types import MetricSums
 
-_APART = 32  # entries between rows of logits: a power of two from row to row, as 32,768 is, costs a CPU's product 3 %
-_MOVED_AT_A_TIME = 16  # rows copied beside the buffer
+# Entries between rows of logits: a power of two from row to row, as 32,768 is, costs a CPU's
+# product 3 %.
+_ROW_GAP = 32
+_MIN_ROWS_MOVED = 16  # rows copied at a time beside the buffer, or a sixteenth of all if more
 
-Seam = Callable[[Tensor, Tensor, int, int], tuple[Tensor, MetricSums]]
+Result = TypeVar("Result")
+# (logps, entropy, first, last) of documents first to last - 1 -> (undivided loss sum, anything)
+LossFunction = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Result]]
+
+
+class _Chunk(NamedTuple):
+    """Documents ``first`` to ``last - 1``, which are rows ``start`` to ``stop - 1``."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+class _NeedsGradient(NamedTuple):
+    hidden: bool
+    weight: bool
+
+
+class _Coefficients(NamedTuple):
+    """What makes the gradient of N rows of logits, each ``[N]``."""
+
+    log_z: Tensor  # of softmax(logits / temperature)
+    entropy: Tensor
+    d_logps: Tensor  # gradient of the loss by the log-probabilities
+    d_entropy: Tensor | None  # and by the entropies, None where there is none
+
+    def at(self, rows: slice | Tensor) -> _Coefficients:
+        """Return the coefficients of some rows."""
+        d_entropy = None if self.d_entropy is None else self.d_entropy[rows]
+        return _Coefficients(self.log_z[rows], self.entropy[rows], self.d_logps[rows], d_entropy)
+
+    def is_active(self) -> Tensor:  # [N] bool
+        """Return which rows have a gradient."""
+        is_active = self.d_logps != 0
+        if self.d_entropy is not None:
+            is_active |= self.d_entropy != 0
+        return is_active
 
 
 def linear_loss(
@@ -38,104 +86,132 @@ def linear_loss(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [N] int64
     temperature: Tensor,  # [N] > 0
-    label_counts: list[int],  # [D] rows of each document, which stand one after another
-    seam: Seam,
+    label_counts: list[int],  # [D] rows of each document; documents stand one after another
+    loss_function: LossFunction[Result],
     *,
     kernels: RowKernels,
     chunk_size: int,
     entropy_grad: bool = False,
-) -> tuple[Tensor, list[MetricSums]]:
-    """The loss of whole documents and, when it returns, its gradients; the backward only scales them.
+) -> tuple[Tensor, list[Result]]:  # []
+    """Return the loss sum of whole documents, and the loss function's other result of each chunk.
 
-    Args:
-        hidden: hidden states.
-        weight: of the LM head; one that needs no gradient costs no product for it.
-        labels: next tokens.
-        temperature: of each row.
-        label_counts: on the host.
-        seam: ``(logps, entropy, first, last)`` of documents ``first`` to ``last - 1`` to their undivided loss sum and
-            metric sums; plain torch, differentiated here with respect to its first two arguments.
-        kernels: the backend.
-        chunk_size: rows whose logits are held at a time. A longer document costs one more product of its rows that
-            have a coefficient.
-        entropy_grad: the loss depends on the entropy.
-
-    Returns:
-        The loss sum, and the metric sums of each chunk.
+    Its gradients are done by then; the backward only scales them. See
+    :func:`gspo.kernels.linear_loss`. A weight that needs no gradient costs no product for it.
     """
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    chunks = _chunks(label_counts, chunk_size)
-    longest = min(chunk_size, max((stop - start for _, _, start, stop in chunks), default=0))
-    head = _Head(hidden.detach(), weight.detach(), labels, temperature, kernels, longest, needs)
-    loss = hidden.new_zeros((), dtype=torch.float32)
-    metrics = []
-    for first, last, start, stop in chunks:
-        spans = [(i, min(i + chunk_size, stop)) for i in range(start, stop, chunk_size)]
-        with torch.no_grad():
-            parts = [head.statistics(*span) for span in spans]
-            logps, log_z, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
-        with torch.set_grad_enabled(any(needs)):
-            logps.requires_grad_(any(needs))
-            entropy.requires_grad_(any(needs) and entropy_grad)
-            part, found = seam(logps, entropy, first, last)
-        metrics.append(found)
-        loss += part.detach()
-        if (
-            not part.requires_grad
-        ):  # none is asked for, or the objective has none for these documents
-            continue
-        d_logps, d_entropy = _coefficients(part, logps, entropy)
-        with torch.no_grad():
-            for i, (a, b) in reversed(list(enumerate(spans))):
-                at = slice(a - start, b - start)
-                rest = (
-                    log_z[at],
-                    entropy[at],
-                    d_logps[at],
-                    None if d_entropy is None else d_entropy[at],
-                )
-                head.add_gradient(a, *rest, filled=i == len(spans) - 1)
-    if not metrics:  # no rows, but the names of the metrics must be those of the other ranks
-        none = loss.new_zeros(0)
-        metrics.append(seam(none, none, 0, len(label_counts))[1])
-    if not any(needs):
-        return loss, metrics
-    return _Attach.apply(hidden, weight, loss, *head.gradients()), metrics
-
-
-def _chunks(label_counts: list[int], chunk_size: int) -> list[tuple[int, int, int, int]]:
-    """As few chunks as can be, and the longest of them as short as it can then be: products of few rows are slow."""
-    fewest = len(_filled(label_counts, chunk_size))
-    smallest = bisect_left(
-        range(chunk_size), True, key=lambda size: len(_filled(label_counts, size)) == fewest
+    needs = _needs_gradient(hidden, weight)
+    needs_any = any(needs)
+    chunks = _even_chunks(label_counts, chunk_size)
+    longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    head = _Head(
+        hidden.detach(),
+        weight.detach(),
+        labels,
+        temperature,
+        kernels=kernels,
+        buffer_rows=min(chunk_size, longest),
+        needs=needs,
     )
-    return _filled(label_counts, smallest)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    results = []
+    for chunk in chunks:
+        spans = _spans(chunk.start, chunk.stop, chunk_size)
+        with torch.no_grad():
+            logps, log_z, entropy = head.statistics(spans)
+        with torch.set_grad_enabled(needs_any):
+            logps.requires_grad_(needs_any)
+            entropy.requires_grad_(needs_any and entropy_grad)
+            loss_sum, result = loss_function(logps, entropy, chunk.first, chunk.last)
+        results.append(result)
+        total += loss_sum.detach()
+        # It has none where none is asked for, or if the objective is constant on these documents.
+        if loss_sum.requires_grad:
+            d_logps, d_entropy = _differentiate(loss_sum, logps, entropy)
+            head.add_gradients(spans, _Coefficients(log_z, entropy, d_logps, d_entropy))
+    if not chunks:
+        results.append(_result_without_rows(loss_function, total, len(label_counts)))
+    if not needs_any:
+        return total, results
+    return _AttachGradients.apply(hidden, weight, total, *head.gradients()), results
 
 
-def _filled(label_counts: list[int], chunk_size: int) -> list[tuple[int, int, int, int]]:
-    """Documents first to last - 1 in rows start to stop - 1: as many as fit, at least one with rows."""
-    found = []
+def _needs_gradient(hidden: Tensor, weight: Tensor) -> _NeedsGradient:
+    is_enabled = torch.is_grad_enabled()
+    return _NeedsGradient(is_enabled and hidden.requires_grad, is_enabled and weight.requires_grad)
+
+
+def _differentiate(
+    loss_sum: Tensor,  # []
+    logps: Tensor,  # [N]
+    entropy: Tensor,  # [N]
+) -> tuple[Tensor, Tensor | None]:  # [N], [N]
+    """Return the gradients by log-probabilities and, where they require it, by entropies."""
+    if entropy.requires_grad:
+        inputs = (logps, entropy)
+        d_logps, d_entropy = torch.autograd.grad(loss_sum, inputs, allow_unused=True)
+    else:
+        (d_logps,) = torch.autograd.grad(loss_sum, (logps,), allow_unused=True)
+        d_entropy = None
+    if d_logps is None:
+        d_logps = torch.zeros_like(logps)
+    return d_logps, d_entropy
+
+
+def _result_without_rows(
+    loss_function: LossFunction[Result], like: Tensor, num_documents: int
+) -> Result:
+    """Return the result for no rows: the names of metrics must be those of the other ranks."""
+    empty = like.new_zeros(0)
+    _, result = loss_function(empty, empty, 0, num_documents)
+    return result
+
+
+def _even_chunks(label_counts: list[int], chunk_size: int) -> list[_Chunk]:
+    """Return as few chunks as can be, the longest of them as short as it can then be.
+
+    Products of few rows are slow.
+    """
+    fewest = len(_fill_chunks(label_counts, chunk_size))
+
+    def is_large_enough(size: int) -> bool:
+        return len(_fill_chunks(label_counts, size)) == fewest
+
+    smallest = bisect_left(range(chunk_size), True, key=is_large_enough)
+    return _fill_chunks(label_counts, smallest)
+
+
+def _fill_chunks(label_counts: list[int], chunk_size: int) -> list[_Chunk]:
+    """Return chunks with as many documents as fit, and at least one that has rows."""
+    chunks = []
     first = start = stop = 0
-    for i, count in enumerate(label_counts):
-        if count and stop > start and stop + count - start > chunk_size:
-            found.append((first, i, start, stop))
-            first, start = i, stop
+    for document, count in enumerate(label_counts):
+        is_too_long = stop + count - start > chunk_size
+        if count and stop > start and is_too_long:
+            chunks.append(_Chunk(first, document, start, stop))
+            first = document
+            start = stop
         stop += count
     if stop > start:
-        found.append((first, len(label_counts), start, stop))
-    return found
+        chunks.append(_Chunk(first, len(label_counts), start, stop))
+    return chunks
 
 
-def _coefficients(loss: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a loss sum with respect to log-probabilities and, where it may depend on them, entropies."""
-    outputs = (logps, entropy) if entropy.requires_grad else (logps,)
-    found = torch.autograd.grad(loss, outputs, allow_unused=True)
-    d_logps = torch.zeros_like(logps) if found[0] is None else found[0]
-    return d_logps, found[1] if len(found) > 1 else None
+def _spans(start: int, stop: int, size: int) -> list[slice]:
+    """Return rows ``start`` to ``stop - 1``, at most ``size`` at a time."""
+    return [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
 
 
 class _Head:
-    """The rows of one call, one buffer for a chunk of logits, and the gradients so far."""
+    """The rows of one call, one buffer for a chunk of logits, and the gradients so far.
+
+    Args:
+        hidden: [N, H], without a graph, as is the weight.
+        weight: [V, H].
+        labels: [N].
+        temperature: [N].
+        kernels: The backend.
+        buffer_rows: The most rows whose logits are held at a time.
+        needs: Which gradients are summed.
+    """
 
     def __init__(
         self,
@@ -143,103 +219,142 @@ class _Head:
         weight: Tensor,
         labels: Tensor,
         temperature: Tensor,
+        *,
         kernels: RowKernels,
-        chunk_size: int,
-        needs: list[bool],
+        buffer_rows: int,
+        needs: _NeedsGradient,
     ) -> None:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # In float32 whatever the operands are: sums over chunks, and rounded once, after the loss's own factor.
-        self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-        self.d_weight = weight.new_empty(weight.shape, dtype=dtype) if needs[1] else None
-        self.beta = 0.0  # what is in d_weight before the first product is not read
+        # In float32 whatever the operands are: summed over chunks, and rounded once, after the
+        # loss's own factor.
+        self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None
+        self.d_weight = weight.new_empty(weight.shape, dtype=dtype) if needs.weight else None
+        self._has_products = False  # before the first, what is in d_weight is not read
         if hidden.device.type == "cpu":  # where no product of bf16 has a float32 output
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        self.hidden, self.weight, self.labels, self.temperature = (
-            hidden,
-            weight,
-            labels,
-            temperature,
-        )
-        self.kernels = kernels
-        num_rows, vocab_size = min(chunk_size, hidden.shape[0]), weight.shape[0]
-        self.buffer = hidden.new_empty(num_rows, vocab_size + _APART, dtype=dtype)[:, :vocab_size]
+            hidden = hidden.to(dtype)
+            weight = weight.to(dtype)
+        self._hidden = hidden
+        self._weight = weight
+        self._labels = labels
+        self._temperature = temperature
+        self._kernels = kernels
+        self._buffer = _new_buffer(hidden, weight, buffer_rows)
 
-    def fill(self, start: int, stop: int) -> Tensor:
-        logits = self.buffer[: stop - start]
-        self.kernels.product(self.hidden[start:stop], self.weight, logits)
+    def fill(self, rows: slice) -> Tensor:  # [N, V]
+        """Put the logits of ``rows`` into the buffer."""
+        logits = self._buffer[: rows.stop - rows.start]
+        self._kernels.product(self._hidden[rows], self._weight, logits)
         return logits
 
-    def statistics(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.fill(start, stop)
-        return self.kernels.statistics(
-            logits, self.labels[start:stop], self.temperature[start:stop]
-        )
+    def statistics(self, spans: list[slice]) -> tuple[Tensor, Tensor, Tensor]:  # each [N]
+        """Return logps, log_z and entropy; the last span's logits stay in the buffer."""
+        statistics = [self._span_statistics(rows) for rows in spans]
+        logps, log_z, entropy = zip(*statistics, strict=True)
+        return torch.cat(logps), torch.cat(log_z), torch.cat(entropy)
+
+    def _span_statistics(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.fill(rows)
+        return self._kernels.statistics(logits, self._labels[rows], self._temperature[rows])
+
+    @torch.no_grad()
+    def add_gradients(self, spans: list[slice], coefficients: _Coefficients) -> None:
+        """Add the gradients of successive spans, the last of which is in the buffer."""
+        start = spans[0].start
+        is_in_buffer = True
+        for rows in reversed(spans):
+            span = coefficients.at(slice(rows.start - start, rows.stop - start))
+            self.add_gradient(rows.start, span, is_in_buffer=is_in_buffer)
+            is_in_buffer = False
 
     def add_gradient(
-        self,
-        start: int,
-        log_z: Tensor,
-        entropy: Tensor,
-        d_logps: Tensor,
-        d_entropy: Tensor | None,
-        *,
-        filled: bool = True,
+        self, start: int, coefficients: _Coefficients, *, is_in_buffer: bool = True
     ) -> None:
-        """Adds the gradients of the rows from ``start``, whose logits, if ``filled``, are in the buffer; uses it up."""
-        active = d_logps != 0
-        if d_entropy is not None:
-            active |= d_entropy != 0
-        rows = _to_front(self.buffer, active) if filled else active.nonzero().squeeze(-1)
-        num_rows = rows.numel()  # known on the host: the products take no longer than their rows
-        if not num_rows:
-            return
-        at = start + rows
-        if not filled:
-            self.kernels.product(self.hidden[at], self.weight, self.buffer[:num_rows])
-        gradient = self.kernels.gradient(
-            self.buffer[:num_rows],
-            self.labels[at],
-            self.temperature[at],
-            log_z[rows],
-            entropy[rows],
-            d_logps[rows],
-            None if d_entropy is None else d_entropy[rows],
-            self.weight.dtype,
-        )
-        if self.d_hidden is not None:
-            found = self.d_hidden.new_empty(num_rows, self.weight.shape[1])
-            self.kernels.product(gradient, self.weight.T, found)
-            self.d_hidden.index_copy_(0, at, found)
-        if self.d_weight is not None:
-            self.kernels.accumulate(gradient, self.hidden[at], self.d_weight, self.beta)
-            self.beta = 1.0
+        """Add the gradients of the rows from ``start``, and use the buffer up.
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden states and weight, once all chunks are in."""
-        if self.d_weight is not None and not self.beta:
+        Args:
+            start: The first row.
+            coefficients: As many as there are rows.
+            is_in_buffer: The logits of these rows are in the buffer, and not to be computed again.
+        """
+        is_active = coefficients.is_active()
+        if is_in_buffer:
+            active = _move_to_front(self._buffer, is_active)
+        else:
+            active = is_active.nonzero().squeeze(-1)
+        num_active = (
+            active.numel()
+        )  # known on the host: the products take no longer than their rows
+        if not num_active:
+            return
+        rows = start + active
+        logits = self._buffer[:num_active]
+        if not is_in_buffer:
+            self._kernels.product(self._hidden[rows], self._weight, logits)
+        gradient = self._logits_gradient(logits, rows, coefficients.at(active))
+        self._add_products(gradient, rows)
+
+    def _logits_gradient(
+        self,
+        logits: Tensor,  # [N, V], overwritten
+        rows: Tensor,  # [N]
+        coefficients: _Coefficients,
+    ) -> Tensor:  # [N, V]
+        return self._kernels.gradient(
+            logits, self._labels[rows], self._temperature[rows], *coefficients, self._weight.dtype
+        )
+
+    def _add_products(
+        self,
+        gradient: Tensor,  # [N, V]
+        rows: Tensor,  # [N]
+    ) -> None:
+        """Go from the gradient by logits to those by hidden states and weight."""
+        if self.d_hidden is not None:
+            d_rows = self.d_hidden.new_empty(rows.numel(), self._weight.shape[1])
+            self._kernels.product(gradient, self._weight.T, d_rows)
+            self.d_hidden.index_copy_(0, rows, d_rows)
+        if self.d_weight is not None:
+            beta = 1.0 if self._has_products else 0.0
+            self._kernels.accumulate(gradient, self._hidden[rows], self.d_weight, beta)
+            self._has_products = True
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:  # [N, H], [V, H]
+        """Return (d_hidden, d_weight) after the last chunk."""
+        if self.d_weight is not None and not self._has_products:
             self.d_weight.zero_()
         return self.d_hidden, self.d_weight
 
 
-def _to_front(logits: Tensor, active: Tensor) -> Tensor:
-    """Moves the active rows, M in number, into the first M places; returns which row each of these now holds."""
-    rows = active.nonzero().squeeze(-1)
-    num_rows = rows.numel()
-    if num_rows == active.numel() or not num_rows:
-        return rows
-    holes = (~active[:num_rows]).nonzero().squeeze(-1)
-    late = rows[
-        num_rows - holes.numel() :
-    ]  # as many active rows lie behind the first M as there are holes in these
-    part = max(_MOVED_AT_A_TIME, num_rows // 16)
-    for to, source in zip(holes.split(part), late.split(part), strict=True):
-        logits.index_copy_(0, to, logits.index_select(0, source))
-    order = torch.arange(num_rows, device=rows.device)
-    order[holes] = late
-    return order
+def _new_buffer(hidden: Tensor, weight: Tensor, num_rows: int) -> Tensor:
+    """Return memory for the logits of ``num_rows`` rows, or of all if they are fewer."""
+    num_rows = min(num_rows, hidden.shape[0])
+    vocab_size = weight.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    memory = hidden.new_empty(num_rows, vocab_size + _ROW_GAP, dtype=dtype)
+    return memory[:, :vocab_size]
 
 
-class _Attach(torch.autograd.Function):
+def _move_to_front(
+    logits: Tensor,  # [N, V]
+    is_active: Tensor,  # [N] bool
+) -> Tensor:  # [M]
+    """Move the M active rows into the first M slots; return which row each slot now holds."""
+    active = is_active.nonzero().squeeze(-1)
+    num_active = active.numel()
+    if not num_active or num_active == is_active.numel():
+        return active
+    # Active rows behind slot M are as many as there are holes before it: each fills one.
+    holes = (~is_active[:num_active]).nonzero().squeeze(-1)
+    late = active[num_active - holes.numel() :]
+    size = max(_MIN_ROWS_MOVED, num_active // 16)
+    for slots, sources in zip(holes.split(size), late.split(size), strict=True):
+        logits.index_copy_(0, slots, logits.index_select(0, sources))
+    row_of_slot = torch.arange(num_active, device=active.device)
+    row_of_slot[holes] = late
+    return row_of_slot
+
+
+class _AttachGradients(torch.autograd.Function):
     """Gives a loss the gradients that are known already."""
 
     @staticmethod
@@ -260,12 +375,11 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss head's gradients are used up: call backward once")
-        found = [
-            None if x is None else x.mul_(d_loss).to(dtype)
-            for x, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        ]
+        scaled: list[Tensor | None] = []
+        for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True):
+            scaled.append(None if gradient is None else gradient.mul_(d_loss).to(dtype))
         ctx.gradients = None
-        return *found, None, None, None
+        return *scaled, None, None, None
 
 
 def linear_logps(
@@ -278,12 +392,14 @@ def linear_logps(
     chunk_size: int,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies as an autograd op; see :func:`gspo.kernels.linear_logps`."""
+    """Return log-probabilities and entropies; see :func:`gspo.kernels.linear_logps`."""
     logps, entropy = _LinearLogps.apply(hidden, weight, labels, temperature, kernels, chunk_size)
     return logps, entropy if entropy_grad else entropy.detach()
 
 
 class _LinearLogps(torch.autograd.Function):
+    """An autograd op whose backward computes the logits of active rows again."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -294,48 +410,65 @@ class _LinearLogps(torch.autograd.Function):
         kernels: RowKernels,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        head = _Head(hidden, weight, labels, temperature, kernels, chunk_size, [False, False])
-        num_rows = hidden.shape[0]
-        spans = [(i, min(i + chunk_size, num_rows)) for i in range(0, num_rows, chunk_size)]
-        parts = [head.statistics(*span) for span in spans] or [(temperature.float(),) * 3]
-        logps, log_z, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        head = _Head(
+            hidden,
+            weight,
+            labels,
+            temperature,
+            kernels=kernels,
+            buffer_rows=chunk_size,
+            needs=_NeedsGradient(False, False),
+        )
+        spans = _spans(0, hidden.shape[0], chunk_size)
+        if spans:
+            logps, log_z, entropy = head.statistics(spans)
+        else:
+            logps, log_z, entropy = (
+                temperature.new_empty(0, dtype=torch.float32) for _ in range(3)
+            )
         ctx.save_for_backward(hidden, weight, labels, temperature, log_z, entropy)
-        ctx.kernels, ctx.chunk_size = kernels, chunk_size
+        ctx.kernels = kernels
+        ctx.chunk_size = chunk_size
         return logps, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, temperature, log_z, entropy = ctx.saved_tensors
-        active = (
-            ((d_logps != 0) | (d_entropy != 0)).nonzero().squeeze(-1)
-        )  # the others are not computed again
-        rows = (
-            x[active] for x in (hidden, labels, temperature, log_z, entropy, d_logps, d_entropy)
-        )
-        hidden_rows, labels, temperature, log_z, entropy, d_logps, d_entropy = rows
-        with_entropy = bool((d_entropy != 0).any())
+        coefficients = _Coefficients(log_z, entropy, d_logps, _none_if_zero(d_entropy))
+        active = coefficients.is_active().nonzero().squeeze(-1)
+        coefficients = coefficients.at(active)
         head = _Head(
-            hidden_rows,
+            hidden[active],
             weight,
-            labels,
-            temperature,
-            ctx.kernels,
-            ctx.chunk_size,
-            ctx.needs_input_grad[:2],
+            labels[active],
+            temperature[active],
+            kernels=ctx.kernels,
+            buffer_rows=ctx.chunk_size,
+            needs=_NeedsGradient(*ctx.needs_input_grad[:2]),
         )
-        for a in range(0, active.numel(), ctx.chunk_size):
-            b = min(a + ctx.chunk_size, active.numel())
-            head.fill(a, b)
-            head.add_gradient(
-                a, log_z[a:b], entropy[a:b], d_logps[a:b], d_entropy[a:b] if with_entropy else None
-            )
-        d_hidden, d_weight = head.gradients()
-        if d_hidden is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, active, d_hidden.to(hidden.dtype))
+        for rows in _spans(0, active.numel(), ctx.chunk_size):
+            head.fill(rows)
+            head.add_gradient(rows.start, coefficients.at(rows))
+        d_rows, d_weight = head.gradients()
+        d_hidden = None if d_rows is None else _spread(d_rows, active, hidden)
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
+
+
+def _spread(
+    d_rows: Tensor,  # [M, H]
+    rows: Tensor,  # [M]
+    hidden: Tensor,  # [N, H]
+) -> Tensor:  # [N, H]
+    """Put the gradients of some rows among zeros for the others."""
+    return torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype))
+
+
+def _none_if_zero(d_entropy: Tensor) -> Tensor | None:
+    """Return no gradient for zeros: without one, the gradient kernel does less."""
+    return d_entropy if bool((d_entropy != 0).any()) else None
 
 
 def logits_logps(
@@ -346,12 +479,14 @@ def logits_logps(
     kernels: RowKernels,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of logits that are there; see :func:`gspo.kernels.logits_logps`."""
+    """Return log-probabilities and entropies; see :func:`gspo.kernels.logits_logps`."""
     logps, entropy = _LogitsLogps.apply(logits, labels, temperature, kernels)
     return logps, entropy if entropy_grad else entropy.detach()
 
 
 class _LogitsLogps(torch.autograd.Function):
+    """An autograd op whose backward writes the gradient where the logits were."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, temperature: Tensor, kernels: RowKernels
@@ -365,6 +500,8 @@ class _LogitsLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, temperature, log_z, entropy = ctx.saved_tensors
-        with_entropy = d_entropy if bool((d_entropy != 0).any()) else None
-        rest = (labels, temperature, log_z, entropy.detach(), d_logps, with_entropy)
-        return ctx.kernels.gradient(logits.detach(), *rest, logits.dtype), None, None, None
+        coefficients = _Coefficients(log_z, entropy.detach(), d_logps, _none_if_zero(d_entropy))
+        gradient = ctx.kernels.gradient(
+            logits.detach(), labels, temperature, *coefficients, logits.dtype
+        )
+        return gradient, None, None, None

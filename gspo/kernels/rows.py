@@ -1,7 +1,8 @@
-"""What the loss head does to rows of logits, in plain torch; through ``torch.compile`` it is the kernel of a CPU.
+"""What the loss head does to rows of logits, in plain torch.
 
-Three operations make a backend, see :class:`RowKernels`. The drivers in :mod:`gspo.kernels.head` know nothing else of
-a device, and nothing here knows what an objective is.
+Through ``torch.compile`` it is the backend of a CPU. Four operations make a backend, see
+:class:`RowKernels`. :mod:`gspo.kernels.head` knows nothing else of a device, and nothing here knows
+what an objective is.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RowKernels:
-    """The operations of one backend, for N rows of float32 logits ``[N, V]``; vectors are [N] float32, in nats.
+    """The operations of one backend, for N rows of float32 logits ``[N, V]``.
 
-    - ``product(hidden [N, H], weight [V, H], out [N, V])`` writes ``hidden @ weight.T`` from float32 accumulators.
-    - ``statistics(logits, labels, temperature) -> logps, log_z, entropy`` of ``softmax(logits / temperature)``.
-    - ``gradient(logits, labels, temperature, log_z, entropy, d_logps, d_entropy, dtype) -> [N, V]`` is the gradient of
-      ``(d_logps * logps + d_entropy * entropy).sum()`` with respect to the logits, in ``dtype``, and takes their
-      memory. ``d_entropy`` may be None.
-    - ``accumulate(gradient [N, V], hidden [N, H], total [V, H], beta)`` makes a float32 ``total`` into
-      ``beta * total + gradient.T @ hidden``; with 0 it is not read.
+    Vectors are [N] float32, in nats.
+
+    - ``product(hidden [N, H], weight [V, H], out [N, V])`` writes ``hidden @ weight.T`` from
+      float32 accumulators.
+    - ``statistics(logits, labels, temperature) -> logps, log_z, entropy`` of
+      ``softmax(logits / temperature)``.
+    - ``gradient(logits, labels, temperature, log_z, entropy, d_logps, d_entropy, dtype) -> [N, V]``
+      is the gradient of ``(d_logps * logps + d_entropy * entropy).sum()`` by the logits, in
+      ``dtype``, and takes their memory. ``d_entropy`` may be None.
+    - ``accumulate(gradient [N, V], hidden [N, H], total [V, H], beta)`` makes a float32 ``total``
+      into ``beta * total + gradient.T @ hidden``; with 0 it is not read.
     """
 
     name: str
@@ -35,7 +40,7 @@ class RowKernels:
 
 
 def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """See :class:`RowKernels`."""
+    """Write ``hidden @ weight.T``, see :class:`RowKernels`."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -45,19 +50,23 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def statistics(
     logits: Tensor, labels: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`RowKernels`."""
-    logits = _at_least_float32(logits)
+    """Return logps, log_z and entropy, see :class:`RowKernels`."""
+    logits = at_least_float32(logits)
     inverse = temperature.reciprocal()
     largest = logits.amax(-1)
-    # A floor of 1e-38 changes no sum of 1 or more; 0 * -inf would be nan, and subnormal numbers are slow.
-    shifted = ((logits - largest[:, None]) * inverse[:, None]).clamp(min=-87.0)
+    shifted = (logits - largest[:, None]) * inverse[:, None]
+    # A floor of 1e-38 changes no sum of 1 or more; 0 * -inf would be nan, and subnormal numbers
+    # are slow.
+    shifted = shifted.clamp(min=-87.0)
     exponentials = shifted.exp()
     total = exponentials.sum(-1)
     weighted = (exponentials * shifted).sum(-1)
     log_total = total.log()
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
     logps = (label_logits - largest) * inverse - log_total
-    return logps, largest * inverse + log_total, log_total - weighted / total
+    log_z = largest * inverse + log_total
+    entropy = log_total - weighted / total
+    return logps, log_z, entropy
 
 
 def gradient(
@@ -72,54 +81,58 @@ def gradient(
     *,
     overwrite: Callable[..., None],
 ) -> Tensor:
-    """See :class:`RowKernels`; ``overwrite`` is :func:`_overwrite`, compiled or not."""
+    """Return the gradient by the logits, see :class:`RowKernels`.
+
+    ``overwrite`` is :func:`_overwrite`, compiled or not.
+    """
     inverse = temperature.reciprocal()
     scale = d_logps * inverse
-    rest = (
-        (inverse, log_z, scale)
-        if d_entropy is None
-        else (inverse, log_z, scale, entropy, d_entropy * inverse)
-    )
-    # By itself and before anything is rounded: near a probability of 1 it is a small difference.
-    at_label = _entries(logits.gather(-1, labels[:, None]), *rest) + scale[:, None]
-    overwrite(logits, *rest)
-    logits.scatter_(-1, labels[:, None], at_label.to(logits.dtype))
+    vectors: tuple[Tensor, ...] = (inverse, log_z, scale)
+    if d_entropy is not None:
+        vectors += (entropy, d_entropy * inverse)
+    # The label's entry by itself and before anything is rounded: near a probability of 1 it is a
+    # small difference.
+    label_logits = logits.gather(-1, labels[:, None])
+    label_entries = _entries(label_logits, *vectors) + scale[:, None]
+    overwrite(logits, *vectors)
+    logits.scatter_(-1, labels[:, None], label_entries.to(logits.dtype))
     return logits.to(dtype)
 
 
-def _overwrite(logits: Tensor, *rest: Tensor) -> None:
-    logits.copy_(_entries(logits, *rest))
+def _overwrite(logits: Tensor, *vectors: Tensor) -> None:
+    logits.copy_(_entries(logits, *vectors))
 
 
 def _entries(
-    logits: Tensor,
-    inverse: Tensor,
+    logits: Tensor,  # [N, V], or [N, 1] of the labels
+    inverse: Tensor,  # [N] as are the next, 1 / temperature
     log_z: Tensor,
-    scale: Tensor,
+    scale: Tensor,  # d_logps / temperature
     entropy: Tensor | None = None,
-    entropy_scale: Tensor | None = None,
+    entropy_scale: Tensor | None = None,  # d_entropy / temperature
 ) -> Tensor:
-    """The part of the gradient that all entries of a row have."""
-    # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products slow down at these.
-    all_logps = (_at_least_float32(logits) * inverse[:, None] - log_z[:, None]).clamp(min=-60.0)
+    """Return the part of the gradient that all entries of a row have: the label's has one more."""
+    # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products
+    # slow down at these.
+    all_logps = at_least_float32(logits) * inverse[:, None] - log_z[:, None]
+    all_logps = all_logps.clamp(min=-60.0)
     p = all_logps.exp()
-    found = torch.where(
-        scale[:, None] == 0, 0.0, -scale[:, None] * p
-    )  # not a product: nan * 0 is nan
-    if entropy is not None and entropy_scale is not None:
-        surprise = all_logps + entropy[:, None]
-        found = found - torch.where(
-            entropy_scale[:, None] == 0, 0.0, entropy_scale[:, None] * p * surprise
-        )
-    return found
+    scale = scale[:, None]
+    entries = torch.where(scale == 0, 0.0, -scale * p)  # not a product: nan * 0 is nan
+    if entropy is None or entropy_scale is None:
+        return entries
+    entropy_scale = entropy_scale[:, None]
+    surprise = all_logps + entropy[:, None]
+    return entries - torch.where(entropy_scale == 0, 0.0, entropy_scale * p * surprise)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return 16-bit values as float32, and others as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor, beta: float) -> None:
-    """See :class:`RowKernels`."""
+    """Add ``gradient.T @ hidden`` to ``beta * total``, see :class:`RowKernels`."""
     if gradient.dtype == total.dtype:
         torch.addmm(total, gradient.T, hidden, beta=beta, out=total)
     else:
@@ -128,7 +141,7 @@ def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor, beta: float) -> 
 
 @cache
 def compiled() -> RowKernels:
-    """The operations through Inductor, which makes one pass over a row out of each loop above."""
+    """Return the operations through Inductor, which makes each of them one pass over a row."""
     overwrite = torch.compile(_overwrite, dynamic=True)
     return RowKernels(
         "compile",

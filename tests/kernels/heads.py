@@ -8,7 +8,7 @@ LOW = HIGH = 0.2
 
 
 def inputs(size, *, dtype=torch.float32, scale=1.0):
-    """Hidden states [T, H], weight [V, H], labels [T], temperatures [T] for ``size`` = (T, H, V)."""
+    """Return hidden [T, H], weight [V, H], labels [T], temperature [T] of ``size`` (T, H, V)."""
     num_tokens, hidden_size, vocab_size = size
     generator = torch.Generator().manual_seed(sum(size))
     hidden = torch.randn(num_tokens, hidden_size, generator=generator)
@@ -19,7 +19,7 @@ def inputs(size, *, dtype=torch.float32, scale=1.0):
 
 
 def restated(hidden, weight, labels, temperature):
-    """Log-probabilities and entropies in float64, from all logits."""
+    """Return log-probabilities and entropies in float64, from all logits."""
     return restated_logits(hidden.double() @ weight.double().T, labels, temperature)
 
 
@@ -33,7 +33,7 @@ def restated_logits(logits, labels, temperature):
 
 
 def mixed(logps, entropy, weights):
-    """A sum of both outputs with fixed weights, some of them 0."""
+    """Return the sum of both outputs with fixed weights, some of them 0."""
     return (weights[0] * logps).sum() + (weights[1] * entropy).sum()
 
 
@@ -44,7 +44,10 @@ def mix_weights(num_rows, *, zeros=0.5, seed=0):
 
 
 def gradients(function, weights, *values):
-    """Values of ``function(*values)``, and the gradients of their mix by the first two (or the first, if one only)."""
+    """Return what ``function(*values)`` does, and the gradients of its mix.
+
+    They are by the first two values, or by the first if one only is followed by two others.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in values if x.is_floating_point()][
         : len(values) - 2
     ]
@@ -55,12 +58,12 @@ def gradients(function, weights, *values):
 
 
 def relative(found, expected):
-    """Relative Frobenius error."""
+    """Return the relative Frobenius error."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def documents(num_rows, *, seed=0, longest=9):
-    """Row counts of documents that make up ``num_rows``, some of 0 and of 1; old log-probabilities come separately."""
+    """Return row counts of documents that make up ``num_rows``, some of 0 and of 1."""
     generator = torch.Generator().manual_seed(seed)
     counts = []
     while (left := num_rows - sum(counts)) > 0:
@@ -68,10 +71,13 @@ def documents(num_rows, *, seed=0, longest=9):
     return counts
 
 
-def sequence_seam(old_logps, advantages, label_counts, entropy_coef=0.0):
-    """A clipped sequence objective written down by itself: ``(logps, entropy, first, last) -> loss sum, metrics``."""
+def sequence_loss(old_logps, advantages, label_counts, entropy_coef=0.0):
+    """Return a clipped sequence objective written down by itself, as a loss function.
 
-    def seam(logps, entropy, first, last):
+    Its second result is the number of clipped documents.
+    """
+
+    def loss_function(logps, entropy, first, last):
         loss = logps.new_zeros(())
         start = sum(label_counts[:first])
         begin = start
@@ -86,27 +92,22 @@ def sequence_seam(old_logps, advantages, label_counts, entropy_coef=0.0):
                 loss = loss - entropy_coef * entropy[start - begin : stop - begin].mean()
                 clipped += int((ratio * a > ratio.clamp(1 - LOW, 1 + HIGH) * a).item())
             start = stop
-        return loss, {"clipped": (torch.tensor(float(clipped)), torch.ones(()))}
+        return loss, clipped
 
-    return seam
+    return loss_function
 
 
-def loss_and_gradients(values, counts, seam, **options):
-    """Loss, clipped documents, and the gradients of three times the loss."""
+def loss_and_gradients(values, counts, loss_function, **options):
+    """Return the loss, the clipped documents, and the gradients of three times the loss."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in values[:2])
-    loss, metrics = linear_loss(hidden, weight, *values[2:], counts, seam, **options)
+    loss, clipped = linear_loss(hidden, weight, *values[2:], counts, loss_function, **options)
     (3.0 * loss).backward()
-    return (
-        float(loss.detach()),
-        sum(float(m["clipped"][0]) for m in metrics),
-        hidden.grad,
-        weight.grad,
-    )
+    return float(loss.detach()), sum(clipped), hidden.grad, weight.grad
 
 
-def restated_loss(values, counts, seam):
-    """The same in float64, from all logits."""
+def restated_loss(values, counts, loss_function):
+    """Return the same in float64, from all logits."""
     hidden, weight = (x.detach().double().requires_grad_() for x in values[:2])
-    loss, metrics = seam(*restated(hidden, weight, *values[2:]), 0, len(counts))
+    loss, clipped = loss_function(*restated(hidden, weight, *values[2:]), 0, len(counts))
     (3.0 * loss).backward()
-    return float(loss.detach()), float(metrics["clipped"][0]), hidden.grad, weight.grad
+    return float(loss.detach()), clipped, hidden.grad, weight.grad

@@ -1,4 +1,4 @@
-"""What each path of the loss head multiplies and holds, counted on the operations that it issues."""
+"""Counts of what each path of the loss head multiplies and holds, on the operations it issues."""
 
 import pytest
 import torch
@@ -24,20 +24,22 @@ def case(dead_share):
         torch.randperm(num_documents, generator=torch.Generator().manual_seed(0))
     ]
 
-    def seam(logps, entropy, first, last):
-        return (coefficients[first:last].repeat_interleave(DOCUMENT) * logps).sum(), {}
+    def loss_function(logps, entropy, first, last):
+        return (coefficients[first:last].repeat_interleave(DOCUMENT) * logps).sum(), None
 
-    return values, [DOCUMENT] * num_documents, seam
+    return values, [DOCUMENT] * num_documents, loss_function
 
 
 def run(path, dead_share, *, chunk_size=64, frozen=False):
-    (hidden, weight, *rest), counts, seam = case(dead_share)
+    (hidden, weight, *rest), counts, loss_function = case(dead_share)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_(not frozen)
     options = {"kernels": PLAIN, "chunk_size": chunk_size}
     if path == "linear_loss":
-        loss, _ = head.linear_loss(hidden, weight, *rest, counts, seam, **options)
+        loss, _ = head.linear_loss(hidden, weight, *rest, counts, loss_function, **options)
     else:
-        loss, _ = seam(head.linear_logps(hidden, weight, *rest, **options)[0], None, 0, len(counts))
+        loss, _ = loss_function(
+            head.linear_logps(hidden, weight, *rest, **options)[0], None, 0, len(counts)
+        )
     loss.backward()
 
 
@@ -78,9 +80,9 @@ def test_documents_longer_than_a_chunk_cost_their_rows_again_but_for_the_last_ch
     ],
 )
 def test_chunks_are_few_and_even(label_counts, rows):
-    chunks = head._chunks(label_counts, 16)
-    assert [stop - start for *_, start, stop in chunks] == rows
-    documents = [i for first, last, *_ in chunks for i in range(first, last)]
+    chunks = head._even_chunks(label_counts, 16)
+    assert [chunk.stop - chunk.start for chunk in chunks] == rows
+    documents = [i for chunk in chunks for i in range(chunk.first, chunk.last)]
     assert not rows or documents == list(range(len(label_counts)))
 
 
@@ -108,7 +110,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_is_larger_than_a_chunk_of_logits(path):
     with Largest() as largest:
         run(path, 0.5, chunk_size=32)
-    assert largest.elements == 32 * (SIZE[2] + head._APART) < SIZE[0] * SIZE[2]
+    assert largest.elements == 32 * (SIZE[2] + head._ROW_GAP) < SIZE[0] * SIZE[2]
 
 
 def test_logits_logps_multiplies_nothing_and_writes_over_its_logits():
@@ -125,15 +127,17 @@ def test_logits_logps_multiplies_nothing_and_writes_over_its_logits():
 @pytest.mark.parametrize("path", ["linear_loss", "linear_logps"])
 @pytest.mark.parametrize("dead_share", [0.5, 1.0])
 def test_what_the_buffer_held_before_does_not_matter(monkeypatch, path, dead_share):
-    (hidden, weight, *rest), counts, seam = case(dead_share)
+    (hidden, weight, *rest), counts, loss_function = case(dead_share)
 
     def gradients():
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         options = {"kernels": PLAIN, "chunk_size": 48}
         if path == "linear_loss":
-            loss, _ = head.linear_loss(*leaves, *rest, counts, seam, **options)
+            loss, _ = head.linear_loss(*leaves, *rest, counts, loss_function, **options)
         else:
-            loss, _ = seam(head.linear_logps(*leaves, *rest, **options)[0], None, 0, len(counts))
+            loss, _ = loss_function(
+                head.linear_logps(*leaves, *rest, **options)[0], None, 0, len(counts)
+            )
         return torch.autograd.grad(loss, leaves)
 
     expected = gradients()

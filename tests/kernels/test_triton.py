@@ -1,4 +1,4 @@
-"""The Triton backend against float64: on a GPU where there is one, else through Triton's interpreter on the CPU."""
+"""The Triton backend against float64, on a GPU or through Triton's interpreter on the CPU."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from tests.kernels import heads  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative error of a gradient by its dtype: half a unit in the last place, or one from the interpreter, which cuts off.
+# Relative error of a gradient by its dtype: half a unit in the last place, or one from the
+# interpreter, which cuts off.
 UNITS = 0.5 if DEVICE == "cuda" else 1.0
 ERRORS = {torch.float32: 1e-5, torch.float16: UNITS * 2**-10, torch.bfloat16: UNITS * 2**-7}
 SIZES = {"one": (1, 3, 2), "odd": (13, 16, 61), "prime_vocabulary": (21, 24, 1187)}
@@ -36,7 +37,10 @@ def small_blocks(monkeypatch):
 
 
 def surrounded_logits(vocab_size, dtype, num_rows=6):
-    """Rows apart in memory of nan, all negative, three with -inf before or after their label; labels; temperatures."""
+    """Return rows apart in memory of nan, their labels and temperatures.
+
+    All logits are negative; three rows have -inf before or after their label.
+    """
     generator = torch.Generator().manual_seed(vocab_size)
     memory = torch.full((num_rows + 2, vocab_size + 19), torch.nan, dtype=dtype, device=DEVICE)
     logits = memory[1:-1, :vocab_size]
@@ -155,7 +159,7 @@ def loss_case(*, entropy_coef=0.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     old = heads.restated(*values)[0] + torch.randn(sum(COUNTS), generator=generator).to(DEVICE)
     advantages = torch.tensor([1.0, -1.0, 2.0, 0.0, -2.0, 0.5, 0.0], device=DEVICE)
-    return values, COUNTS, heads.sequence_seam(old, advantages, COUNTS, entropy_coef)
+    return values, COUNTS, heads.sequence_loss(old, advantages, COUNTS, entropy_coef)
 
 
 @each_dtype
@@ -192,7 +196,7 @@ def test_no_rows_give_no_gradient():
             labels,
             temperature,
             [0, 0],
-            lambda logps, *_: (logps.sum(), {}),
+            lambda logps, *_: (logps.sum(), None),
             kernel="triton",
         )[0],
     )
@@ -216,7 +220,7 @@ def test_two_runs_and_unwritten_memory_give_the_same_bits(dtype, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     again = heads.loss_and_gradients(*case, **options)
-    assert 8 * (1187 + head._APART) in taken and again[:2] == plain[:2]
+    assert 8 * (1187 + head._ROW_GAP) in taken and again[:2] == plain[:2]
     assert all(torch.equal(a, b) for a, b in zip(again[2:], plain[2:], strict=True))
 
 
@@ -270,7 +274,7 @@ def test_a_second_backward_is_refused():
 
 
 def test_machine_code_does_not_spill_and_offsets_have_64_bits(tmp_path):
-    """Compiled for three GPUs that are not here, with rows that are aligned and rows that are not."""
+    """The kernels are compiled for three GPUs that are not here, for aligned rows and others."""
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists():
         pytest.skip("this build of triton has no ptxas")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -333,12 +337,12 @@ def test_loss_at_full_size_equals_float64(monkeypatch):
     values = (hidden, weight, labels, torch.ones(num_rows, device=DEVICE), [512] * 32)
     advantages = torch.randn(32, device=DEVICE).where(torch.arange(32, device=DEVICE) % 4 > 0, 0)
 
-    def seam(logps, entropy, first, last):
-        return -(logps.view(last - first, 512).mean(1) * advantages[first:last]).sum(), {}
+    def loss_function(logps, entropy, first, last):
+        return -(logps.view(last - first, 512).mean(1) * advantages[first:last]).sum(), None
 
     def run(function, *, dtype=torch.bfloat16, **options):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in values[:2]]
-        loss, _ = function(*leaves, *values[2:], seam, **options)
+        loss, _ = function(*leaves, *values[2:], loss_function, **options)
         loss.backward()
         return loss.detach(), *(x.grad for x in leaves)
 
