@@ -7,11 +7,8 @@ import torch
 from gspo.data.layout import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import StepMetrics
-from gspo.parallel.context import ContextAxis
-from gspo.parallel.mesh import build_mesh, data_parallel_rank, fsdp_mesh, sum_over_ranks
-from gspo.policy.microbatch import Microbatch
-from gspo.policy.model import Policy
-from gspo.policy.sharding import load_weights, shard_policy
+from gspo.parallel import Ranks, sum_over_ranks
+from gspo.policy import Microbatch, Policy, load_weights, shard_policy
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 
@@ -89,18 +86,16 @@ def build_policy(
     kernel="reference",
     compile_layers=False,
     activation_checkpointing=False,
-    mesh=None,
+    ranks=None,
     dtype=torch.float32,
 ):
     with torch.device("meta"):
         decoder = tiny_policy.build_decoder(tied=tied, num_kv_heads=num_kv_heads).to(dtype)
-    mesh = mesh or build_mesh(CPU)
-    policy = Policy(
-        decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ContextAxis.of(mesh)
-    )
+    ranks = ranks or Ranks.of(CPU)
+    policy = Policy(decoder, loss, chunk_size=chunk_size, kernel=kernel, context=ranks.context)
     shard_policy(
         policy,
-        fsdp_mesh(mesh),
+        ranks.fsdp_mesh,
         compile_layers=compile_layers,
         activation_checkpointing=activation_checkpointing,
     )
@@ -120,13 +115,12 @@ def gradients(
     context=1,
     **options,
 ):
-    mesh = build_mesh(CPU, data_parallel_replicate_size=replicate, context_parallel_size=context)
-    axis = ContextAxis.of(mesh)
-    policy = build_policy(loss, mesh=mesh, **options)
+    ranks = Ranks.of(CPU, replicate=replicate, context=context)
+    policy = build_policy(loss, ranks=ranks, **options)
     documents = tiny_policy.documents()
     if shuffle:
         random.Random(1).shuffle(documents)
-    rank, num_ranks = data_parallel_rank(mesh)
+    rank, num_ranks = ranks.data_rank, ranks.num_data_ranks
     mine = [d for d in documents if d.group_id % num_ranks == rank]
     parts = [  # some are empty on some ranks
         [d for d in mine if d.group_id // num_ranks % num_microbatches == i]
@@ -135,15 +129,15 @@ def gradients(
     batches = [pack_documents(part, bin_length, share_prompts=share_prompts) for part in parts]
     shared = sum(batch.prefix_index is not None for batch in batches)
     assert bool(sum_over_ranks([shared], CPU)[0]) == share_prompts
-    microbatches = [Microbatch.prepare(batch, CPU, axis) for batch in batches]
+    microbatches = [Microbatch.prepare(batch, CPU, ranks.context) for batch in batches]
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
     sums = StepMetrics()
-    for pairs in accumulate_gradients(
+    for output in accumulate_gradients(
         policy, microbatches, denominator, reduce_every_microbatch=reduce_every_microbatch
     ):
-        sums.add(pairs)
+        sums.add(output.metrics)
     grads = {
         name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor().numpy()
         for name, p in policy.decoder.named_parameters()
     }
-    return sums.reduce(CPU), grads
+    return sums.reduce(), grads

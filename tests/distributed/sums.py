@@ -7,44 +7,47 @@ import torch.distributed as dist
 
 from gspo import parallel
 from gspo.errors import InputError
-from gspo.metrics import StepMetrics
+from gspo.metrics import Max, Mean, Min, StepMetrics, Sum, Time
 
 CPU = torch.device("cpu")
 
 # What four microbatches report; a mean without weight comes from one that had nothing to count.
 REPORTS = [
     {
-        "loss": (0.5, 1),
-        "ratio/mean": (3.0, 3),
-        "ratio/max": (1.5, 1),
-        "ratio/min": (0.5, 1),
-        "tokens": (10, 1),
+        "loss": Sum(0.5),
+        "ratio/mean": Mean(3.0, 3),
+        "ratio/max": Max(1.5),
+        "ratio/min": Min(0.5),
+        "tokens": Sum(10),
     },
     {
-        "loss": (0.25, 1),
-        "ratio/mean": (0.0, 0),
-        "ratio/max": (-float("inf"), 1),
-        "tokens": (0, 1),
-        "reward/a": (2.0, 4),
+        "loss": Sum(0.25),
+        "ratio/mean": Mean(0.0, 0),
+        "ratio/max": Max(-float("inf")),
+        "tokens": Sum(0),
+        "reward/a": Mean(2.0, 4),
     },
     {
-        "ratio/mean": (1.0, 1),
-        "ratio/max": (2.5, 1),
-        "ratio/min": (0.25, 1),
-        "time/sample": (2.0, 1),
+        "ratio/mean": Mean(1.0, 1),
+        "ratio/max": Max(2.5),
+        "ratio/min": Min(0.25),
+        "time/sample": Time(2.0),
     },
-    {"loss": (-1.0, 1), "tokens": (7, 1), "reward/a": (1.0, 1), "time/sample": (3.0, 1)},
+    {"loss": Sum(-1.0), "tokens": Sum(7), "reward/a": Mean(1.0, 1), "time/sample": Time(3.0)},
 ]
 
 
 def reduce_reports():
     """Every report added on one rank or another, some as tensors."""
-    sums = StepMetrics(["a"])
+    sums = StepMetrics()
     for i, report in enumerate(REPORTS):
         if i % dist.get_world_size() == dist.get_rank():
-            as_tensors = {name: tuple(map(torch.tensor, pair)) for name, pair in report.items()}
+            as_tensors = {
+                name: type(part)(torch.tensor(part.value), torch.tensor(part.weight))
+                for name, part in report.items()
+            }
             sums.add(as_tensors if i % 2 else report)
-    return sums.reduce(CPU)
+    return sums.reduce()
 
 
 def meshes():
@@ -52,12 +55,12 @@ def meshes():
     found = {}
     for replicate in (1, 2, 3):
         try:
-            mesh = parallel.build_mesh(CPU, data_parallel_replicate_size=replicate)
+            ranks = parallel.Ranks.of(CPU, replicate=replicate)
         except InputError as error:
             found[replicate] = str(error)
         else:
-            place = parallel.data_parallel_rank(mesh)
-            found[replicate] = (tuple(mesh.shape), tuple(parallel.fsdp_mesh(mesh).shape), place)
+            place = ranks.data_rank, ranks.num_data_ranks
+            found[replicate] = (tuple(ranks.mesh.shape), tuple(ranks.fsdp_mesh.shape), place)
     return found
 
 

@@ -13,10 +13,8 @@ from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import StepMetrics
 from gspo.parallel.context import ContextAxis, split
-from gspo.policy.attention import document_mask, mask_mod
-from gspo.policy.microbatch import Microbatch
-from gspo.policy.model import Policy, output_weight
-from gspo.policy.sharding import load_weights
+from gspo.policy import Microbatch, Policy, document_mask, load_weights, output_weight
+from gspo.policy.attention import mask_mod
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
@@ -95,7 +93,7 @@ def assert_parts_attend_as_the_whole(device, size, *, bin_length=512, atol=1e-5)
     whole = attend(q, k, v, mask=document_mask(split(batch, None), device), **options)
     for rank in range(size):
         shard = split(batch, ContextAxis(None, rank, size))
-        mine = shard.places[rank]
+        mine = shard.slots[rank]
         mask = document_mask(shard, device)
         found = attend(at(q, mine), at(k, shard.order), at(v, shard.order), mask=mask, **options)
         torch.testing.assert_close(found, at(whole, mine), rtol=0, atol=atol)
@@ -122,7 +120,7 @@ def test_parts_of_a_bin_attend_as_the_whole(size):
     ("bin_length", "needed"), [(32, False), (96, True)], ids=["alone", "together"]
 )
 def test_mask_is_made_only_where_documents_share_a_bin(bin_length, needed):
-    documents = [d for d in tiny_policy.documents(20) if d.num_places > 16]
+    documents = [d for d in tiny_policy.documents(20) if d.num_slots > 16]
     assert len(documents) > 2
     microbatch = Microbatch.prepare(pack_documents(documents, bin_length), CPU)
     assert (microbatch.attention_mask is not None) == needed
@@ -133,8 +131,9 @@ def test_mask_is_made_only_where_documents_share_a_bin(bin_length, needed):
 @pytest.mark.parametrize("kernel", ["reference", "compile"])
 def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank, kernel):
     policy = build_policy(GSPOLoss(), kernel=kernel)
-    (pairs,) = accumulate_gradients(policy, [Microbatch.prepare(pack_documents([]), CPU)], 7.0)
-    assert float(pairs["loss"][0]) == 0 and float(pairs["kl_new_old"][1]) == 0
+    (output,) = accumulate_gradients(policy, [Microbatch.prepare(pack_documents([]), CPU)], 7.0)
+    assert float(output.metrics["loss"].value) == 0
+    assert float(output.metrics["kl_new_old"].weight) == 0
     assert all(p.grad.full_tensor().eq(0).all() for p in policy.parameters() if p.grad is not None)
 
 
@@ -151,10 +150,8 @@ def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, 
             kernel=kernel,
             chunk_size=chunk_size,
         )
-        (pairs,) = accumulate_gradients(policy, [microbatch], 7.0)
-        sums = StepMetrics()
-        sums.add(pairs)
-        found[kernel] = sums.reduce(CPU), [p.grad.full_tensor() for p in policy.parameters()]
+        (output,) = accumulate_gradients(policy, [microbatch], 7.0)
+        found[kernel] = StepMetrics([output.metrics]).reduce(), [p.grad.full_tensor() for p in policy.parameters()]
     (metrics, grads), (expected, expected_grads) = found["compile"], found["reference"]
     assert (
         metrics.keys() == expected.keys()
@@ -216,15 +213,15 @@ def test_full_state_dict_gives_torchtunes_names_with_checkpointed_layers_too(one
     [
         (
             lambda w: w.pop("norm.scale"),
-            "model: norm.scale is [32] in the model and missing in the checkpoint. Name",
+            "model: 'norm.scale' is [32] in the model and missing in the checkpoint; name",
         ),
         (
             lambda w: w.update(extra=torch.ones(2)),
-            "model: extra is missing in the model and [2] in the checkpoint.",
+            "model: 'extra' is missing in the model and [2] in the checkpoint;",
         ),
         (
             lambda w: w.update({"norm.scale": torch.ones(8)}),
-            "model: norm.scale is [32] in the model and [8] in the checkpoint.",
+            "model: 'norm.scale' is [32] in the model and [8] in the checkpoint;",
         ),
     ],
     ids=["missing", "unexpected", "other_shape"],

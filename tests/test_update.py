@@ -1,0 +1,47 @@
+"""The parts of an optimizer step by themselves; gradients over all arrangements: tests/distributed."""
+
+import math
+
+import pytest
+import torch
+
+from gspo import update
+from gspo.data.layout import pack_documents
+from tests import tiny_policy
+
+
+def test_a_segment_advantage_that_is_not_finite_names_its_document():
+    batch = pack_documents(tiny_policy.documents(6), 128)
+    batch.segment_index, batch.segment_advantages = batch.document_index, batch.advantages.clone()
+    batch.segment_advantages[3] = torch.nan
+    ((number, document),) = update.not_finite_documents(batch, batch.old_logps).items()
+    assert number == 3 and set(document.values["token_advantages"]) == {"nan"}
+    assert document.cause == "token_advantages"
+
+
+@pytest.mark.parametrize("spoil", ["logps", "old_logps", "ref_logps"])
+def test_not_finite_documents_are_named_with_their_values(spoil):
+    batch = pack_documents(tiny_policy.documents(6), 128)
+    logps = torch.full_like(batch.old_logps, -2.0)
+    where = int((batch.loss_mask & (batch.document_index == 2)).nonzero()[0])
+    outside = int((~batch.loss_mask).nonzero()[0])
+    batch.ref_logps = batch.old_logps - 0.1
+    (logps if spoil == "logps" else getattr(batch, spoil))[where] = -torch.inf
+    logps[outside] = torch.nan  # not a label: no document's fault
+    ((number, document),) = update.not_finite_documents(batch, logps).items()
+    assert number == 2 and document.cause == spoil
+    labels = batch.labels[(batch.document_index == 2) & batch.loss_mask].tolist()
+    assert (document.prompt_id, document.group_id) == batch.ids[2]
+    assert document.tokens == labels
+    values = document.values
+    assert values[spoil][0] == "-inf"
+    assert len(values["logps"]) == len(values["old_logps"]) == len(labels)
+
+
+@pytest.mark.parametrize("norm", [1.0, math.inf, math.nan])
+def test_a_step_is_made_of_finite_gradients_alone(norm):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    moved = update.step_if_finite(torch.optim.SGD([weight], lr=0.5), norm)
+    assert moved == math.isfinite(norm) and weight.grad is None
+    assert weight.tolist() == [0.5 if moved else 1.0] * 3
