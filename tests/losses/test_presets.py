@@ -1,4 +1,4 @@
-"""Each preset against its formula, restated document by document, and what `preset: NAME` makes of a config."""
+"""Each preset against its formula, document by document, and what `preset: NAME` makes of a config."""
 
 import json
 import logging
@@ -13,14 +13,15 @@ from torchtune import config
 
 import gspo.__main__
 from gspo.commands import validate
-from gspo.config.checks import check_config
+from gspo.config import Settings, check
 from gspo.config.presets import preset_keys
 from gspo.errors import InputError
 from gspo.losses import GSPOLoss, presets
 from gspo.losses.presets import PRESETS, effective_weights, token_gradient
+from gspo.metrics import NotFinite
 from gspo.plugin import shipped_configs
 from tests.losses import objectives
-from tests.test_losses import expected_gradients
+from tests.losses.test_components import expected_gradients
 
 MAX_NEW_TOKENS, DOCS_PER_STEP = 300, 64
 each_preset = pytest.mark.parametrize("name", PRESETS)
@@ -83,12 +84,12 @@ def drifted(lengths, shifts, scale=0.01):
 @each_preset
 @pytest.mark.parametrize("shift", [0.0, 1e-3, 0.5, 11.0], ids=str)
 def test_preset_equals_its_formula(name, shift):
-    """Inside the band, and beyond each side of it with each sign; beyond the bound on the exponent, too."""
+    """Inside the clip range, beyond each side with each sign, and beyond the exponent's bound."""
     documents = drifted([1, 7, 33, 33], [shift, -shift], scale=2e-4 if shift < 0.1 else 0.01)
     new, entropy, inputs = objectives.pack(documents)
     loss = loss_of(name)
-    value, metrics = loss(new.requires_grad_(), entropy, inputs)
-    assert metrics["quarantined_documents"][0] == 0
+    value, _, not_finite = loss(new.requires_grad_(), entropy, inputs)
+    assert not_finite == NotFinite(0, 0)
     (grad,) = torch.autograd.grad(value, new)
     denominator = loss.denominator(len(documents), int(inputs.loss_mask.sum()))
     restated, over = RESTATED[name]
@@ -106,10 +107,10 @@ def test_every_preset_is_restated_and_has_a_source():
 
 
 def test_table_by_hand():
-    """Weights of documents of 8, 64, 256 and 1,024 tokens, 1,352 in all, and the norms of their coefficients."""
-    found = {row["preset"]: row for row in presets.rows()}
+    """Weights of documents of 8, 64, 256 and 1,024 tokens (1,352), and norms of the coefficients."""
+    table = {row["preset"]: row for row in presets.rows()}
     equal, by_tokens = [1 / 4] * 4, [n / 4 for n in (8, 64, 256, 1024)]
-    weights = {name: found[name]["weights"] for name in found}
+    weights = {name: row["weights"] for name, row in table.items()}
     for name in (
         "gspo",
         "gspo_token",
@@ -121,19 +122,19 @@ def test_table_by_hand():
     ):
         assert weights[name] == pytest.approx(equal)
         assert (
-            found[name]["gradient_aligned"]
-            == found[name]["gradient_independent"]
+            table[name]["gradient_aligned"]
+            == table[name]["gradient_independent"]
             == pytest.approx(1)
         )
     for name in ("fast_llm_head", "pipelinerl", "luspo", "fspo"):
         assert weights[name] == pytest.approx(by_tokens)
-        assert found[name]["gradient_aligned"] == pytest.approx(1352 / 4)
-        assert found[name]["gradient_independent"] == pytest.approx(
+        assert table[name]["gradient_aligned"] == pytest.approx(1352 / 4)
+        assert table[name]["gradient_independent"] == pytest.approx(
             (1352 / (1 / 8 + 1 / 64 + 1 / 256 + 1 / 1024)) ** 0.5
         )
     for name in ("fast_llm_502", "trl_sequence_dapo", "dapo", "cispo"):
         assert weights[name] == pytest.approx([4 * w / 1352 for w in by_tokens])
-        assert found[name]["gradient_aligned"] == pytest.approx(1)
+        assert table[name]["gradient_aligned"] == pytest.approx(1)
     assert weights["dr_grpo"] == pytest.approx([w / 1024 for w in by_tokens])
 
 
@@ -155,11 +156,8 @@ def write(tmp_path, text="", source="tiny/gspo", drop=("loss", "advantages")):
     return path
 
 
-def check(path):
-    cfg = OmegaConf.load(path)
-    return check_config(
-        cfg, required=("loss",), optional=dict.fromkeys(("preset", "advantages", *cfg))
-    )
+def check_file(path):
+    return check(OmegaConf.load(path), Settings)
 
 
 @each_preset
@@ -171,8 +169,8 @@ def test_config_with_a_preset_validates_without_a_loss(name, tmp_path, capsys):
 
 
 def test_preset_is_expanded_to_explicit_keys(tmp_path):
-    cfg = check(write(tmp_path, "preset: dr_grpo\n"))
-    assert OmegaConf.to_container(cfg, resolve=True)["loss"] == {
+    cfg = check_file(write(tmp_path, "preset: dr_grpo\n"))
+    assert cfg.loss == {
         "_component_": "gspo.losses.GRPOLoss",
         "clip_low": 0.2,
         "clip_high": 0.2,
@@ -181,9 +179,11 @@ def test_preset_is_expanded_to_explicit_keys(tmp_path):
     }
     assert cfg.advantages.estimator == "group_mean"
     assert config.instantiate(cfg.loss).denominator(3, 100) == 30
-    assert check(write(tmp_path, "preset: dapo\n")).advantages.refill_dead_groups is True
+    assert check_file(write(tmp_path, "preset: dapo\n")).advantages.refill_dead_groups is True
     assert (
-        config.instantiate(check(write(tmp_path, "preset: pipelinerl\n")).loss).denominator(3, 100)
+        config.instantiate(check_file(write(tmp_path, "preset: pipelinerl\n")).loss).denominator(
+            3, 100
+        )
         == 256
     )
 
@@ -191,12 +191,14 @@ def test_preset_is_expanded_to_explicit_keys(tmp_path):
 def test_the_configs_own_keys_win_and_are_named(tmp_path, caplog):
     path = write(
         tmp_path,
-        "preset: blog_gspo\nloss: {clip_high: 0.01, kl_coef: 0.0}\nadvantages: {estimator: leave_one_out}\n",
+        "preset: blog_gspo\nloss: {clip_high: 0.01, kl_coef: 0.0}\n"
+        "advantages: {estimator: leave_one_out}\n",
     )
     with caplog.at_level(logging.WARNING):
-        cfg = check(path)
-    assert (cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coef) == (0.002, 0.01, 0.0)
-    assert (cfg.advantages.estimator, cfg.group_size, cfg.optimizer.lr) == (
+        cfg = check_file(path)
+    widths = [cfg.loss[key] for key in ("clip_low", "clip_high", "kl_coef")]
+    assert widths == [0.002, 0.01, 0.0]
+    assert (cfg.advantages.estimator, cfg.group_size, cfg.optimizer["lr"]) == (
         "leave_one_out",
         8,
         3e-4,
@@ -219,30 +221,30 @@ def test_a_preset_fills_in_what_the_config_leaves_out(tmp_path, caplog):
 
 
 def test_a_loss_of_another_component_stands_alone(tmp_path, caplog):
-    cfg = check(write(tmp_path, "preset: cispo\n", drop=()))
+    cfg = check_file(write(tmp_path, "preset: cispo\n", drop=()))
     assert cfg.loss == {**OmegaConf.load(shipped_configs()["tiny/gspo"]).loss}
     assert "preset: cispo gives way to the config's own loss._component_" in caplog.messages[0]
 
 
 def test_presets_do_not_change_each_other_or_the_table(tmp_path):
     before = json.dumps({name: preset.config for name, preset in PRESETS.items()})
-    cfg = check(write(tmp_path, "preset: gspo\n"))
-    cfg.loss.clip_low = 0.5
+    cfg = check_file(write(tmp_path, "preset: gspo\n"))
+    cfg.loss["clip_low"] = 0.5
     assert json.dumps({name: preset.config for name, preset in PRESETS.items()}) == before
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gspo_tokn", "preset: 'gspo_tokn' is not known. Did you mean 'gspo_token'"),
-        ("reinforce", "preset: 'reinforce' is not known. There are: blog_gspo, cispo, dapo, "),
-        (3, "preset: 3 is not known. There are: "),
-        ("{a: 1}", "preset: {'a': 1} is not known."),
+        ("gspo_tokn", "preset: 'gspo_tokn' is not known; did you mean 'gspo_token'"),
+        ("reinforce", "preset: 'reinforce' is not known; there are: blog_gspo, cispo, dapo, "),
+        (3, "preset: 3 is not known; there are: "),
+        ("{a: 1}", "preset: {'a': 1} is not known;"),
     ],
 )
 def test_unknown_preset_is_refused(name, message, tmp_path):
     with pytest.raises(InputError) as caught:
-        check(write(tmp_path, f"preset: {name}\n"))
+        check_file(write(tmp_path, f"preset: {name}\n"))
     assert str(caught.value).startswith(message)
 
 
@@ -254,11 +256,11 @@ def test_preset_and_overrides_on_the_command_line(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         validate.main([str(path), "preset=verl", "loss.clip_hihg=0.3"])
     assert capsys.readouterr().err.startswith(
-        "error: loss.clip_hihg: unknown, GSPOTokenLoss takes no such argument."
+        "error: loss.clip_hihg: unknown, GSPOTokenLoss takes no such argument"
     )
     with pytest.raises(SystemExit):
         validate.main([str(path), "preset=verl", "loss.clip_low=-1"])
-    assert capsys.readouterr().err.startswith("error: loss.clip_low is -1: it must lie in [0, 1]")
+    assert capsys.readouterr().err.startswith("error: loss.clip_low: -1 must lie in [0, 1]")
     with pytest.raises(SystemExit):
         validate.main([str(path)])
     assert capsys.readouterr().err.startswith("error: loss: missing, but the recipe needs a value")
@@ -277,16 +279,17 @@ def test_command_prints_the_table(monkeypatch, capsys):
     assert [line.split()[0] for line in lines[1 : len(PRESETS) + 1]] == list(PRESETS)
     assert (
         lines[4].split()
-        == "fast_llm_head document clipped 0.2, 0.2 token_over_documents group_mean_std 2 16 64 256 338 96.4".split()
+        == "fast_llm_head document clipped 0.2, 0.2 token_over_documents group_mean_std "
+        "2 16 64 256 338 96.4".split()
     )
     assert "luspo: arXiv 2602.05261" in lines
 
 
 def test_command_writes_json(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "--json", "-")
-    found = json.loads(capsys.readouterr().out)
-    assert found == presets.rows()
-    assert found[12]["clip_low"] is None and found[12]["surrogate"] == "CISPO"
+    table = json.loads(capsys.readouterr().out)
+    assert table == presets.rows()
+    assert table[12]["clip_low"] is None and table[12]["surrogate"] == "CISPO"
     run(monkeypatch, "--json", str(tmp_path / "presets.json"))
-    assert json.loads(Path(tmp_path / "presets.json").read_text()) == found
+    assert json.loads(Path(tmp_path / "presets.json").read_text()) == table
     assert not capsys.readouterr().out
