@@ -1,4 +1,4 @@
-"""Each preset against its formula, document by document, and what `preset: NAME` makes of a config."""
+"""Each preset against its formula, and what `preset: NAME` makes of a config."""
 
 import json
 import logging
@@ -107,7 +107,7 @@ def test_every_preset_is_restated_and_has_a_source():
 
 
 def test_table_by_hand():
-    """Weights of documents of 8, 64, 256 and 1,024 tokens (1,352), and norms of the coefficients."""
+    """Weights of documents of 8, 64, 256 and 1,024 tokens, and norms of the coefficients."""
     table = {row["preset"]: row for row in presets.rows()}
     equal, by_tokens = [1 / 4] * 4, [n / 4 for n in (8, 64, 256, 1024)]
     weights = {name: row["weights"] for name, row in table.items()}
