@@ -1,168 +1,231 @@
-"""Which bin each item goes into, by sizes alone.
+"""The bin that each item goes into, by sizes alone.
 
-Not here: documents and tensors, see :mod:`gspo.data.packing`.
+Not here: documents and tensors, see :mod:`gspo.data.layout`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-MULTIPLE = (
-    8  # bins as long as their longest document are rounded up to this, for fewer distinct shapes
-)
-SHORT_BIN = 64  # up to here a dense mask costs next to nothing, so bins may be longer than their longest document
+# Bins as long as their longest document are rounded up to this, for fewer distinct shapes.
+MULTIPLE = 8
+# Up to here a dense mask costs next to nothing, so bins may be longer than their longest document.
+SHORT_BIN = 64
 _FULL_ENOUGH = 0.95
 
 
-def share_prefixes(
-    places: list[int], prefixes: list[int], groups: list[int], max_places: int
-) -> tuple[list[list[int]], list[int]]:
-    """Documents of one group that stand behind one copy of their prefix, for bins with a dense mask.
+@dataclass(frozen=True, slots=True)
+class DocumentSizes:
+    """The sizes of several documents in slots; documents of one group stand next to each other."""
 
-    As many together as keep the square of their places, which such a mask costs, no larger than apart; up to 64 places
-    it costs next to nothing.
+    slots: list[int]  # that each takes alone
+    shareable: list[int]  # those of them that hold the prefix it can share with its group
+    groups: list[int]  # the group's number
+
+
+@dataclass(slots=True)
+class Unit:
+    """Documents of one group that stand behind one copy of their prefix."""
+
+    documents: list[int]  # their numbers
+    num_slots: int
+
+
+class Bins(NamedTuple):
+    """Bins of one length, and the bin of each item."""
+
+    length: int
+    bin_of: list[int]
+
+    @property
+    def num_slots(self) -> int:
+        """The slots of all bins, empty ones included."""
+        return self.length * (max(self.bin_of, default=0) + 1)
+
+
+def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
+    """Put documents behind one copy of their prefix, for bins with a dense mask.
+
+    As many stand together as keep the square of their slots, which such a mask costs, no larger
+    than apart. Up to 64 slots a mask costs next to nothing.
 
     Args:
-        places: of each document alone.
-        prefixes: of those, the places that it can share with its group.
-        groups: of each document, one group's next to each other.
-        max_places: an upper limit for several together.
-
-    Returns:
-        The documents of each unit, and the places that it takes.
+        sizes: of the documents.
+        max_slots: an upper limit for several together.
     """
-    units: list[list[int]] = []
-    sizes: list[int] = []
-    square_apart = 0
-    for document, (alone, prefix, group) in enumerate(zip(places, prefixes, groups, strict=True)):
-        if units and groups[units[-1][0]] == group:
-            together = sizes[-1] + alone - prefix
-            cheap = together <= SHORT_BIN or together**2 <= square_apart + alone**2
-            if cheap and together <= max_places:
-                units[-1].append(document)
-                sizes[-1] = together
+    units: list[Unit] = []
+    square_apart = 0  # of the last unit's documents
+    for document, alone in enumerate(sizes.slots):
+        if units and sizes.groups[units[-1].documents[-1]] == sizes.groups[document]:
+            unit = units[-1]
+            together = unit.num_slots + alone - sizes.shareable[document]
+            is_cheap = together <= SHORT_BIN or together**2 <= square_apart + alone**2
+            if is_cheap and together <= max_slots:
+                unit.documents.append(document)
+                unit.num_slots = together
                 square_apart += alone**2
                 continue
-        units.append([document])
-        sizes.append(alone)
+        units.append(Unit([document], alone))
         square_apart = alone**2
-    return units, sizes
+    return units
 
 
-def best_fit(places: list[int], bin_length: int) -> list[int]:
-    """The bin of each document: longest first, each into the fullest bin that takes it, else into a new one.
+def best_fit(slots: list[int], bin_length: int) -> list[int]:
+    """Return the bin of each item: longest first, each into the fullest bin that takes it.
+
+    Args:
+        slots: of each item.
+        bin_length: S.
 
     Raises:
-        ValueError: a document is longer than a bin.
+        ValueError: An item is longer than a bin.
     """
-    if max(places, default=0) > bin_length:
+    longest = max(slots, default=0)
+    if longest > bin_length:
         raise ValueError(
-            f"a document takes {max(places)} places, more than bin_length {bin_length}; raise it"
+            f"a document takes {longest} slots, more than bin_length {bin_length}; raise it"
         )
-    bin_of = [0] * len(places)
-    spaces: list[int] = []  # free places of the open bins, ascending
-    bins: list[int] = []  # which bins these are
-    num_bins = 0
-    for document in sorted(range(len(places)), key=places.__getitem__, reverse=True):
-        size = places[document]
-        i = bisect_left(spaces, size)
-        if i == len(spaces):
-            space, chosen = bin_length, num_bins
-            num_bins += 1
-        else:
-            space, chosen = spaces.pop(i), bins.pop(i)
-        bin_of[document] = chosen
-        i = bisect_left(spaces, space - size)
-        spaces.insert(i, space - size)
-        bins.insert(i, chosen)
+    bin_of = [0] * len(slots)
+    bins = _OpenBins(bin_length)
+    for item in sorted(range(len(slots)), key=slots.__getitem__, reverse=True):
+        bin_of[item] = bins.put(slots[item])
     return bin_of
 
 
-def short_bins(places: list[int], max_length: int | None = None) -> tuple[int, list[int]]:
-    """The bin length for a dense mask, and the bin of each document.
+@dataclass(slots=True)
+class _OpenBins:
+    """Bins in the order of their free slots, ascending."""
 
-    It is the longest document's, rounded up to a multiple of 8; where that leaves more than 5 % empty, the multiple up
-    to 64 that leaves least. Documents of 10 places go four to a bin of 40, not one to a bin of 16.
+    length: int
+    free: list[int] = field(default_factory=list)  # slots
+    numbers: list[int] = field(default_factory=list)
+
+    def put(self, size: int) -> int:
+        """Put an item into the fullest bin that takes it, else into a new one; return its number."""
+        i = bisect_left(self.free, size)
+        if i == len(self.free):
+            free, number = self.length, len(self.numbers)
+        else:
+            free, number = self.free.pop(i), self.numbers.pop(i)
+        left = free - size
+        i = bisect_left(self.free, left)
+        self.free.insert(i, left)
+        self.numbers.insert(i, number)
+        return number
+
+
+def short_bins(slots: list[int], max_length: int | None = None) -> Bins:
+    """Return short bins for a dense mask.
+
+    They are as long as the longest item, rounded up to a multiple of 8. Where that leaves more than
+    5 % empty, they have the multiple up to 64 that leaves least. Documents of 10 slots go four to a
+    bin of 40, not one to a bin of 16.
 
     Args:
-        places: of each document.
-        max_length: an upper limit, at least the longest document.
+        slots: of each item.
+        max_length: an upper limit, at least the longest item.
     """
-    limit = max_length or max([SHORT_BIN, *places]) + MULTIPLE
-    shortest = min(-(-max([1, *places]) // MULTIPLE) * MULTIPLE, limit)
-    best: tuple[int, list[int]] = shortest, best_fit(places, shortest)
+    longest = max(slots, default=1)
+    limit = max_length or max(SHORT_BIN, longest) + MULTIPLE
+    shortest = min(-(-longest // MULTIPLE) * MULTIPLE, limit)
+    best = Bins(shortest, best_fit(slots, shortest))
+    num_used = sum(slots)
     for length in range(shortest + MULTIPLE, min(SHORT_BIN, limit) + 1, MULTIPLE):
-        if sum(places) >= _FULL_ENOUGH * _total_places(*best):
+        if num_used >= _FULL_ENOUGH * best.num_slots:
             break
-        best = min(
-            best, (length, best_fit(places, length)), key=lambda layout: _total_places(*layout)
-        )
+        longer = Bins(length, best_fit(slots, length))
+        if longer.num_slots < best.num_slots:
+            best = longer
     return best
 
 
-def take_short_bins(places: list[int], max_places: int, max_length: int) -> tuple[int, list[int]]:
-    """As many items from the front as fit into ``max_places`` places of :func:`short_bins`.
+def take_short_bins(slots: list[int], max_slots: int, max_length: int) -> Bins:
+    """Fill short bins with as many items from the front as ``max_slots`` slots take.
+
+    Args:
+        slots: of each item.
+        max_slots: of all bins together.
+        max_length: of a bin.
 
     Returns:
-        The bin length, and the bin of each item taken.
+        The bins of the items taken.
     """
-    num_taken = int(np.searchsorted(np.cumsum(places), max_places, side="right"))
+    num_taken = int(np.searchsorted(np.cumsum(slots), max_slots, side="right"))
     while True:
-        length, bin_of = short_bins(places[:num_taken], max_length)
-        total = _total_places(length, bin_of)
-        if total <= max_places:
-            return length, bin_of
-        num_taken = min(num_taken - 1, num_taken * max_places // total)
+        bins = short_bins(slots[:num_taken], max_length)
+        if bins.num_slots <= max_slots:
+            return bins
+        num_taken = min(num_taken - 1, num_taken * max_slots // bins.num_slots)
 
 
 def take_long_bins(
-    places: list[int], prefixes: list[int], groups: list[int], bin_length: int, max_bins: int
+    sizes: DocumentSizes, bin_length: int, max_bins: int
 ) -> tuple[list[int], list[int]]:
-    """Fill up to ``max_bins`` bins in turn: documents in order of age while they fit, then the longest into the gap.
+    """Fill up to ``max_bins`` bins in turn, each with the oldest documents, then the longest.
 
-    A document whose group is in the bin already does not bring its prefix again.
+    Documents come in order of age while they fit, then the longest that fits into the gap. A
+    document whose group is in the bin already does not bring its prefix again.
 
     Args:
-        places: of each document alone.
-        prefixes: of those, the places that it can share with its group.
-        groups: of each document, one group's next to each other.
+        sizes: of the documents, the oldest first.
         bin_length: S.
-        max_bins: how many may be filled.
+        max_bins: the number of bins that may be filled.
 
     Returns:
-        Indices of the documents taken, and the bin of each.
+        The numbers of the documents taken, and the bin of each.
     """
-    alone, behind = np.array(places, dtype=np.int64), np.subtract(places, prefixes, dtype=np.int64)
-    group = np.array(groups, dtype=np.int64)
-    waiting = np.ones(alone.size, dtype=np.bool_)
+    waiting = _Waiting(sizes)
     taken: list[int] = []
     bin_of: list[int] = []
     for current in range(max_bins):
-        oldest = np.flatnonzero(waiting)
-        follows = np.append(False, group[oldest[1:]] == group[oldest[:-1]])[: oldest.size]
-        filled = np.cumsum(np.where(follows, behind[oldest], alone[oldest]))
-        chosen = oldest[: np.searchsorted(filled, bin_length, side="right")].tolist()
+        chosen, num_free = waiting.take_oldest(bin_length)
         if not chosen:
             break
-        waiting[chosen] = False
-        space = bin_length - int(filled[len(chosen) - 1])
-        here = np.isin(group, group[chosen])
-        while True:
-            sizes = np.where(here, behind, alone)
-            fitting = np.where(waiting & (sizes <= space), sizes, 0)
-            if not fitting.any():
-                break
-            longest = int(fitting.argmax())
-            chosen.append(longest)
-            waiting[longest] = False
-            space -= int(sizes[longest])
-            here |= group == group[longest]
+        chosen += waiting.fill_gap(num_free, chosen)
         taken += chosen
         bin_of += [current] * len(chosen)
     return taken, bin_of
 
 
-def _total_places(bin_length: int, bin_of: list[int]) -> int:
-    return bin_length * (max(bin_of, default=0) + 1)
+class _Waiting:
+    """Documents that wait for a long bin, the oldest first."""
+
+    def __init__(self, sizes: DocumentSizes) -> None:
+        self._alone = np.array(sizes.slots, dtype=np.int64)
+        self._behind = self._alone - np.array(sizes.shareable, dtype=np.int64)  # a shared prefix
+        self._group = np.array(sizes.groups, dtype=np.int64)
+        self._waits = np.ones(self._alone.size, dtype=np.bool_)
+
+    def take_oldest(self, bin_length: int) -> tuple[list[int], int]:
+        """Take the oldest documents while they fit; return them and the slots left."""
+        oldest = np.flatnonzero(self._waits)
+        group = self._group[oldest]
+        follows = np.zeros(oldest.size, dtype=np.bool_)  # another document of its group
+        follows[1:] = group[1:] == group[:-1]
+        sizes = np.where(follows, self._behind[oldest], self._alone[oldest])
+        filled = np.cumsum(sizes)
+        num_taken = int(np.searchsorted(filled, bin_length, side="right"))
+        if num_taken == 0:
+            return [], bin_length
+        chosen = oldest[:num_taken]
+        self._waits[chosen] = False
+        return chosen.tolist(), bin_length - int(filled[num_taken - 1])
+
+    def fill_gap(self, num_free: int, chosen: list[int]) -> list[int]:
+        """Take the longest document that fits, again and again, into a bin that holds ``chosen``."""
+        group_is_here = np.isin(self._group, self._group[chosen])
+        taken: list[int] = []
+        while True:
+            sizes = np.where(group_is_here, self._behind, self._alone)
+            fitting = np.where(self._waits & (sizes <= num_free), sizes, 0)
+            if not fitting.any():
+                return taken
+            longest = int(fitting.argmax())
+            taken.append(longest)
+            self._waits[longest] = False
+            num_free -= int(sizes[longest])
+            group_is_here |= self._group == self._group[longest]

@@ -1,34 +1,30 @@
-"""Whole documents into bins, bins into microbatches.
+"""Whole documents into bins: the tensors of a microbatch.
 
-A document of n tokens takes n - 1 places: its last token is only ever a label. Documents are never cut. Those of one
-group in one bin stand behind one copy of their prompt, which saves its places for all but the first; the gradient is
-the same, since a prompt's hidden states do not depend on what follows. Two layouts:
+A document of n tokens takes n - 1 slots: its last token is only ever a label. Documents are never
+cut. Those of one group in one bin stand behind one copy of their prompt, which saves its slots for
+all but the first; the gradient is the same, since a prompt's hidden states do not depend on what
+follows.
 
-- ``bin_length`` an int, for a GPU: long bins of that length, attention by document under a block mask. A bin takes the
-  buffer's documents in order of age while they fit, then the longest that still fit into the gap.
-- ``bin_length`` None, for a CPU, where a dense mask costs the square of the bin: many bins, each as long as the longest
-  document in the microbatch (a multiple of 8), which shorter ones share by best fit. Documents of a group share a
-  prompt as long as the square of their bin costs no more than apart. A microbatch takes documents in
-  order of age, so that its mix of lengths is that of the rollout.
-
-In both the oldest document is always in the next microbatch, which bounds how stale one can become.
-
-What is not here: masks, ``ref_logps``, staleness; they need the model, or the version that trains.
+Not here: which documents a microbatch takes (:mod:`gspo.data.pack`), and masks, ``ref_logps`` and
+staleness, which need the model or the version that trains.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from gspo.data.bins import best_fit, share_prefixes, short_bins
-from gspo.types import PackedBatch, Rollout
+from gspo.data.bins import DocumentSizes, best_fit, share_prefixes, short_bins
+from gspo.metrics import Mean
+from gspo.types import GroupBatch, PackedBatch
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,206 +40,312 @@ class Document:
     policy_version: int
     prompt_id: str
     group_id: int
-    segments: list[int] = field(
-        default_factory=list
-    )  # of each token of the completion; empty: it is not cut
-    segment_advantages: list[float] = field(
-        default_factory=list
-    )  # of each segment; empty: the document's
+    segments: list[int] = field(default_factory=list)  # of each completion token; empty: not cut
+    segment_advantages: list[float] = field(default_factory=list)  # empty: the document's own
 
     @property
-    def num_places(self) -> int:
-        """Places that it takes in a bin."""
+    def num_slots(self) -> int:
+        """Slots that it takes in a bin."""
         return len(self.tokens) - 1
 
 
-_DOCUMENT_FIELDS = tuple(f.name for f in fields(Document))
+def group_documents(batch: GroupBatch) -> list[Document]:
+    """Return one document for each completion, in the batch's order."""
+    documents = []
+    for group in batch.groups:
+        prompt = group.prompt
+        for completion in group.completions:
+            document = Document(
+                tokens=prompt.tokens + completion.tokens,
+                num_prompt_tokens=len(prompt.tokens),
+                logps=completion.logps,
+                advantage=completion.advantage,
+                reward=completion.reward,
+                temperature=completion.temperature,
+                policy_version=completion.policy_version,
+                prompt_id=prompt.id,
+                group_id=group.id,
+                segments=completion.segments,
+                segment_advantages=completion.segment_advantages,
+            )
+            documents.append(document)
+    return documents
 
 
-def rollout_documents(rollout: Rollout) -> list[Document]:
-    """One document for each completion, in the rollout's order."""
-    return [
-        Document(
-            tokens=group.prompt.tokens + completion.tokens,
-            num_prompt_tokens=len(group.prompt.tokens),
-            logps=completion.logps,
-            advantage=completion.advantage,
-            reward=completion.reward,
-            temperature=completion.temperature,
-            policy_version=completion.policy_version,
-            prompt_id=group.prompt.id,
-            group_id=group.id,
-            segments=completion.segments,
-            segment_advantages=completion.segment_advantages,
-        )
-        for group in rollout.groups
-        for completion in group.completions
-    ]
+def document_sizes(documents: list[Document], share_prompts: bool) -> DocumentSizes:
+    """Return the sizes that bins are filled by.
+
+    The last prompt token is not shared: its label is the first of each completion.
+    """
+    slots = [document.num_slots for document in documents]
+    shareable = [document.num_prompt_tokens - 1 for document in documents]
+    return DocumentSizes(slots, shareable, _prompt_groups(documents, share_prompts))
+
+
+def _prompt_groups(documents: list[Document], share_prompts: bool) -> list[int]:
+    """Number the documents, with the same number for those that can share a prompt."""
+    if not share_prompts:
+        return list(range(len(documents)))
+    numbers: dict[Any, int] = {}
+    groups = []
+    for i, document in enumerate(documents):
+        can_share = document.num_prompt_tokens > 1
+        key: Any = (document.prompt_id, document.group_id) if can_share else i
+        groups.append(numbers.setdefault(key, len(numbers)))
+    return groups
 
 
 def pack_documents(
     documents: list[Document], bin_length: int | None = None, *, share_prompts: bool = True
 ) -> PackedBatch:
-    """All of ``documents`` in one batch, as many bins as best fit needs.
+    """Put all ``documents`` into one batch, in as many bins as best fit needs.
 
     Args:
-        documents: any number, none included; one group's next to each other, and in a bin they keep this order.
+        documents: any number, none included. Those of one group stand next to each other and keep
+            their order in a bin.
         bin_length: S; None fits the bins to the documents, see :func:`~gspo.data.bins.short_bins`.
         share_prompts: one copy of its prompt for all documents of a group in a bin.
 
     Raises:
-        ValueError: a document is longer than a bin.
+        ValueError: A document is longer than a bin.
     """
-    groups = _groups(documents, share_prompts)
-    units, sizes = share_prefixes(
-        *_sizes(documents), groups, bin_length or sum(d.num_places for d in documents)
-    )
+    sizes = document_sizes(documents, share_prompts)
+    units = share_prefixes(sizes, bin_length or sum(sizes.slots))
+    unit_slots = [unit.num_slots for unit in units]
     if bin_length is None:
-        bin_length, bins = short_bins(sizes)
+        bin_length, bin_of_unit = short_bins(unit_slots)
     else:
-        bins = best_fit(sizes, bin_length)
-    bin_of = {
-        document: chosen for unit, chosen in zip(units, bins, strict=True) for document in unit
-    }
-    return build_batch(
-        documents,
-        [bin_of[i] for i in range(len(documents))],
-        bin_length,
-        share_prompts=share_prompts,
-    )
-
-
-def _sizes(documents: list[Document]) -> tuple[list[int], list[int]]:
-    """Places of each alone, and those of them that its prompt takes; the last prompt token goes with the completion."""
-    return [d.num_places for d in documents], [d.num_prompt_tokens - 1 for d in documents]
-
-
-def _groups(documents: list[Document], share_prompts: bool) -> list[int]:
-    """A number for each document, the same for those that can share a prompt."""
-    if not share_prompts:
-        return list(range(len(documents)))
-    numbers: dict[Any, int] = {}
-    keys = [
-        (d.prompt_id, d.group_id) if d.num_prompt_tokens > 1 else i for i, d in enumerate(documents)
-    ]
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
+        bin_of_unit = best_fit(unit_slots, bin_length)
+    bin_of = [0] * len(documents)
+    for unit, number in zip(units, bin_of_unit, strict=True):
+        for document in unit.documents:
+            bin_of[document] = number
+    return build_batch(documents, bin_of, bin_length, share_prompts=share_prompts)
 
 
 def build_batch(
     documents: list[Document], bin_of: list[int], bin_length: int, *, share_prompts: bool = True
 ) -> PackedBatch:
-    """The tensors of ``documents`` laid out in the bins given; no documents give one bin of padding.
+    """Lay out ``documents`` in the bins given; no documents give one bin of padding.
 
     Args:
-        documents: those of one bin and one group stand in it in this order, groups in the order of their first.
+        documents: those of one bin and one group stand in it in this order, groups in the order of
+            their first.
         bin_of: the bin of each, from 0 without gaps.
         bin_length: S, at least what the documents of each bin take.
-        share_prompts: those of one group in one bin share the places of their prompt.
+        share_prompts: documents of one group in one bin share the slots of their prompt.
     """
-    bins, group = (
-        np.array(bin_of, dtype=np.int64),
-        np.array(_groups(documents, share_prompts), dtype=np.int64),
-    )
-    order = np.lexsort((group, bins))
-    documents, bins, group = [documents[i] for i in order], bins[order], group[order]
-    num_documents, num_bins = len(documents), int(bins[-1]) + 1 if documents else 1
-    num_tokens = np.array([len(d.tokens) for d in documents], dtype=np.int64)
-    num_prompt_tokens = np.array([d.num_prompt_tokens for d in documents], dtype=np.int64)
-    label_counts = num_tokens - num_prompt_tokens
+    bins = np.array(bin_of, dtype=np.int64)
+    groups = np.array(_prompt_groups(documents, share_prompts), dtype=np.int64)
+    order = np.lexsort((groups, bins))
+    documents = [documents[i] for i in order]
+    num_bins = max(bin_of, default=0) + 1
 
-    # What stands in the bins: documents, and before the first of each group that shares its prompt a prefix, which is
-    # the prompt but for its last token, whose label is each completion's first. Prefixes are numbered after documents.
-    leads = np.ones(num_documents, dtype=np.bool_)  # the first of its group in its bin
-    leads[1:] = (bins[1:] != bins[:-1]) | (group[1:] != group[:-1])
-    run = np.cumsum(leads) - 1
-    shares = np.bincount(run, minlength=1)[run] > 1
-    leaders = np.flatnonzero(leads & shares)
-    own = np.arange(num_documents + leaders.size)
-    prefix_index = np.append(own, own.size)
-    prefix_index[:num_documents][shares] = num_documents - 1 + np.cumsum(leads & shares)[shares]
-    source = np.append(own[:num_documents], leaders)  # the document whose tokens each has
-    index = np.lexsort((own < num_documents, source))  # in the order in which they stand
-    source, is_prefix = source[index], index >= num_documents
-    skipped = np.where(
-        shares[source] & ~is_prefix, num_prompt_tokens[source] - 1, 0
-    )  # places left to the prefix
-    num_places = np.where(is_prefix, num_prompt_tokens[source], num_tokens[source] - skipped) - 1
-
-    piece, offsets, places, padding_positions = _lay_out(
-        num_places, bins[source], num_bins, bin_length
-    )
-    offsets += skipped[piece]
-    flat = np.fromiter(
-        chain.from_iterable(d.tokens for d in documents), np.int64, int(num_tokens.sum())
-    )
-    token = (np.cumsum(num_tokens) - num_tokens)[source[piece]] + offsets
-    sampled = ~is_prefix[piece] & (offsets >= num_prompt_tokens[source[piece]] - 1)
-    logps = np.fromiter(chain.from_iterable(d.logps for d in documents), np.float64)
-
-    def spread(values: Any, default: Any, dtype: Any, at: Any = places) -> torch.Tensor:
-        spread_out = np.empty(num_bins * bin_length, dtype)
-        spread_out[...] = default
-        spread_out[at] = values
-        return torch.from_numpy(spread_out)
-
-    def per_document(values: list[Any], other: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([*values, *[other] * (leaders.size + 1)], dtype=dtype)
-
-    numbers, segment_advantages = _number_segments(documents)
+    lengths = _Lengths.of(documents)
+    prefixes = _find_prefixes(bins[order], groups[order])
+    pieces = _find_pieces(lengths, prefixes, bins[order])
+    slots = _find_slots(pieces, num_bins, bin_length)
+    num_used, num_slots = slots.at.size, num_bins * bin_length
     return PackedBatch(
         num_bins=num_bins,
-        tokens=spread(flat[token], 0, np.int64),
-        labels=spread(flat[token + 1], 0, np.int64),
-        positions=spread(offsets, padding_positions, np.int64),
-        document_index=spread(index[piece], own.size, np.int64),
-        loss_mask=spread(sampled, False, np.bool_),
-        old_logps=spread(logps, 0.0, np.float32, at=places[sampled]),
-        advantages=per_document([d.advantage for d in documents], 0.0, torch.float32),
-        rewards=per_document([d.reward for d in documents], 0.0, torch.float32),
-        label_counts=per_document(label_counts.tolist(), 0, torch.int64),
-        policy_version=per_document([d.policy_version for d in documents], 0, torch.int64),
-        temperature=per_document([d.temperature for d in documents], 1.0, torch.float32),
-        prefix_index=torch.from_numpy(prefix_index) if leaders.size else None,
-        num_documents=num_documents,
-        num_label_tokens=int(label_counts.sum()),
-        segment_index=None if numbers is None else spread(numbers, 0, np.int64, at=places[sampled]),
-        segment_advantages=segment_advantages,
-        ids=[(d.prompt_id, d.group_id) for d in documents],
-        stats={"packing_efficiency": (float(piece.size), float(num_bins * bin_length))},
+        **_slot_tensors(documents, lengths, pieces, slots),
+        **_document_tensors(documents, lengths, prefixes),
+        num_documents=len(documents),
+        num_label_tokens=int(lengths.labels.sum()),
+        ids=[(document.prompt_id, document.group_id) for document in documents],
+        stats={"packing_efficiency": Mean(float(num_used), float(num_slots))},
     )
 
 
-def _number_segments(documents: list[Document]) -> tuple[IntArray | None, torch.Tensor | None]:
-    """For each labelled token its segment, numbered through the batch; [K] advantages. None where nothing is cut."""
-    if not any(d.segments for d in documents):
-        return None, None
-    counts = [max(d.segments, default=0) + 1 for d in documents]
-    starts = accumulate(counts[:-1], initial=0)
-    own = (d.segments or [0] * len(d.logps) for d in documents)
-    index = np.array(
-        [start + n for start, ns in zip(starts, own, strict=True) for n in ns], dtype=np.int64
-    )
-    if not any(d.segment_advantages for d in documents):
-        return index, None
-    given = (
-        d.segment_advantages or [d.advantage] * n for d, n in zip(documents, counts, strict=True)
-    )
-    return index, torch.tensor(list(chain.from_iterable(given)), dtype=torch.float32)
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """The lengths of N documents in tokens."""
+
+    tokens: IntArray  # [N]
+    prompts: IntArray  # [N]
+
+    @classmethod
+    def of(cls, documents: list[Document]) -> _Lengths:
+        """Measure documents."""
+        tokens = [len(document.tokens) for document in documents]
+        prompts = [document.num_prompt_tokens for document in documents]
+        return cls(np.array(tokens, dtype=np.int64), np.array(prompts, dtype=np.int64))
+
+    @property
+    def labels(self) -> IntArray:
+        """The labelled tokens of each document."""
+        return self.tokens - self.prompts
 
 
-def _lay_out(
-    num_places: IntArray,  # [P] of each piece
-    bins: IntArray,  # [P], ascending
-    num_bins: int,
-    bin_length: int,
-) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """For each place used, its piece, its offset in that and in the batch; and the positions of padding, [T]."""
-    before = np.cumsum(num_places) - num_places  # places of earlier pieces
-    used = np.bincount(bins, weights=num_places, minlength=num_bins).astype(np.int64)
-    starts = before + (bins * bin_length - (np.cumsum(used) - used)[bins])
-    piece = np.repeat(np.arange(num_places.size), num_places)
+@dataclass(frozen=True, slots=True)
+class _Prefixes:
+    """The prompts that documents share. Prefixes are numbered after the N documents.
+
+    A prefix is a prompt without its last token, whose label is each completion's first.
+    """
+
+    shares: BoolArray  # [N] the document goes on from a prefix
+    leaders: IntArray  # of each prefix, the first document that goes on from it
+    index: IntArray  # [D] the number of the prefix, or the own one; padding last
+
+
+def _find_prefixes(
+    bins: IntArray,  # [N], ascending
+    groups: IntArray,  # [N], ascending in each bin
+) -> _Prefixes:
+    """Find the groups with several documents in a bin."""
+    num_documents = bins.size
+    is_first = np.ones(num_documents, dtype=np.bool_)  # of its group in its bin
+    is_first[1:] = (bins[1:] != bins[:-1]) | (groups[1:] != groups[:-1])
+    run = np.cumsum(is_first) - 1
+    run_lengths = np.bincount(run, minlength=1)
+    shares = run_lengths[run] > 1
+    leads = is_first & shares
+    leaders = np.flatnonzero(leads)
+
+    index = np.arange(num_documents + leaders.size + 1)
+    prefix_numbers = num_documents - 1 + np.cumsum(leads)
+    index[:num_documents][shares] = prefix_numbers[shares]
+    return _Prefixes(shares, leaders, index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The documents and prefixes that stand in the bins, P in the order in which they stand."""
+
+    number: IntArray  # [P] in the batch
+    document: IntArray  # [P] the document whose tokens the piece has
+    is_prefix: BoolArray  # [P]
+    start: IntArray  # [P] its first token in the document; earlier ones stand in the prefix
+    num_slots: IntArray  # [P]
+    bins: IntArray  # [P], ascending
+
+
+def _find_pieces(lengths: _Lengths, prefixes: _Prefixes, bins: IntArray) -> _Pieces:
+    """Put each prefix before the first document that goes on from it."""
+    num_documents = bins.size
+    numbers = np.arange(num_documents + prefixes.leaders.size)
+    document = np.append(numbers[:num_documents], prefixes.leaders)
+    order = np.lexsort((numbers < num_documents, document))
+    document = document[order]
+    is_prefix = order >= num_documents
+
+    prompts = lengths.prompts[document]
+    goes_on = prefixes.shares[document] & ~is_prefix
+    start = np.where(goes_on, prompts - 1, 0)
+    end = np.where(is_prefix, prompts, lengths.tokens[document])
+    return _Pieces(order, document, is_prefix, start, end - start - 1, bins[document])
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The U used slots in the pieces' order, and the positions of padding."""
+
+    at: IntArray  # [U] the slot in the batch
+    piece: IntArray  # [U] the piece in it
+    positions: IntArray  # [U] of its token in the document
+    padding_positions: IntArray  # [T] for every slot: counted from the end of its bin's pieces
+
+    def fill(self, default: Any, dtype: Any, values: Any, at: IntArray) -> torch.Tensor:  # [T]
+        """Return a tensor with ``values`` in the slots ``at`` and ``default`` in the others."""
+        filled = np.empty(self.padding_positions.size, dtype)
+        filled[...] = default
+        filled[at] = values
+        return torch.from_numpy(filled)
+
+
+def _find_slots(pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
+    """Put the pieces of each bin one after another."""
+    ends = np.cumsum(pieces.num_slots)
+    before = ends - pieces.num_slots  # slots of earlier pieces
+    used = np.bincount(pieces.bins, weights=pieces.num_slots, minlength=num_bins).astype(np.int64)
+    used_before = np.cumsum(used) - used  # slots of earlier bins' pieces
+    first_slots = before + pieces.bins * bin_length - used_before[pieces.bins]
+
+    piece = np.repeat(np.arange(pieces.num_slots.size), pieces.num_slots)
     offsets = np.arange(piece.size) - before[piece]
-    padding_positions = (np.arange(bin_length) - used[:, None]).reshape(
-        -1
-    )  # from 0 behind each bin's pieces
-    return piece, offsets, starts[piece] + offsets, padding_positions
+    padding_positions = np.arange(bin_length) - used[:, None]
+    return _Slots(
+        at=first_slots[piece] + offsets,
+        piece=piece,
+        positions=offsets + pieces.start[piece],
+        padding_positions=padding_positions.reshape(-1),
+    )
+
+
+def _slot_tensors(
+    documents: list[Document], lengths: _Lengths, pieces: _Pieces, slots: _Slots
+) -> dict[str, Any]:
+    """Return the batch's tensors over slots, and what goes with its segments."""
+    num_tokens = int(lengths.tokens.sum())
+    all_tokens = chain.from_iterable(document.tokens for document in documents)
+    tokens = np.fromiter(all_tokens, np.int64, num_tokens)
+    all_logps = chain.from_iterable(document.logps for document in documents)
+    logps = np.fromiter(all_logps, np.float64)
+
+    document = pieces.document[slots.piece]
+    first_tokens = np.cumsum(lengths.tokens) - lengths.tokens
+    token = first_tokens[document] + slots.positions
+    after_prompt = slots.positions >= lengths.prompts[document] - 1
+    is_sampled = ~pieces.is_prefix[slots.piece] & after_prompt
+    at, sampled_at = slots.at, slots.at[is_sampled]
+    padding_document = pieces.number.size
+    tensors = {
+        "tokens": slots.fill(0, np.int64, tokens[token], at),
+        "labels": slots.fill(0, np.int64, tokens[token + 1], at),
+        "positions": slots.fill(slots.padding_positions, np.int64, slots.positions, at),
+        "document_index": slots.fill(padding_document, np.int64, pieces.number[slots.piece], at),
+        "loss_mask": slots.fill(False, np.bool_, is_sampled, at),
+        "old_logps": slots.fill(0.0, np.float32, logps, sampled_at),
+    }
+    if any(document.segments for document in documents):
+        index, advantages = _number_segments(documents, lengths)
+        tensors["segment_index"] = slots.fill(0, np.int64, index, sampled_at)
+        if advantages is not None:
+            tensors["segment_advantages"] = advantages
+    return tensors
+
+
+def _document_tensors(
+    documents: list[Document], lengths: _Lengths, prefixes: _Prefixes
+) -> dict[str, Any]:
+    """Return the batch's tensors over documents, prefixes and padding."""
+    num_others = prefixes.leaders.size + 1
+
+    def over_documents(name: str, other: float, dtype: torch.dtype) -> torch.Tensor:
+        values = [getattr(document, name) for document in documents]
+        return torch.tensor(values + [other] * num_others, dtype=dtype)
+
+    label_counts = np.append(lengths.labels, np.zeros(num_others, dtype=np.int64))
+    has_prefixes = prefixes.leaders.size > 0
+    return {
+        "advantages": over_documents("advantage", 0.0, torch.float32),
+        "rewards": over_documents("reward", 0.0, torch.float32),
+        "label_counts": torch.from_numpy(label_counts),
+        "policy_version": over_documents("policy_version", 0, torch.int64),
+        "temperature": over_documents("temperature", 1.0, torch.float32),
+        "prefix_index": torch.from_numpy(prefixes.index) if has_prefixes else None,
+    }
+
+
+def _number_segments(
+    documents: list[Document], lengths: _Lengths
+) -> tuple[IntArray, torch.Tensor | None]:
+    """Number the segments through the batch; a document that is not cut is one segment.
+
+    Returns:
+        The segment of each labelled token, and [K] advantages, None where no segment has its own.
+    """
+    counts = [max(document.segments, default=0) + 1 for document in documents]
+    first_numbers = np.cumsum(counts) - counts
+    numbers: list[Sequence[int]] = []
+    for document in documents:
+        numbers.append(document.segments or [0] * len(document.logps))
+    in_document = np.fromiter(chain.from_iterable(numbers), np.int64)
+    index = in_document + np.repeat(first_numbers, lengths.labels)
+    if not any(document.segment_advantages for document in documents):
+        return index, None
+    advantages: list[float] = []
+    for document, count in zip(documents, counts, strict=True):
+        advantages += document.segment_advantages or [document.advantage] * count
+    return index, torch.tensor(advantages, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The half of a node that holds nothing but its source."""
+"""The node that most nodes of the data graph are: an item in, an item out, nothing kept between."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torchdata.nodes import BaseNode
 T = TypeVar("T")
 
 
-class Stateless(BaseNode[T]):
-    """Saves and restores its source; a subclass has :meth:`next`, which takes from ``self.source``."""
+class TransformNode(BaseNode[T]):
+    """A node whose only state is that of its source.
+
+    A subclass has :meth:`next`, which takes from ``self.source`` and keeps nothing between items.
+    """
 
     def __init__(self, source: BaseNode[Any]) -> None:
         super().__init__()
@@ -22,5 +25,5 @@ class Stateless(BaseNode[T]):
         self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
-        """The source's state; this node holds nothing."""
+        """Return the source's state."""
         return {"source": self.source.state_dict()}

@@ -1,89 +1,100 @@
-"""Rollouts in, microbatches out."""
+"""Batches of groups in, microbatches out.
+
+Two layouts:
+
+- ``bin_length`` an int, for a GPU: long bins of that length, attention by document under a block
+  mask. A bin takes the buffer's documents in order of age while they fit, then the longest that
+  still fit into the gap.
+- ``bin_length`` None, for a CPU, where a dense mask costs the square of the bin: many bins, each as
+  long as the longest document in the microbatch (a multiple of 8), which shorter ones share by best
+  fit. Documents of a group share a prompt as long as the square of their bin costs no more than
+  apart. A microbatch takes documents in order of age, so that its mix of lengths is that of the
+  rollout.
+
+In both the oldest document is always in the next microbatch, which bounds how stale one can become.
+
+Not here: the tensors, see :mod:`gspo.data.layout`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torchdata.nodes import BaseNode
 
 from gspo.data.bins import MULTIPLE, SHORT_BIN, share_prefixes, take_long_bins, take_short_bins
-from gspo.data.layout import (
-    _DOCUMENT_FIELDS,
-    Document,
-    _groups,
-    _sizes,
-    build_batch,
-    rollout_documents,
-)
-from gspo.errors import InputError
-from gspo.types import PackedBatch, Rollout
-
-Stats = dict[str, tuple[float, float]]
-
+from gspo.data.layout import Document, build_batch, document_sizes, group_documents
+from gspo.errors import DataError, InputError, require
+from gspo.metrics import Metrics, merge
+from gspo.types import GroupBatch, PackedBatch
 
 _EMPTY_BIN = 8  # length of the bin of padding that stands for a rollout without a live document
-
-
-def merge_stats(stats: Stats, more: Stats) -> Stats:
-    """Metric sums of both: names ending in ``/max`` or ``/min`` take the larger or smaller, others add up."""
-    merged = dict(stats)
-    for name, pair in more.items():
-        if name not in merged:
-            merged[name] = pair
-        elif name.endswith("/max"):
-            merged[name] = max(merged[name], pair)
-        elif name.endswith("/min"):
-            merged[name] = min(merged[name], pair)
-        else:
-            merged[name] = (merged[name][0] + pair[0], merged[name][1] + pair[1])
-    return merged
+_DOCUMENT_FIELDS = tuple(field.name for field in fields(Document))
 
 
 def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
     """Refuse a layout whose bins could be longer than the model takes.
 
     Raises:
-        InputError: bins of ``bin_length``, or those that :func:`short_bins` chooses, may exceed ``max_seq_len``.
+        InputError: Bins of ``bin_length``, or those that :func:`~gspo.data.bins.short_bins`
+            chooses, may exceed ``max_seq_len``.
     """
-    if bin_length is not None and bin_length > max_seq_len:
-        raise InputError(
-            f"packing.bin_length: {bin_length} is more than the model's max_seq_len {max_seq_len}. "
-            "Lower it, or raise model.max_seq_len."
+    if bin_length is not None:
+        require(
+            bin_length <= max_seq_len,
+            "bin_length",
+            bin_length,
+            f"is more than the model's max_seq_len {max_seq_len}",
+            "lower it, or raise model.max_seq_len",
         )
-    if bin_length is None and (max_seq_len < SHORT_BIN or max_seq_len % MULTIPLE):
+    elif max_seq_len < SHORT_BIN or max_seq_len % MULTIPLE:
         raise InputError(
-            f"packing.bin_length: null makes bins of up to {SHORT_BIN} tokens or of the longest document, rounded up "
-            f"to a multiple of {MULTIPLE}; the model's max_seq_len is {max_seq_len}. "
-            f"Set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple of {SHORT_BIN}."
+            "bin_length",
+            must=f"null makes bins of up to {SHORT_BIN} tokens or of the longest document, rounded "
+            f"up to a multiple of {MULTIPLE}, and the model's max_seq_len is {max_seq_len}",
+            remedy=f"set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple "
+            f"of {SHORT_BIN}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The documents of the next microbatch and their bins."""
+
+    documents: list[int]  # numbers in the buffer
+    bin_of: list[int]
+    bin_length: int
 
 
 class Pack(BaseNode[PackedBatch]):
-    """Rollouts in, microbatches of at most ``tokens_per_microbatch`` places out.
+    """A node that packs groups into microbatches of at most ``tokens_per_microbatch`` slots.
 
-    Each batch carries the metric sums of the rollouts drawn since the batch before it. Dropped documents are spread
-    over the batches as the live ones are, so that several optimizer steps on one rollout divide by their share of them.
-    A rollout without a live document gives at once one bin of padding that carries all, so that a run whose groups are
-    all dead moves on, and a model's forward runs on every rank.
+    Each batch carries the stats of the rollouts drawn since the batch before it. Dropped documents
+    are spread over the batches as the live ones are, so that several optimizer steps on one rollout
+    divide by their share of them. A rollout without a live document gives at once one bin of
+    padding that carries all, so that a run whose groups are all dead moves on, and a model's
+    forward runs on every rank.
 
     Args:
-        source: a node of rollouts with advantages.
-        tokens_per_microbatch: R * S of a full microbatch; for an int ``bin_length`` a multiple of it.
+        source: a node of groups with advantages; one of its items is a rollout.
+        tokens_per_microbatch: R * S of a full microbatch; for an int ``bin_length`` a multiple.
         bin_length: S, or None to fit the bins to the documents, see the module.
-        buffer_size: documents; without ``flush_every_rollout``, rollouts are drawn until this many wait (and a
-            microbatch can be filled). More means fuller bins and staler documents.
-        flush_every_rollout: empty the buffer before the next rollout is drawn, so that rollouts and optimizer steps
-            line up; the last microbatch of a rollout has fewer bins.
-        share_prompts: a bin holds one copy of a group's prompt, which all its documents there attend to.
+        buffer_size: documents; without ``flush_every_rollout``, rollouts are drawn until this many
+            wait (and a microbatch can be filled). More means fuller bins and staler documents.
+        flush_every_rollout: empty the buffer before the next rollout is drawn, so that rollouts and
+            optimizer steps line up; the last microbatch of a rollout has fewer bins.
+        share_prompts: a bin holds one copy of a group's prompt, which all its documents there
+            attend to.
         max_seq_len: the longest bin that the model takes, for a ``bin_length`` of None.
 
     Raises:
-        InputError: a bad argument; from ``next``, a document that no bin can hold.
+        InputError: A bad argument. From ``next``: a document that no bin can hold.
     """
 
     def __init__(
         self,
-        source: BaseNode[Rollout],
+        source: BaseNode[GroupBatch],
         *,
         tokens_per_microbatch: int,
         bin_length: int | None = None,
@@ -93,121 +104,152 @@ class Pack(BaseNode[PackedBatch]):
         max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("tokens_per_microbatch", tokens_per_microbatch),
-            ("buffer_size", buffer_size),
-        ):
-            if type(value) is not int or value < 1:
-                raise InputError(
-                    f"packing.{name}: {value} is not a whole number of 1 or more. Change it."
-                )
-        if bin_length is not None and (bin_length < 1 or tokens_per_microbatch % bin_length):
-            raise InputError(
-                f"bin_length: {bin_length} does not divide tokens_per_microbatch: {tokens_per_microbatch}. "
-                f"Set it to {tokens_per_microbatch} for one long bin, or to null for bins as long as their documents."
+        _require_positive("tokens_per_microbatch", tokens_per_microbatch)
+        _require_positive("buffer_size", buffer_size)
+        if bin_length is not None:
+            require(
+                bin_length >= 1 and tokens_per_microbatch % bin_length == 0,
+                "bin_length",
+                bin_length,
+                f"does not divide tokens_per_microbatch: {tokens_per_microbatch}",
+                f"set it to {tokens_per_microbatch} for one long bin, or to null for bins as long "
+                "as their documents",
             )
         self.source = source
-        self.tokens_per_microbatch, self.bin_length = tokens_per_microbatch, bin_length
-        self.buffer_size, self.flush_every_rollout = buffer_size, flush_every_rollout
-        self.share_prompts, self.max_seq_len = share_prompts, max_seq_len or tokens_per_microbatch
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.bin_length = bin_length
+        self.buffer_size = buffer_size
+        self.flush_every_rollout = flush_every_rollout
+        self.share_prompts = share_prompts
+        self.max_seq_len = max_seq_len or tokens_per_microbatch
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on from a state."""
         super().reset(initial_state)
-        self.source.reset(None if initial_state is None else initial_state["source"])
-        waiting = [] if initial_state is None else initial_state["documents"]
-        self._documents = [Document(**d) for d in waiting]  # oldest first
-        # Documents and their label tokens that were dropped and no batch has carried yet.
-        self._dropped: list[int] = (
-            [0, 0] if initial_state is None else list(initial_state["dropped"])
-        )
+        state = initial_state or {}
+        self.source.reset(state.get("source"))
+        waiting = state.get("documents", [])
+        self._documents = [Document(**values) for values in waiting]  # oldest first
+        # Dropped, and carried by no batch yet.
+        self._dropped_documents, self._dropped_tokens = state.get("dropped", [0, 0])
 
     def get_state(self) -> dict[str, Any]:
-        """The source's state and the documents that wait, in plain containers."""
+        """Return the source's state and the documents that wait, in plain containers."""
         return {
             "source": self.source.state_dict(),
-            "documents": [
-                {name: getattr(d, name) for name in _DOCUMENT_FIELDS} for d in self._documents
-            ],
-            "dropped": list(self._dropped),
+            "documents": [_plain(document) for document in self._documents],
+            "dropped": [self._dropped_documents, self._dropped_tokens],
         }
 
     def next(self) -> PackedBatch:
-        """The next microbatch."""
-        drawn: list[Rollout] = []
+        """Return the next microbatch."""
+        stats: list[Metrics] = []
         while self._wants_more():
             try:
-                drawn.append(next(self.source))
+                rollout = next(self.source)
             except StopIteration:
                 if not self._documents:
                     raise
                 break
-            if not self._ingest(drawn[-1]):
-                return self._emit(drawn, [], _EMPTY_BIN, [])
-        places, prefixes = _sizes(self._documents)
-        groups = _groups(self._documents, self.share_prompts)
-        if self.bin_length is None:
-            max_length = min(self.tokens_per_microbatch, self.max_seq_len)
-            units, sizes = share_prefixes(places, prefixes, groups, max_length)
-            bin_length, bins = take_short_bins(sizes, self.tokens_per_microbatch, max_length)
-            pairs = [(i, chosen) for unit, chosen in zip(units, bins, strict=False) for i in unit]
-            return self._emit(
-                drawn, [i for i, _ in pairs], bin_length, [chosen for _, chosen in pairs]
-            )
-        max_bins = self.tokens_per_microbatch // self.bin_length
-        taken, bin_of = take_long_bins(places, prefixes, groups, self.bin_length, max_bins)
-        return self._emit(drawn, taken, self.bin_length, bin_of)
+            stats.append(rollout.stats)
+            num_live = self._add(rollout)
+            if num_live == 0:
+                return self._emit(_Choice([], [], _EMPTY_BIN), stats)
+        choice = self._choose_short() if self.bin_length is None else self._choose_long()
+        return self._emit(choice, stats)
 
     def _wants_more(self) -> bool:
         if self.flush_every_rollout:
             return not self._documents
-        places, prefixes = _sizes(self._documents)
+        if len(self._documents) < self.buffer_size:
+            return True
+        sizes = document_sizes(self._documents, self.share_prompts)
+        num_slots = 0
         seen: set[int] = set()
-        for i, group in enumerate(_groups(self._documents, self.share_prompts)):
-            places[i] -= prefixes[i] if group in seen else 0
+        for alone, shareable, group in zip(
+            sizes.slots, sizes.shareable, sizes.groups, strict=True
+        ):
+            num_slots += alone - shareable if group in seen else alone
             seen.add(group)
-        return len(self._documents) < self.buffer_size or sum(places) < self.tokens_per_microbatch
+        return num_slots < self.tokens_per_microbatch
 
-    def _ingest(self, rollout: Rollout) -> int:
-        documents = rollout_documents(rollout)
+    def _add(self, rollout: GroupBatch) -> int:
+        """Put the documents of a rollout into the buffer and return how many they are."""
+        documents = group_documents(rollout)
         for document in documents:
             self._check(document)
         self._documents += documents
-        self._dropped[0] += rollout.dropped_documents
-        self._dropped[1] += rollout.dropped_tokens
+        self._dropped_documents += rollout.dropped_documents
+        self._dropped_tokens += rollout.dropped_tokens
         return len(documents)
 
     def _check(self, document: Document) -> None:
         key = "tokens_per_microbatch" if self.bin_length is None else "bin_length"
-        limit = getattr(self, key)
-        if document.num_places > limit:
-            raise InputError(
-                f"{key}: {limit} is too small for a document of prompt {document.prompt_id}, which has "
-                f"{len(document.tokens)} tokens (prompt and completion). Raise {key} to {document.num_places} or more, "
-                f"lower max_new_tokens, or leave the prompt out."
-            )
+        limit = self.bin_length or self.tokens_per_microbatch
+        require(
+            document.num_slots <= limit,
+            key,
+            limit,
+            f"is too small for a document of prompt {document.prompt_id}, which has "
+            f"{len(document.tokens)} tokens (prompt and completion)",
+            f"raise {key} to {document.num_slots} or more, lower max_new_tokens, or leave the "
+            "prompt out",
+        )
         if document.num_prompt_tokens < 1:
-            raise InputError(
-                f"prompt {document.prompt_id} has no tokens. A completion's first token needs one before it."
+            raise DataError(
+                f"prompt {document.prompt_id}",
+                must="has no tokens",
+                remedy="a completion's first token needs one before it",
             )
 
-    def _emit(
-        self, drawn: list[Rollout], taken: list[int], bin_length: int, bin_of: list[int]
-    ) -> PackedBatch:
+    def _choose_short(self) -> _Choice:
+        sizes = document_sizes(self._documents, self.share_prompts)
+        max_length = min(self.tokens_per_microbatch, self.max_seq_len)
+        units = share_prefixes(sizes, max_length)
+        unit_slots = [unit.num_slots for unit in units]
+        bins = take_short_bins(unit_slots, self.tokens_per_microbatch, max_length)
+        documents: list[int] = []
+        bin_of: list[int] = []
+        for unit, number in zip(units, bins.bin_of, strict=False):  # units that were taken
+            documents += unit.documents
+            bin_of += [number] * len(unit.documents)
+        return _Choice(documents, bin_of, bins.length)
+
+    def _choose_long(self) -> _Choice:
+        assert self.bin_length is not None
+        sizes = document_sizes(self._documents, self.share_prompts)
+        max_bins = self.tokens_per_microbatch // self.bin_length
+        documents, bin_of = take_long_bins(sizes, self.bin_length, max_bins)
+        return _Choice(documents, bin_of, self.bin_length)
+
+    def _emit(self, choice: _Choice, stats: list[Metrics]) -> PackedBatch:
+        """Take the chosen documents out of the buffer, as a batch with the stats of rollouts."""
+        documents = [self._documents[i] for i in choice.documents]
         batch = build_batch(
-            [self._documents[i] for i in taken],
-            bin_of,
-            bin_length,
-            share_prompts=self.share_prompts,
+            documents, choice.bin_of, choice.bin_length, share_prompts=self.share_prompts
         )
-        for rollout in drawn:
-            batch.stats = merge_stats(batch.stats, rollout.stats)
-        share = len(taken) / len(self._documents) if taken else 1.0
-        dropped = [round(share * count) for count in self._dropped]
-        self._dropped = [count - part for count, part in zip(self._dropped, dropped, strict=True)]
-        batch.num_documents += dropped[0]
-        batch.num_label_tokens += dropped[1]
-        gone = set(taken)
-        self._documents = [d for i, d in enumerate(self._documents) if i not in gone]
-        batch.rollout_continues = self.flush_every_rollout and bool(self._documents)
+        batch.stats = merge([batch.stats, *stats])
+        self._hand_over_dropped(batch, len(documents))
+        taken = set(choice.documents)
+        self._documents = [d for i, d in enumerate(self._documents) if i not in taken]
+        batch.continues = self.flush_every_rollout and bool(self._documents)
         return batch
+
+    def _hand_over_dropped(self, batch: PackedBatch, num_taken: int) -> None:
+        """Count in ``batch`` its share of the dropped documents."""
+        share = num_taken / len(self._documents) if num_taken else 1.0
+        num_documents = round(share * self._dropped_documents)
+        num_tokens = round(share * self._dropped_tokens)
+        self._dropped_documents -= num_documents
+        self._dropped_tokens -= num_tokens
+        batch.num_documents += num_documents
+        batch.num_label_tokens += num_tokens
+
+
+def _plain(document: Document) -> dict[str, Any]:
+    return {name: getattr(document, name) for name in _DOCUMENT_FIELDS}
+
+
+def _require_positive(name: str, value: int) -> None:
+    is_positive = type(value) is int and value >= 1
+    require(is_positive, name, value, "is not a whole number of 1 or more", "change it")

@@ -6,19 +6,25 @@ from typing import Any
 
 from torchdata.nodes import BaseNode, Prefetcher
 
-from gspo.data.node import Stateless
+from gspo.data.node import TransformNode
+from gspo.errors import require
 
 
-def prefetched(source: BaseNode[Any], num_items: int) -> BaseNode[Any]:
-    """``source`` run up to ``num_items`` ahead on a thread; what it raises arrives in ``next`` as it was raised.
+def prefetched(node: BaseNode[Any], num_items: int) -> BaseNode[Any]:
+    """Return a node that runs ``node`` up to ``num_items`` ahead on a thread.
 
-    The Prefetcher alone would raise it with the thread's stack in its message, which a user's typo does not deserve.
+    An exception of ``node`` arrives in ``next`` as it was raised. The Prefetcher alone would put
+    the thread's stack into its message, which a user's typo does not deserve.
+
+    Raises:
+        InputError: ``num_items`` is less than 1.
     """
-    return _RaiseErrors(Prefetcher(_CatchErrors(source), num_items, snapshot_frequency=1))
+    require(num_items >= 1, "prefetch", num_items, "must be at least 1")
+    return _RaiseErrors(Prefetcher(_CatchErrors(node), num_items, snapshot_frequency=1))
 
 
-class _CatchErrors(Stateless[Any]):
-    """Gives an exception of ``source`` as the last item."""
+class _CatchErrors(TransformNode[Any]):
+    """A node that yields an exception of its source as the last item."""
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -36,8 +42,8 @@ class _CatchErrors(Stateless[Any]):
             return error
 
 
-class _RaiseErrors(Stateless[Any]):
-    """Raises the item that is an exception, on the thread that asks for it."""
+class _RaiseErrors(TransformNode[Any]):
+    """A node that raises an item that is an exception, on the thread that asks for it."""
 
     def next(self) -> Any:
         item = next(self.source)

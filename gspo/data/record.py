@@ -1,55 +1,61 @@
-"""Writes what was sampled to a file, on its way to the packer."""
+"""Examples of what was sampled, on its way to the packer.
+
+Not here: the file they are written to, which is the run folder's.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.node import Stateless
-from gspo.types import Rollout
+from gspo.data.node import TransformNode
+from gspo.types import Group, GroupBatch
+
+Rows = list[dict[str, Any]]
 
 
-class Record(Stateless[Rollout]):
-    """Passes rollouts on and appends the first completions of each to a JSONL file, one a group.
+class Record(TransformNode[GroupBatch]):
+    """A node that passes rollouts on and writes the first completion of some groups of each.
 
     Args:
-        source: a node of scored rollouts with advantages.
-        path: the file; made with its folder, and appended to.
-        num_per_rollout: completions written of each rollout; 0 writes none.
+        source: a node of scored groups with advantages; one of its items is a rollout.
+        write: called with plain dicts, which JSON can take.
+        num_per_rollout: completions written of each rollout, one a group; 0 writes none.
     """
 
-    def __init__(self, source: BaseNode[Rollout], path: Path, *, num_per_rollout: int) -> None:
+    def __init__(
+        self,
+        source: BaseNode[GroupBatch],
+        write: Callable[[Rows], object],
+        *,
+        num_per_rollout: int,
+    ) -> None:
         super().__init__(source)
-        self._path = path
+        self._write = write
         self._num_per_rollout = num_per_rollout
 
-    def next(self) -> Rollout:
-        """The next rollout, unchanged."""
+    def next(self) -> GroupBatch:
+        """Return the next rollout, unchanged."""
         rollout = next(self.source)
-        if self._num_per_rollout:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in _lines(rollout, self._num_per_rollout))
+        chosen = rollout.groups[: self._num_per_rollout]
+        rows = [_row(group) for group in chosen if group.completions]
+        if rows:
+            self._write(rows)
         return rollout
 
 
-def _lines(rollout: Rollout, limit: int) -> list[str]:
-    return [
-        json.dumps(
-            {
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.text,
-                "completion": group.completions[0].text,
-                "answer": group.prompt.answer,
-                "reward": group.completions[0].reward,
-                "rewards": group.completions[0].rewards,
-                "advantage": group.completions[0].advantage,
-                "finish_reason": group.completions[0].finish_reason,
-                "policy_version": group.completions[0].policy_version,
-            }
-        )
-        for group in rollout.groups[:limit]
-        if group.completions
-    ]
+def _row(group: Group) -> dict[str, Any]:
+    completion = group.completions[0]
+    return {
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
+        "completion": completion.text,
+        "answer": group.prompt.answer,
+        "reward": completion.reward,
+        "rewards": completion.rewards,
+        "advantage": completion.advantage,
+        "finish_reason": completion.finish_reason,
+        "policy_version": completion.policy_version,
+    }

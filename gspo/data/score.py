@@ -6,73 +6,78 @@ import time
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.node import Stateless
+from gspo.data.node import TransformNode
+from gspo.metrics import Mean, Metrics, Sum, Time
 from gspo.rewards.pool import RewardPool, RewardResult
 from gspo.rewards.worker import Item
-from gspo.types import Completion, Group, Rollout
+from gspo.types import Completion, Group, GroupBatch
 
 FULL_REWARD_TOLERANCE = 1e-6  # for the rounding of a weighted sum
 
 
-class Score(Stateless[Rollout]):
-    """Fills ``rewards`` and ``reward`` of every completion of a rollout, in one call of the pool.
+class Score(TransformNode[GroupBatch]):
+    """A node that fills ``rewards`` and ``reward`` of all completions, in one call of the pool.
 
-    A reward function sees the prompt's metadata with two additions: ``num_tokens``, the completion's length, and
-    ``finish_reason``, ``"stop"`` or ``"length"``.
+    A reward function sees the prompt's metadata with two additions: ``num_tokens``, the
+    completion's length, and ``finish_reason``, ``"stop"`` or ``"length"``.
 
-    It adds to the rollout's stats, as sums and weights: ``reward/mean`` and ``reward/<name>`` over completions,
-    ``_reward_sq`` (the squares, for the standard deviation), ``solved`` (groups with a full reward in them, over
-    groups), ``reward_failures`` (reward calls that failed) and ``time/score`` (seconds).
+    It adds to the stats: ``reward/mean`` and ``reward/<name>`` over completions, ``_reward_sq``
+    (the squares, for the standard deviation), ``solved`` (groups with a full reward in them, over
+    groups), ``reward_failures`` (reward calls that failed) and ``time/score``.
+
+    Args:
+        source: a node of groups.
+        pool: the rewards.
     """
 
-    def __init__(self, source: BaseNode[Rollout], pool: RewardPool) -> None:
+    def __init__(self, source: BaseNode[GroupBatch], pool: RewardPool) -> None:
         super().__init__(source)
         self._pool = pool
 
-    def next(self) -> Rollout:
-        """The source's next rollout, scored."""
-        rollout = next(self.source)
+    def next(self) -> GroupBatch:
+        """Return the next groups, scored."""
+        batch = next(self.source)
         start = time.perf_counter()
-        completions = [completion for group in rollout.groups for completion in group.completions]
-        result = self._pool.score(reward_items(rollout.groups))
-        for completion, rewards, total in zip(
-            completions, result.rewards, result.totals, strict=True
-        ):
-            completion.rewards, completion.reward = rewards, total
-        self._add_stats(rollout, completions, result)
-        rollout.stats["time/score"] = (time.perf_counter() - start, 1)
-        return rollout
+        result = self._pool.score(reward_items(batch.groups))
+        completions = [completion for group in batch.groups for completion in group.completions]
+        for i, completion in enumerate(completions):
+            completion.rewards = result.rewards[i]
+            completion.reward = result.totals[i]
+        batch.stats |= self._stats(batch.groups, result)
+        batch.stats["time/score"] = Time(time.perf_counter() - start)
+        return batch
 
-    def _add_stats(
-        self, rollout: Rollout, completions: list[Completion], result: RewardResult
-    ) -> None:
-        stats, num = rollout.stats, len(completions)
-        full = self._pool.full_reward - FULL_REWARD_TOLERANCE
-        stats["reward/mean"] = (sum(result.totals), num)
-        stats["_reward_sq"] = (sum(total * total for total in result.totals), num)
+    def _stats(self, groups: list[Group], result: RewardResult) -> Metrics:
+        num_completions = len(result.totals)
+        squares = sum(total * total for total in result.totals)
+        stats: Metrics = {
+            "reward/mean": Mean(sum(result.totals), num_completions),
+            "_reward_sq": Mean(squares, num_completions),
+        }
         for reward in self._pool.rewards:
-            stats[f"reward/{reward.name}"] = (
-                sum(values[reward.name] for values in result.rewards),
-                num,
-            )
-        solved = sum(any(c.reward >= full for c in group.completions) for group in rollout.groups)
-        stats["solved"] = (solved, len(rollout.groups))
-        stats["reward_failures"] = (sum(result.failures.values()), 1)
+            total = sum(values[reward.name] for values in result.rewards)
+            stats[f"reward/{reward.name}"] = Mean(total, num_completions)
+        stats["solved"] = Mean(sum(self._is_solved(group) for group in groups), len(groups))
+        stats["reward_failures"] = Sum(sum(result.failures.values()))
+        return stats
+
+    def _is_solved(self, group: Group) -> bool:
+        full_reward = self._pool.full_reward - FULL_REWARD_TOLERANCE
+        return any(completion.reward >= full_reward for completion in group.completions)
 
 
 def reward_items(groups: list[Group]) -> list[Item]:
-    """What the pool scores, one entry a completion in the groups' order."""
-    return [
-        (
-            group.prompt.text,
-            completion.text,
-            group.prompt.answer,
-            {
-                **group.prompt.metadata,
-                "num_tokens": len(completion.tokens),
-                "finish_reason": completion.finish_reason,
-            },
-        )
-        for group in groups
-        for completion in group.completions
-    ]
+    """Return what the pool scores, one entry a completion in the groups' order."""
+    items = []
+    for group in groups:
+        for completion in group.completions:
+            items.append(_reward_item(group, completion))
+    return items
+
+
+def _reward_item(group: Group, completion: Completion) -> Item:
+    prompt = group.prompt
+    metadata = dict(prompt.metadata)
+    metadata["num_tokens"] = len(completion.tokens)
+    metadata["finish_reason"] = completion.finish_reason
+    return prompt.text, completion.text, prompt.answer, metadata

@@ -1,9 +1,9 @@
 """Completions cut into segments, for ratios and advantages finer than a document's.
 
-A splitter says for each token of a completion which segment it is in. :class:`AtDelimiter` cuts at a text, for
-reasoning steps; one of your own is any callable of a completion.
+A splitter says for each token of a completion which segment it is in. :class:`AtDelimiter` cuts at
+a text, for reasoning steps; one of your own is any callable of a completion.
 
-What is not here: what a segment is for, see :class:`gspo.losses.SegmentLoss`.
+Not here: the use of segments, see :class:`gspo.losses.SegmentLoss`.
 """
 
 from __future__ import annotations
@@ -13,50 +13,57 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.node import Stateless
-from gspo.errors import InputError
-from gspo.types import Completion, Rollout
+from gspo.data.node import TransformNode
+from gspo.errors import DataError, require
+from gspo.types import Completion, GroupBatch
 
 Splitter = Callable[[Completion], list[int] | None]
 
 
 class AtDelimiter:
-    r"""A segment ends with a delimiter and the blank tokens behind it, as a paragraph does with an empty line.
+    r"""A splitter that ends a segment with a delimiter and the blank tokens behind it.
 
     Args:
         tokenizer: the trainer's; the recipe gives it.
-        delimiter: text, which may lie across tokens; a token that goes on behind it still belongs to the segment.
+        delimiter: text, which may lie across tokens; a token that goes on behind it still belongs
+            to the segment. An empty line makes paragraphs.
 
     Raises:
-        InputError: an empty delimiter.
+        InputError: An empty delimiter, or one with a backslash and an n for a newline.
     """
 
     def __init__(self, tokenizer: Any, *, delimiter: str = "\n\n") -> None:
-        if not isinstance(delimiter, str) or not delimiter:
-            raise InputError(
-                f"segments.delimiter: {delimiter!r} is no text to cut at. Give one, e.g. '\\n\\n'."
-            )
-        if "\\n" in delimiter:
-            raise InputError(
-                f"segments.delimiter: {delimiter!r} has a backslash and an n where a newline is meant. Write it as "
-                'delimiter: "\\n" in YAML, or as \'segments.delimiter="\\n"\' on the command line.'
-            )
+        is_text = isinstance(delimiter, str) and bool(delimiter)
+        require(is_text, "delimiter", delimiter, "is no text to cut at", "give one, e.g. '\\n\\n'")
+        require(
+            "\\n" not in delimiter,
+            "delimiter",
+            delimiter,
+            "has a backslash and an n where a newline is meant",
+            'write it as delimiter: "\\n" in YAML, or as \'segments.delimiter="\\n"\' on the '
+            "command line",
+        )
         self._tokenizer = tokenizer
         self._delimiter = delimiter
         self._texts: dict[int, str] = {}  # of tokens
 
     def __call__(self, completion: Completion) -> list[int]:
-        """The segment of each token, from 0 and ascending."""
-        segments, segment, text, ended = [], 0, "", False
+        """Return the segment of each token, from 0 and ascending."""
+        segments: list[int] = []
+        segment = 0
+        text = ""  # the end of the segment so far
+        has_ended = False
         for token in completion.tokens:
-            piece = self._text(token)
-            if ended and piece.strip():
-                segment, text, ended = segment + 1, "", False
+            token_text = self._text(token)
+            if has_ended and token_text.strip():
+                segment += 1
+                text = ""
+                has_ended = False
             segments.append(segment)
-            text = (text + piece)[
-                -len(self._delimiter) - len(piece) :
-            ]  # all that can hold a delimiter not yet seen
-            ended = ended or self._delimiter in text
+            # All that can hold a delimiter not yet seen.
+            num_kept = len(self._delimiter) + len(token_text)
+            text = (text + token_text)[-num_kept:]
+            has_ended = has_ended or self._delimiter in text
         return segments
 
     def _text(self, token: int) -> str:
@@ -65,45 +72,46 @@ class AtDelimiter:
         return self._texts[token]
 
 
-class Segment(Stateless[Rollout]):
-    """Fills ``completion.segments``.
+class Segment(TransformNode[GroupBatch]):
+    """A node that fills ``completion.segments``.
 
     Args:
-        source: a node of rollouts with advantages.
-        splitter: called with each completion; returns the segment of each of its tokens, a number from 0, or none to
-            leave it whole. It may set ``completion.segment_advantages`` too, one for each segment; where completions
-            of equal rewards get some, keep their groups with ``drop_dead_groups: false``.
+        source: a node of groups with advantages.
+        splitter: called with each completion; returns the segment of each of its tokens, a number
+            from 0, or none to leave it whole. It may set ``completion.segment_advantages`` too, one
+            for each segment; where completions of equal rewards get some, keep their groups with
+            ``drop_dead_groups: false``.
 
     Raises:
-        InputError: from ``next``, segments or advantages that do not fit the completion.
+        DataError: From ``next``: segments or advantages that do not fit the completion.
     """
 
-    def __init__(self, source: BaseNode[Rollout], splitter: Splitter) -> None:
+    def __init__(self, source: BaseNode[GroupBatch], splitter: Splitter) -> None:
         super().__init__(source)
         self.splitter = splitter
 
-    def next(self) -> Rollout:
-        """The next rollout, its completions cut."""
-        rollout = next(self.source)
-        for group in rollout.groups:
+    def next(self) -> GroupBatch:
+        """Return the next groups, their completions cut."""
+        batch = next(self.source)
+        for group in batch.groups:
             for completion in group.completions:
-                found = [int(number) for number in self.splitter(completion) or ()]
-                completion.segments = found or [0] * len(completion.tokens)
+                numbers = self.splitter(completion) or [0] * len(completion.tokens)
+                completion.segments = [int(number) for number in numbers]
                 _check(completion, group.prompt.id)
-        return rollout
+        return batch
 
 
 def _check(completion: Completion, prompt_id: str) -> None:
-    tokens, segments, advantages = (
-        completion.tokens,
-        completion.segments,
-        completion.segment_advantages,
-    )
-    lowest, number = min(segments, default=0), max(segments, default=0) + 1
-    remedy = f"Correct the splitter, for a completion of prompt {prompt_id}."
-    if len(segments) != len(tokens):
-        raise InputError(f"segments: {len(segments)} numbers for {len(tokens)} tokens. {remedy}")
+    place = f"segments of a completion of prompt {prompt_id}"
+    remedy = "correct the splitter"
+    num_numbers, num_tokens = len(completion.segments), len(completion.tokens)
+    if num_numbers != num_tokens:
+        raise DataError(place, must=f"{num_numbers} numbers for {num_tokens} tokens", remedy=remedy)
+    lowest = min(completion.segments, default=0)
     if lowest < 0:
-        raise InputError(f"segments: {lowest} is not a number from 0. {remedy}")
-    if advantages and len(advantages) != number:
-        raise InputError(f"segments: {len(advantages)} advantages for {number} segments. {remedy}")
+        raise DataError(place, lowest, "is not a number from 0", remedy)
+    num_segments = max(completion.segments, default=0) + 1
+    num_advantages = len(completion.segment_advantages)
+    if num_advantages not in (0, num_segments):
+        must = f"{num_advantages} advantages for {num_segments} segments"
+        raise DataError(place, must=must, remedy=remedy)

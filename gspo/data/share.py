@@ -11,7 +11,7 @@ from gspo.types import PackedBatch
 
 
 class ShareOverContext(BaseNode[PackedBatch]):
-    """Microbatches that the first rank of a context axis draws, on every rank of it.
+    """A node that yields, on every rank of a context axis, the microbatches its first rank draws.
 
     Args:
         source: where they are drawn; None on the other ranks.
@@ -20,7 +20,8 @@ class ShareOverContext(BaseNode[PackedBatch]):
 
     def __init__(self, source: BaseNode[PackedBatch] | None, axis: ContextAxis) -> None:
         super().__init__()
-        self.source, self.axis = source, axis
+        self.source = source
+        self.axis = axis
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on from a state."""
@@ -29,12 +30,13 @@ class ShareOverContext(BaseNode[PackedBatch]):
             self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
-        """The source's state, None where there is no source."""
+        """Return the source's state, None where there is no source."""
         return {"source": None if self.source is None else self.source.state_dict()}
 
     def next(self) -> PackedBatch:
-        """The next microbatch. Collective over the axis."""
-        batch = self.axis.share(None if self.source is None else next(self.source, None))
+        """Return the next microbatch. Collective over the axis."""
+        drawn = None if self.source is None else next(self.source, None)
+        batch = self.axis.share(drawn)
         if batch is None:
             raise StopIteration
         return batch
