@@ -105,7 +105,7 @@ class _OpenBins:
     numbers: list[int] = field(default_factory=list)
 
     def put(self, size: int) -> int:
-        """Put an item into the fullest bin that takes it, else into a new one; return its number."""
+        """Put an item into the fullest bin that takes it, else into a new one; return which."""
         i = bisect_left(self.free, size)
         if i == len(self.free):
             free, number = self.length, len(self.numbers)
@@ -129,7 +129,7 @@ def short_bins(slots: list[int], max_length: int | None = None) -> Bins:
         slots: of each item.
         max_length: an upper limit, at least the longest item.
     """
-    longest = max(slots, default=1)
+    longest = max([1, *slots])
     limit = max_length or max(SHORT_BIN, longest) + MULTIPLE
     shortest = min(-(-longest // MULTIPLE) * MULTIPLE, limit)
     best = Bins(shortest, best_fit(slots, shortest))
@@ -216,7 +216,7 @@ class _Waiting:
         return chosen.tolist(), bin_length - int(filled[num_taken - 1])
 
     def fill_gap(self, num_free: int, chosen: list[int]) -> list[int]:
-        """Take the longest document that fits, again and again, into a bin that holds ``chosen``."""
+        """Take the longest that fits, again and again, into a bin that holds ``chosen``."""
         group_is_here = np.isin(self._group, self._group[chosen])
         taken: list[int] = []
         while True:

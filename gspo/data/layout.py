@@ -11,7 +11,6 @@ staleness, which need the model or the version that trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -144,12 +143,13 @@ def build_batch(
     lengths = _Lengths.of(documents)
     prefixes = _find_prefixes(bins[order], groups[order])
     pieces = _find_pieces(lengths, prefixes, bins[order])
-    slots = _find_slots(pieces, num_bins, bin_length)
+    slots = _find_slots(lengths, pieces, num_bins, bin_length)
     num_used, num_slots = slots.at.size, num_bins * bin_length
     return PackedBatch(
         num_bins=num_bins,
         **_slot_tensors(documents, lengths, pieces, slots),
         **_document_tensors(documents, lengths, prefixes),
+        **_segment_tensors(documents, lengths, slots),
         num_documents=len(documents),
         num_label_tokens=int(lengths.labels.sum()),
         ids=[(document.prompt_id, document.group_id) for document in documents],
@@ -244,65 +244,83 @@ class _Slots:
     at: IntArray  # [U] the slot in the batch
     piece: IntArray  # [U] the piece in it
     positions: IntArray  # [U] of its token in the document
+    is_sampled: BoolArray  # [U] its label is a token of the completion
     padding_positions: IntArray  # [T] for every slot: counted from the end of its bin's pieces
 
-    def fill(self, default: Any, dtype: Any, values: Any, at: IntArray) -> torch.Tensor:  # [T]
-        """Return a tensor with ``values`` in the slots ``at`` and ``default`` in the others."""
+    def fill(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:  # [U] -> [T]
+        """Spread the values of used slots; the others have ``default``."""
+        return self._spread(values, self.at, default, dtype)
+
+    def fill_sampled(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:
+        """Spread the values of labelled slots; the others have ``default``."""
+        return self._spread(values, self.at[self.is_sampled], default, dtype)
+
+    def _spread(self, values: Any, at: IntArray, default: Any, dtype: Any) -> torch.Tensor:
         filled = np.empty(self.padding_positions.size, dtype)
         filled[...] = default
         filled[at] = values
         return torch.from_numpy(filled)
 
 
-def _find_slots(pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
+def _find_slots(lengths: _Lengths, pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
     """Put the pieces of each bin one after another."""
-    ends = np.cumsum(pieces.num_slots)
-    before = ends - pieces.num_slots  # slots of earlier pieces
+    before = np.cumsum(pieces.num_slots) - pieces.num_slots  # slots of earlier pieces
     used = np.bincount(pieces.bins, weights=pieces.num_slots, minlength=num_bins).astype(np.int64)
     used_before = np.cumsum(used) - used  # slots of earlier bins' pieces
     first_slots = before + pieces.bins * bin_length - used_before[pieces.bins]
 
     piece = np.repeat(np.arange(pieces.num_slots.size), pieces.num_slots)
     offsets = np.arange(piece.size) - before[piece]
+    positions = offsets + pieces.start[piece]
+    first_sampled = lengths.prompts[pieces.document] - 1
+    is_sampled = ~pieces.is_prefix[piece] & (positions >= first_sampled[piece])
     padding_positions = np.arange(bin_length) - used[:, None]
-    return _Slots(
-        at=first_slots[piece] + offsets,
-        piece=piece,
-        positions=offsets + pieces.start[piece],
-        padding_positions=padding_positions.reshape(-1),
-    )
+    at = first_slots[piece] + offsets
+    return _Slots(at, piece, positions, is_sampled, padding_positions.reshape(-1))
 
 
 def _slot_tensors(
     documents: list[Document], lengths: _Lengths, pieces: _Pieces, slots: _Slots
 ) -> dict[str, Any]:
-    """Return the batch's tensors over slots, and what goes with its segments."""
-    num_tokens = int(lengths.tokens.sum())
+    """Return the batch's tensors over slots, segments aside."""
     all_tokens = chain.from_iterable(document.tokens for document in documents)
-    tokens = np.fromiter(all_tokens, np.int64, num_tokens)
+    tokens = np.fromiter(all_tokens, np.int64, int(lengths.tokens.sum()))
     all_logps = chain.from_iterable(document.logps for document in documents)
     logps = np.fromiter(all_logps, np.float64)
 
-    document = pieces.document[slots.piece]
     first_tokens = np.cumsum(lengths.tokens) - lengths.tokens
-    token = first_tokens[document] + slots.positions
-    after_prompt = slots.positions >= lengths.prompts[document] - 1
-    is_sampled = ~pieces.is_prefix[slots.piece] & after_prompt
-    at, sampled_at = slots.at, slots.at[is_sampled]
+    token = first_tokens[pieces.document[slots.piece]] + slots.positions
     padding_document = pieces.number.size
-    tensors = {
-        "tokens": slots.fill(0, np.int64, tokens[token], at),
-        "labels": slots.fill(0, np.int64, tokens[token + 1], at),
-        "positions": slots.fill(slots.padding_positions, np.int64, slots.positions, at),
-        "document_index": slots.fill(padding_document, np.int64, pieces.number[slots.piece], at),
-        "loss_mask": slots.fill(False, np.bool_, is_sampled, at),
-        "old_logps": slots.fill(0.0, np.float32, logps, sampled_at),
+    return {
+        "tokens": slots.fill(tokens[token], 0, np.int64),
+        "labels": slots.fill(tokens[token + 1], 0, np.int64),
+        "positions": slots.fill(slots.positions, slots.padding_positions, np.int64),
+        "document_index": slots.fill(pieces.number[slots.piece], padding_document, np.int64),
+        "loss_mask": slots.fill(slots.is_sampled, False, np.bool_),
+        "old_logps": slots.fill_sampled(logps, 0.0, np.float32),
     }
-    if any(document.segments for document in documents):
-        index, advantages = _number_segments(documents, lengths)
-        tensors["segment_index"] = slots.fill(0, np.int64, index, sampled_at)
-        if advantages is not None:
-            tensors["segment_advantages"] = advantages
+
+
+def _segment_tensors(documents: list[Document], lengths: _Lengths, slots: _Slots) -> dict[str, Any]:
+    """Return the segments, numbered through the batch, and their advantages.
+
+    A document that is not cut is one segment. There is nothing where no document is cut, and no
+    advantages where no segment has its own.
+    """
+    if not any(document.segments for document in documents):
+        return {}
+    counts = [max(document.segments, default=0) + 1 for document in documents]
+    first_numbers = np.cumsum(counts) - counts
+    all_segments: list[int] = []
+    for document in documents:
+        all_segments += document.segments or [0] * len(document.logps)
+    index = np.array(all_segments, np.int64) + np.repeat(first_numbers, lengths.labels)
+    tensors = {"segment_index": slots.fill_sampled(index, 0, np.int64)}
+    if any(document.segment_advantages for document in documents):
+        advantages: list[float] = []
+        for document, count in zip(documents, counts, strict=True):
+            advantages += document.segment_advantages or [document.advantage] * count
+        tensors["segment_advantages"] = torch.tensor(advantages, dtype=torch.float32)
     return tensors
 
 
@@ -326,26 +344,3 @@ def _document_tensors(
         "temperature": over_documents("temperature", 1.0, torch.float32),
         "prefix_index": torch.from_numpy(prefixes.index) if has_prefixes else None,
     }
-
-
-def _number_segments(
-    documents: list[Document], lengths: _Lengths
-) -> tuple[IntArray, torch.Tensor | None]:
-    """Number the segments through the batch; a document that is not cut is one segment.
-
-    Returns:
-        The segment of each labelled token, and [K] advantages, None where no segment has its own.
-    """
-    counts = [max(document.segments, default=0) + 1 for document in documents]
-    first_numbers = np.cumsum(counts) - counts
-    numbers: list[Sequence[int]] = []
-    for document in documents:
-        numbers.append(document.segments or [0] * len(document.logps))
-    in_document = np.fromiter(chain.from_iterable(numbers), np.int64)
-    index = in_document + np.repeat(first_numbers, lengths.labels)
-    if not any(document.segment_advantages for document in documents):
-        return index, None
-    advantages: list[float] = []
-    for document, count in zip(documents, counts, strict=True):
-        advantages += document.segment_advantages or [document.advantage] * count
-    return index, torch.tensor(advantages, dtype=torch.float32)

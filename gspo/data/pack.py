@@ -126,12 +126,11 @@ class Pack(BaseNode[PackedBatch]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on from a state."""
         super().reset(initial_state)
-        state = initial_state or {}
-        self.source.reset(state.get("source"))
-        waiting = state.get("documents", [])
-        self._documents = [Document(**values) for values in waiting]  # oldest first
+        state = initial_state or {"source": None, "documents": [], "dropped": [0, 0]}
+        self.source.reset(state["source"])
+        self._documents = [Document(**values) for values in state["documents"]]  # oldest first
         # Dropped, and carried by no batch yet.
-        self._dropped_documents, self._dropped_tokens = state.get("dropped", [0, 0])
+        self._dropped_documents, self._dropped_tokens = state["dropped"]
 
     def get_state(self) -> dict[str, Any]:
         """Return the source's state and the documents that wait, in plain containers."""
@@ -166,9 +165,7 @@ class Pack(BaseNode[PackedBatch]):
         sizes = document_sizes(self._documents, self.share_prompts)
         num_slots = 0
         seen: set[int] = set()
-        for alone, shareable, group in zip(
-            sizes.slots, sizes.shareable, sizes.groups, strict=True
-        ):
+        for alone, shareable, group in zip(sizes.slots, sizes.shareable, sizes.groups, strict=True):
             num_slots += alone - shareable if group in seen else alone
             seen.add(group)
         return num_slots < self.tokens_per_microbatch
@@ -186,15 +183,15 @@ class Pack(BaseNode[PackedBatch]):
     def _check(self, document: Document) -> None:
         key = "tokens_per_microbatch" if self.bin_length is None else "bin_length"
         limit = self.bin_length or self.tokens_per_microbatch
-        require(
-            document.num_slots <= limit,
-            key,
-            limit,
-            f"is too small for a document of prompt {document.prompt_id}, which has "
-            f"{len(document.tokens)} tokens (prompt and completion)",
-            f"raise {key} to {document.num_slots} or more, lower max_new_tokens, or leave the "
-            "prompt out",
-        )
+        if document.num_slots > limit:
+            raise InputError(
+                key,
+                limit,
+                f"is too small for a document of prompt {document.prompt_id}, which has "
+                f"{len(document.tokens)} tokens (prompt and completion)",
+                f"raise {key} to {document.num_slots} or more, lower max_new_tokens, or leave the "
+                "prompt out",
+            )
         if document.num_prompt_tokens < 1:
             raise DataError(
                 f"prompt {document.prompt_id}",

@@ -19,7 +19,7 @@ def prefetched(node: BaseNode[Any], num_items: int) -> BaseNode[Any]:
     Raises:
         InputError: ``num_items`` is less than 1.
     """
-    require(num_items >= 1, "prefetch", num_items, "must be at least 1")
+    require(num_items >= 1, "num_items", num_items, "must be at least 1")
     return _RaiseErrors(Prefetcher(_CatchErrors(node), num_items, snapshot_frequency=1))
 
 

@@ -95,8 +95,8 @@ class Segment(TransformNode[GroupBatch]):
         batch = next(self.source)
         for group in batch.groups:
             for completion in group.completions:
-                numbers = self.splitter(completion) or [0] * len(completion.tokens)
-                completion.segments = [int(number) for number in numbers]
+                numbers = [int(number) for number in self.splitter(completion) or ()]
+                completion.segments = numbers or [0] * len(completion.tokens)
                 _check(completion, group.prompt.id)
         return batch
 

@@ -125,10 +125,10 @@ class FetchSteps(BaseNode[StepBatches]):
             int(batch.continues),
         ]
         totals = [total // self.context_size for total in sum_over_ranks(counts, self.device)]
-        *round_totals, num_continuing = totals
+        num_documents, num_label_tokens, num_sources, num_continuing = totals
         # Never all at once: a rank whose rollout continues draws.
         self._waits = num_continuing > 0 and not batch.continues
-        return _Round(batch, *round_totals)
+        return _Round(batch, num_documents, num_label_tokens, num_sources)
 
     def _check_empty_rounds(self, num_rounds: int) -> None:
         if num_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:

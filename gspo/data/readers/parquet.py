@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gspo.data.readers.rows import _existing, _require_rows
-from gspo.errors import InputError
+from gspo.data.readers.rows import existing_path, require_rows
+from gspo.errors import DataError
 
 
 class ParquetRows:
@@ -15,13 +15,13 @@ class ParquetRows:
         import pyarrow
         import pyarrow.parquet
 
-        path = _existing(source)
+        path = existing_path(source)
         try:
             self._table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{source}: not readable as Parquet: {error}") from error
+            raise DataError(source, must=f"not readable as Parquet: {error}") from error
         self._stem = path.name
-        _require_rows(self, source)
+        require_rows(self, source)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -30,5 +30,5 @@ class ParquetRows:
         return self._table.slice(index, 1).to_pylist()[0]
 
     def name(self, index: int) -> str:
-        """The source and the row, from 0."""
+        """Return the source and the row, from 0."""
         return f"{self._stem}:{index}"

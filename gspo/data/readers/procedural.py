@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gspo.errors import InputError, did_you_mean
+from gspo.errors import InputError, did_you_mean, require
 
 
 class ReasoningGymRows:
     """Procedurally generated tasks of reasoning-gym.
 
-    A row's fields are ``question``, ``answer``, those of the task's metadata, and ``entry``: the whole entry, which
-    :func:`gspo.rewards.reasoning_gym` scores by.
+    A row's fields are ``question``, ``answer``, those of the task's metadata, and ``entry``: the
+    whole entry, which :func:`gspo.rewards.reasoning_gym` scores by.
     """
 
     def __init__(
@@ -26,21 +26,17 @@ class ReasoningGymRows:
         from reasoning_gym.factory import DATASETS
 
         if name not in DATASETS:
-            raise InputError(f"name: reasoning-gym has no {name!r}.{did_you_mean(name, DATASETS)}")
-        if size < 1:
-            raise InputError(f"size: {size} must be at least 1")
+            hint = did_you_mean(name, DATASETS)
+            raise InputError("name", must=f"reasoning-gym has no {name!r}", remedy=hint)
+        require(size >= 1, "size", size, "must be at least 1")
+        options = dict(dataset_options or {})
         try:
             self._dataset = reasoning_gym.create_dataset(
-                name, size=size, seed=dataset_seed, **dict(dataset_options or {})
+                name, size=size, seed=dataset_seed, **options
             )
-        except (
-            TypeError,
-            ValueError,
-            AssertionError,
-        ) as error:  # what its configs refuse values with
-            raise InputError(
-                f"dataset_options: reasoning-gym's {name} refuses {dataset_options}: {error}"
-            ) from error
+        except (TypeError, ValueError, AssertionError) as error:  # its configs' refusals
+            must = f"reasoning-gym's {name} refuses {dataset_options}: {error}"
+            raise InputError("dataset_options", must=must) from error
         self._name = name
 
     def __len__(self) -> int:
@@ -48,13 +44,12 @@ class ReasoningGymRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self._dataset[index]
-        return {
-            **entry["metadata"],
-            "question": entry["question"],
-            "answer": entry["answer"],
-            "entry": entry,
-        }
+        row = dict(entry["metadata"])
+        row["question"] = entry["question"]
+        row["answer"] = entry["answer"]
+        row["entry"] = entry
+        return row
 
     def name(self, index: int) -> str:
-        """The task and the row, from 0."""
+        """Return the task and the row, from 0."""
         return f"reasoning_gym/{self._name}:{index}"
