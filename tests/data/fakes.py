@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
-from gspo.types import Completion, Group, Prompt, Rollout, SamplingParams
+from gspo.types import Completion, Group, GroupBatch, Prompt, SamplingParams
 
 PARAMS = SamplingParams(temperature=0.7, max_new_tokens=9)
 
@@ -95,8 +95,9 @@ def completion(num_tokens: int = 3, reward: float = 0.0, **fields: Any) -> Compl
     return Completion(**(values | fields))
 
 
-def rollout(*groups: list[Completion], **fields: Any) -> Rollout:
-    return Rollout(
+def rollout(*groups: list[Completion], **fields: Any) -> GroupBatch:
+    """One item of a node before the packer: a group for each list."""
+    return GroupBatch(
         [Group(i, prompt(i), list(completions)) for i, completions in enumerate(groups)], **fields
     )
 

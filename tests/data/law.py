@@ -1,4 +1,4 @@
-"""The law of the data graph: a node interrupted anywhere and restored yields the same remaining items."""
+"""The law of the data graph: interrupted anywhere and restored, a node yields the same items."""
 
 import itertools
 import pickle
@@ -14,11 +14,12 @@ def assert_resumes_anywhere(
     *,
     key: Callable[[Any], Any] = lambda item: item,
 ) -> None:
-    """Interrupt after each of the first ``num_items`` items, restore into a fresh node, and compare what is left.
+    """Interrupt after each item, restore into a fresh node, and compare what is left.
 
     Args:
         make_node: gives a new node, the same each time.
-        num_items: how far to look; a node that ends earlier must end at the same item after it was restored.
+        num_items: how far to look; a node that ends earlier must end at the same item after it was
+            restored.
         key: what of an item is compared, for items whose ``==`` is not a truth value.
     """
     expected = _take(make_node(), num_items, key)

@@ -4,6 +4,7 @@ import pytest
 
 from gspo.data.advantage import Advantage
 from gspo.errors import InputError
+from gspo.metrics import Mean, Sum
 from tests.data.fakes import Items, completion, exact, rollout
 from tests.data.law import assert_resumes_anywhere
 
@@ -11,11 +12,11 @@ NAN, INF = float("nan"), float("inf")
 
 
 def run(*groups, estimator="group_mean", seen=None, **options):
-    """One rollout of these groups through the node; a group is a list of completions or of rewards."""
+    """These groups through the node; a group is a list of completions or of rewards."""
     groups = [[c if hasattr(c, "reward") else completion(3, c) for c in group] for group in groups]
     node = Advantage(
         Items(lambda _: rollout(*groups), 1),
-        estimator,
+        estimator=estimator,
         on_quarantine=(seen if seen is not None else []).append,
         **options,
     )
@@ -41,24 +42,24 @@ def test_dead_groups_are_dropped_and_stay_in_the_denominators():
     result = run([1.0, 1.0, 1.0], [0.0, 1.0])
     assert [g.id for g in result.groups] == [1]
     assert (result.dropped_documents, result.dropped_tokens) == (3, 9)
-    assert result.stats["dead_groups"] == (1, 2)
+    assert result.stats["dead_groups"] == Mean(1, 2)
 
 
 def test_refilled_dead_groups_do_not_count():
     result = run([1.0, 1.0, 1.0], [0.0, 1.0], refill_dead_groups=True)
     assert [g.id for g in result.groups] == [1]
     assert (result.dropped_documents, result.dropped_tokens) == (0, 0)
-    assert result.stats["dead_groups"] == (1, 2)
+    assert result.stats["dead_groups"] == Mean(1, 2)
 
 
 def test_kept_dead_groups_have_zero_advantage():
     result = run([0.1, 0.1, 0.1], [0.0, 1.0], drop_dead_groups=False, estimator="group_mean_std")
     assert advantages(result)[0] == [0.0, 0.0, 0.0]
-    assert result.dropped_documents == 0 and result.stats["dead_groups"] == (1, 2)
+    assert result.dropped_documents == 0 and result.stats["dead_groups"] == Mean(1, 2)
 
 
 def test_a_rounding_residue_is_not_a_dead_group():
-    assert run([0.1 + 0.2, 0.3]).stats["dead_groups"] == (0, 1)
+    assert run([0.1 + 0.2, 0.3]).stats["dead_groups"] == Mean(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_quarantine_leaves_every_count_and_the_group_baseline(bad, cause):
     result = run([0.0, bad, 1.0], [2.0, 4.0], seen=seen)
     assert advantages(result) == [[-0.5, 0.5], [-1.0, 1.0]]
     assert (result.dropped_documents, result.dropped_tokens) == (0, 0)
-    assert result.stats["quarantined_documents"] == (1, 1)
+    assert result.stats["quarantined_documents"] == Sum(1)
     assert [(r["prompt_id"], r["group_id"], r["cause"]) for r in seen] == [("p:0", 0, cause)]
     assert seen[0]["tokens"] == bad.tokens and seen[0]["logps"] is bad.logps
 
@@ -87,14 +88,15 @@ def test_quarantine_of_an_advantage_that_is_not_finite():
     seen = []
     result = run([0.0, 1.0], estimator=lambda rewards: [NAN, 2.0], seen=seen)
     assert advantages(result) == [[2.0]] and seen[0]["cause"] == "advantage"
-    assert result.stats["quarantined_documents"] == (1, 1)
+    assert result.stats["quarantined_documents"] == Sum(1)
 
 
 def test_a_completion_that_quarantine_leaves_alone_is_a_dead_group():
     result = run([NAN, 1.0], [NAN, NAN], [0.0, 1.0])
     assert [g.id for g in result.groups] == [2]
     assert (result.dropped_documents, result.dropped_tokens) == (1, 3)
-    assert result.stats["dead_groups"] == (1, 3) and result.stats["quarantined_documents"] == (3, 1)
+    assert result.stats["dead_groups"] == Mean(1, 3)
+    assert result.stats["quarantined_documents"] == Sum(3)
     kept = run([NAN, 1.0], drop_dead_groups=False, estimator="group_mean_std")
     assert advantages(kept) == [[0.0]]
 
@@ -103,7 +105,7 @@ def test_completions_without_tokens_count_in_the_baseline_and_as_dropped_documen
     result = run([completion(0, 0.0), completion(3, 1.0)], [completion(0, 0.0), completion(0, 2.0)])
     assert advantages(result) == [[0.5]]
     assert (result.dropped_documents, result.dropped_tokens) == (3, 0)
-    assert result.stats["quarantined_documents"] == (0, 1)
+    assert result.stats["quarantined_documents"] == Sum(0)
 
 
 def test_quarantine_is_logged_by_default(caplog):
@@ -120,23 +122,21 @@ def test_earlier_counts_and_stats_are_kept():
     node = Advantage(
         Items(
             lambda _: rollout(
-                [completion(3)] * 2, stats={"x": (1, 2)}, dropped_documents=5, dropped_tokens=7
+                [completion(3)] * 2, stats={"x": Mean(1, 2)}, dropped_documents=5, dropped_tokens=7
             ),
             1,
         )
     )
     result = next(node)
-    assert (result.dropped_documents, result.dropped_tokens) == (7, 13) and result.stats["x"] == (
-        1,
-        2,
-    )
+    assert (result.dropped_documents, result.dropped_tokens) == (7, 13)
+    assert result.stats["x"] == Mean(1, 2)
 
 
 def test_advantage_refuses_groups_of_one_and_a_refill_without_a_drop():
     with pytest.raises(InputError, match="group_size: 1 "):
         run([1.0], estimator="group_mean_std")
     with pytest.raises(
-        InputError, match="^advantages.refill_dead_groups: true needs drop_dead_groups"
+        InputError, match="^refill_dead_groups: True needs drop_dead_groups: true; kept"
     ):
         run([1.0, 1.0], drop_dead_groups=False, refill_dead_groups=True)
     assert advantages(run([1.0], estimator=list, drop_dead_groups=False)) == [[1.0]]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.data.bins import best_fit, share_prefixes, short_bins
-from gspo.data.layout import Document, pack_documents, rollout_documents
-from gspo.data.pack import Pack, merge_stats
+from gspo.data.bins import DocumentSizes, best_fit, share_prefixes, short_bins
+from gspo.data.layout import Document, group_documents, pack_documents
+from gspo.data.pack import Pack, check_bin_length
 from gspo.errors import InputError
-from gspo.types import Group, PackedBatch, Prompt, Rollout
+from gspo.metrics import Max, Mean, Sum, merge
+from gspo.types import Group, GroupBatch, PackedBatch, Prompt
 from tests.data.fakes import Items, completion, exact, rollout
 from tests.data.law import assert_resumes_anywhere
 
@@ -52,7 +53,7 @@ def grouped(num: int, group_size: int, longest: int = 20) -> list[Document]:
 
 
 def unpack(batch: PackedBatch) -> list[Document]:
-    """The documents, rebuilt place by place from the tensors, every other promise of PackedBatch checked on the way."""
+    """The documents, rebuilt slot by slot; every other promise of PackedBatch is checked too."""
     found = []
     num_documents = len(batch.ids)
     prefix_index = (
@@ -145,7 +146,7 @@ def test_pack_documents_lays_out_two_documents_by_hand():
     assert batch.temperature.tolist() == [0.5, 1, 1]
     assert (batch.num_documents, batch.num_label_tokens) == (2, 3)
     assert batch.ids == [("a", 11), ("b", 12)]
-    assert batch.stats == {"packing_efficiency": (4, 6)}
+    assert batch.stats == {"packing_efficiency": Mean(4, 6)}
 
 
 @pytest.mark.parametrize("bin_length", [None, 19, 20, 64, 10_000], ids=str)
@@ -166,8 +167,8 @@ def test_pack_documents_round_trips_groups(group_size, bin_length, share_prompts
     given = grouped(61, group_size)
     batch = pack_documents(given, bin_length, share_prompts=share_prompts)
     assert sorted(unpack(batch), key=lambda d: d.reward) == [as_float32(d) for d in given]
-    apart = sum(d.num_places for d in given)
-    used = batch.stats["packing_efficiency"][0]
+    apart = sum(d.num_slots for d in given)
+    used = batch.stats["packing_efficiency"].value
     assert used < apart if share_prompts else used == apart
     assert (batch.prefix_index is not None) == share_prompts
     if bin_length == 10_000 and share_prompts:  # each prompt once
@@ -195,7 +196,7 @@ def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("places", "prefixes", "max_places", "units"),
+    ("slots", "prefixes", "max_slots", "units"),
     [
         ([10] * 4, [5] * 4, 1000, [[0, 1, 2, 3]]),
         ([100] * 8, [90] * 8, 1000, [[0, 1, 2, 3, 4, 5, 6, 7]]),
@@ -205,13 +206,11 @@ def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
     ],
     ids=["tiny", "long_prompt", "limited", "short_prompt", "in_pairs"],
 )
-def test_share_prefixes_never_pays_more_for_the_mask_than_apart(
-    places, prefixes, max_places, units
-):
-    found, sizes = share_prefixes(places, prefixes, [0] * len(places), max_places)
-    assert found == units
-    assert sizes == [
-        sum(places[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units
+def test_share_prefixes_never_pays_more_for_the_mask_than_apart(slots, prefixes, max_slots, units):
+    found = share_prefixes(DocumentSizes(slots, prefixes, [0] * len(slots)), max_slots)
+    assert [unit.documents for unit in found] == units
+    assert [unit.num_slots for unit in found] == [
+        sum(slots[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units
     ]
 
 
@@ -249,24 +248,24 @@ def test_pack_documents_without_padding_still_has_the_padding_document():
     assert batch.document_index.tolist() == [0] * 8 and batch.label_counts.tolist() == [4, 0]
 
 
-def test_pack_documents_changes_nothing_but_places_with_the_order():
+def test_pack_documents_changes_nothing_but_slots_with_the_order():
     given = documents(40)
     shuffled = random.Random(1).sample(given, len(given))
     assert by_id(unpack(pack_documents(shuffled, 64))) == by_id(unpack(pack_documents(given, 32)))
 
 
 def test_pack_documents_refuses_a_document_longer_than_a_bin():
-    with pytest.raises(ValueError, match="9 places, more than bin_length 8"):
+    with pytest.raises(ValueError, match="9 slots, more than bin_length 8"):
         pack_documents([document(5, 5)], bin_length=8)
 
 
 def test_best_fit_takes_the_fullest_bin_that_fits():
-    # 7 and 6 open bins of 10 with 3 and 4 left: 3 fills the first, 4 the second, and nothing is left over.
+    # 7 and 6 open bins of 10 with 3 and 4 left: 3 fills the first, 4 the second.
     assert best_fit([3, 6, 4, 7], 10) == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("places", "length", "num_bins"),
+    ("slots", "length", "num_bins"),
     [
         ([10] * 256, 40, 64),  # 16 would be 62 % full
         ([7] * 4, 8, 4),
@@ -278,26 +277,12 @@ def test_best_fit_takes_the_fullest_bin_that_fits():
     ],
     ids=["many_tiny", "few_sevens", "sevens", "exact", "long", "one_short_beside", "none"],
 )
-def test_short_bins_are_little_longer_than_their_documents(places, length, num_bins):
-    found, bin_of = short_bins(places)
+def test_short_bins_are_little_longer_than_their_documents(slots, length, num_bins):
+    found, bin_of = short_bins(slots)
     assert (found, max(bin_of, default=0) + 1) == (length, num_bins)
 
 
-def test_merge_stats_adds_means_and_takes_extremes():
-    a = {"x": (1.0, 2.0), "l/max": (3.0, 1.0), "l/min": (3.0, 1.0), "a": (1.0, 1.0)}
-    b = {"x": (10.0, 20.0), "l/max": (2.0, 1.0), "l/min": (2.0, 1.0), "b": (2.0, 2.0)}
-    expected = {
-        "x": (11.0, 22.0),
-        "l/max": (3.0, 1.0),
-        "l/min": (2.0, 1.0),
-        "a": (1.0, 1.0),
-        "b": (2.0, 2.0),
-    }
-    assert merge_stats(a, b) == merge_stats(b, a) == expected
-    assert a["x"] == (1.0, 2.0)
-
-
-def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> Rollout:
+def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> GroupBatch:
     """Rollouts of ``sizes`` documents in turn, with one dropped document and stats of their own."""
     num = sizes[index % len(sizes)]
     draw = random.Random(index)
@@ -309,12 +294,12 @@ def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> Rollout:
         )
         for i in range(num)
     ]
-    return Rollout(
-        groups, {"n": (num, 1), "i/max": (index, 1)}, dropped_documents=1, dropped_tokens=index
+    return GroupBatch(
+        groups, {"n": Mean(num, 1), "i/max": Max(index)}, dropped_documents=1, dropped_tokens=index
     )
 
 
-def grouped_rollout(index: int) -> Rollout:
+def grouped_rollout(index: int) -> GroupBatch:
     draw = random.Random(index)
     groups = []
     for i in range((3, 0, 7)[index % 3]):
@@ -322,7 +307,7 @@ def grouped_rollout(index: int) -> Rollout:
         groups.append(
             Group(100 * index + i, Prompt(f"p:{i}", "", [1] * draw.randint(1, 20)), sampled)
         )
-    return Rollout(groups)
+    return GroupBatch(groups)
 
 
 def pack(num_rollouts=9, make=random_rollout, **options):
@@ -343,22 +328,20 @@ LAYOUT = pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys()
 def test_pack_gives_every_document_once_and_every_count_once(options):
     batches = list(pack(**options))
     rollouts = [random_rollout(i) for i in range(9)]
-    given = [as_float32(d) for r in rollouts for d in rollout_documents(r)]
+    given = [as_float32(d) for r in rollouts for d in group_documents(r)]
     assert by_id([d for b in batches for d in unpack(b)]) == by_id(given)
     assert sum(b.num_documents for b in batches) == len(given) + 9
     assert sum(b.num_label_tokens for b in batches) == sum(len(d.logps) for d in given) + sum(
         range(9)
     )
-    totals = {}
-    for batch in batches:
-        totals = merge_stats(totals, batch.stats)
-    assert totals["n"] == (len(given), 9) and totals["i/max"] == (8, 1)
-    assert totals["packing_efficiency"][0] == sum(d.num_places for d in given)
+    totals = merge(batch.stats for batch in batches)
+    assert totals["n"] == Mean(len(given), 9) and totals["i/max"] == Max(8)
+    assert totals["packing_efficiency"].value == sum(d.num_slots for d in given)
 
 
 @LAYOUT
-def test_pack_of_groups_gives_every_document_once_in_fewer_places(options):
-    given = [as_float32(d) for i in range(9) for d in rollout_documents(grouped_rollout(i))]
+def test_pack_of_groups_gives_every_document_once_in_fewer_slots(options):
+    given = [as_float32(d) for i in range(9) for d in group_documents(grouped_rollout(i))]
     used = {}
     for share in (True, False):
         batches = list(pack(make=grouped_rollout, share_prompts=share, **options))
@@ -366,14 +349,14 @@ def test_pack_of_groups_gives_every_document_once_in_fewer_places(options):
         assert sorted(found, key=lambda d: (d.group_id, d.reward)) == sorted(
             given, key=lambda d: (d.group_id, d.reward)
         )
-        used[share] = sum(b.stats["packing_efficiency"][0] for b in batches)
-    assert used[False] == sum(d.num_places for d in given)
+        used[share] = sum(b.stats["packing_efficiency"].value for b in batches)
+    assert used[False] == sum(d.num_slots for d in given)
     assert used[True] < 0.85 * used[False]
 
 
 def test_pack_keeps_short_bins_within_the_model():
     def make(index):
-        return Rollout(
+        return GroupBatch(
             [Group(index, Prompt("p", "", [1] * 70), [completion(9, 0.5) for _ in range(8)])]
         )
 
@@ -425,7 +408,7 @@ def test_pack_flushes_at_the_end_of_each_rollout():
 @LAYOUT
 def test_pack_says_whether_more_of_the_rollout_waits(options):
     node = pack(**options)
-    continues = [(batch.rollout_continues, bool(node.state_dict()["documents"])) for batch in node]
+    continues = [(batch.continues, bool(node.state_dict()["documents"])) for batch in node]
     flush = options.get("flush_every_rollout", True)
     assert {waits for _, waits in continues} == {True, False}
     assert all(says == (flush and waits) for says, waits in continues)
@@ -433,14 +416,14 @@ def test_pack_says_whether_more_of_the_rollout_waits(options):
 
 def test_pack_emits_a_rollout_without_live_documents_at_once():
     def make(index):
-        return rollout(stats={"n": (1, 1)}, dropped_documents=3, dropped_tokens=8)
+        return rollout(stats={"n": Sum(1)}, dropped_documents=3, dropped_tokens=8)
 
     for flush in (True, False):
         batches = list(pack(2, make, flush_every_rollout=flush))
         assert [
             (b.num_documents, b.num_label_tokens, b.num_bins, b.bin_length) for b in batches
         ] == [(3, 8, 1, 8)] * 2
-        assert all(b.stats["n"] == (1, 1) and b.advantages.numel() == 1 for b in batches)
+        assert all(b.stats["n"] == Sum(1) and b.advantages.numel() == 1 for b in batches)
 
 
 def test_pack_with_a_buffer_always_takes_the_oldest_document():
@@ -464,13 +447,15 @@ def test_pack_fills_long_bins_to_97_percent(sigma):
 
     def make(index):
         mine = sizes[64 * index : 64 * index + 64]
-        return Rollout([Group(0, Prompt("p", "", [1]), [completion(n - 1) for n in mine.tolist()])])
+        return GroupBatch(
+            [Group(0, Prompt("p", "", [1]), [completion(n - 1) for n in mine.tolist()])]
+        )
 
     batches = list(
         pack(64, make, tokens_per_microbatch=8192, bin_length=8192, flush_every_rollout=False)
     )
     assert {b.tokens.numel() for b in batches} == {8192}
-    used = sum(b.stats["packing_efficiency"][0] for b in batches)
+    used = sum(b.stats["packing_efficiency"].value for b in batches)
     assert used == (sizes - 1).sum()
     assert used / (8192 * len(batches)) >= 0.97
 
@@ -480,18 +465,18 @@ def test_pack_fills_long_bins_to_97_percent(sigma):
     [
         (
             {"tokens_per_microbatch": 8},
-            "tokens_per_microbatch: 8 is too small for a document of prompt p:3, which has 10 tokens",
+            "tokens_per_microbatch: 8 is too small for a document of prompt p:3, .* has 10 tokens",
         ),
         (
             {"bin_length": 8},
-            "bin_length: 8 is too small for a document of prompt p:3, .* Raise bin_length to 9 or more",
+            "bin_length: 8 is too small for a document of prompt p:3, .*; raise bin_length to 9 or",
         ),
     ],
     ids=["tokens_per_microbatch", "bin_length"],
 )
 def test_pack_refuses_a_document_longer_than_a_bin(options, message):
     def make(index):
-        return Rollout([Group(0, Prompt("p:3", "", [1] * 4), [completion(5), completion(6)])])
+        return GroupBatch([Group(0, Prompt("p:3", "", [1] * 4), [completion(5), completion(6)])])
 
     with pytest.raises(InputError, match=message):
         next(pack(1, make, **options))
@@ -499,8 +484,8 @@ def test_pack_refuses_a_document_longer_than_a_bin(options, message):
 
 
 def test_pack_refuses_a_prompt_without_tokens():
-    with pytest.raises(InputError, match="prompt p:3 has no tokens"):
-        next(pack(1, lambda _: Rollout([Group(0, Prompt("p:3", "", []), [completion(5)])])))
+    with pytest.raises(InputError, match="^prompt p:3: has no tokens; "):
+        next(pack(1, lambda _: GroupBatch([Group(0, Prompt("p:3", "", []), [completion(5)])])))
 
 
 @pytest.mark.parametrize(
@@ -518,10 +503,24 @@ def test_pack_refuses_arguments(options, message):
         pack(**options)
 
 
+@pytest.mark.parametrize(
+    ("bin_length", "message"),
+    [
+        (129, "^bin_length: 129 is more than the model's max_seq_len 128; lower it"),
+        (None, "^bin_length: null makes bins of up to 64 .* max_seq_len is 60; set bin_length to"),
+    ],
+    ids=str,
+)
+def test_bins_longer_than_the_model_takes_are_refused(bin_length, message):
+    with pytest.raises(InputError, match=message):
+        check_bin_length(bin_length, 60 if bin_length is None else 128)
+    check_bin_length(bin_length, 136)
+
+
 def test_pack_spreads_dropped_documents_as_the_live_ones():
     def rollout(index):
         groups = [Group(i, Prompt(f"p:{i}", "", [1, 2]), [completion(15, 0.5)]) for i in range(24)]
-        return Rollout(groups, dropped_documents=40, dropped_tokens=400)
+        return GroupBatch(groups, dropped_documents=40, dropped_tokens=400)
 
     batches = list(pack(1, rollout, tokens_per_microbatch=64, bin_length=64))
     live = [int((b.label_counts > 0).sum()) for b in batches]

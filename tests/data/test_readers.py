@@ -320,7 +320,7 @@ def test_source_is_needed():
     "component", [readers.jsonl_prompts, readers.parquet_prompts], ids=["jsonl", "parquet"]
 )
 def test_missing_file_is_named(component, tmp_path):
-    with pytest.raises(InputError, match=re.escape(f"source: {tmp_path}/none does not exist")):
+    with pytest.raises(InputError, match=re.escape(f"source: '{tmp_path}/none' does not exist")):
         component(TOKENIZER, source=f"{tmp_path}/none")
 
 
@@ -331,7 +331,7 @@ def test_file_that_is_not_parquet_is_named(jsonl):
 
 def test_unknown_split_lists_the_splits(tmp_path):
     make_saved_dataset(tmp_path)
-    with pytest.raises(InputError, match="has no 'test'. There are: train"):
+    with pytest.raises(InputError, match="has no 'test'; there are: train"):
         readers.huggingface_prompts(TOKENIZER, source=str(tmp_path / "saved"), split="test")
 
 
@@ -345,7 +345,7 @@ def test_folder_without_data_does_not_load(tmp_path):
     [
         (
             {"name": "chain_sums"},
-            "name: reasoning-gym has no 'chain_sums'. Did you mean 'chain_sum'",
+            "name: reasoning-gym has no 'chain_sums'; did you mean 'chain_sum'",
         ),
         ({"name": "chain_sum", "size": 0}, "size: 0 must be at least 1"),
         (

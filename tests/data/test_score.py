@@ -2,8 +2,9 @@ import pytest
 from torchdata.nodes import BaseNode
 
 from gspo.data.score import Score
+from gspo.metrics import Mean, Sum, Time
 from gspo.rewards import RewardPool
-from gspo.types import Completion, Group, Prompt, Rollout
+from gspo.types import Completion, Group, GroupBatch, Prompt
 from tests.data.law import assert_resumes_anywhere
 
 REWARDS = {
@@ -18,7 +19,7 @@ REWARDS = {
 
 
 class Rollouts(BaseNode):
-    """Rollout i: two groups, whose answer is i, of two completions: ``i`` (i tokens) and ``0`` (1 token)."""
+    """Item i: two groups, with answer i, of completions ``i`` (i tokens) and ``0`` (1 token)."""
 
     def reset(self, initial_state=None):
         super().reset(initial_state)
@@ -39,7 +40,7 @@ class Rollouts(BaseNode):
             )
             for k, answer in enumerate((i, 99))
         ]
-        return Rollout(groups, stats={"length/mean": (4.0, 2)})
+        return GroupBatch(groups, stats={"length/mean": Mean(4.0, 2)})
 
 
 def completion(text, num_tokens):
@@ -68,26 +69,27 @@ def test_score_fills_rewards(pool):
 def test_score_adds_sums_and_weights(pool):
     node = Score(Rollouts(), pool)
     rollouts = [next(node) for _ in range(4)]
-    seconds, weight = rollouts[3].stats.pop("time/score")
-    assert seconds > 0 and weight == 1
+    seconds = rollouts[3].stats.pop("time/score")
+    assert isinstance(seconds, Time) and seconds.value > 0
     assert rollouts[3].stats == {
-        "length/mean": (4.0, 2),
-        "reward/mean": (0.5, 4),
-        "_reward_sq": (0.75**2 + 0.25**2, 4),
-        "reward/correct": (1.0, 4),
-        "reward/length": (-1.0, 4),
-        "solved": (0, 2),
-        "reward_failures": (0, 1),
+        "length/mean": Mean(4.0, 2),
+        "reward/mean": Mean(0.5, 4),
+        "_reward_sq": Mean(0.75**2 + 0.25**2, 4),
+        "reward/correct": Mean(1.0, 4),
+        "reward/length": Mean(-1.0, 4),
+        "solved": Mean(0, 2),
+        "reward_failures": Sum(0),
     }
-    assert [rollout.stats["solved"] for rollout in rollouts] == [(1, 2), (1, 2), (1, 2), (0, 2)]
+    solved = [rollout.stats["solved"] for rollout in rollouts]
+    assert solved == [Mean(1, 2), Mean(1, 2), Mean(1, 2), Mean(0, 2)]
 
 
 def test_score_counts_failures():
     pool = RewardPool({"r": {"function": "tests.rewards.sample_rewards.by_command"}}, num_workers=1)
     rollout = next(Score(Rollouts(), pool))  # the completions "0" are no commands
     pool.close()
-    assert rollout.stats["reward_failures"] == (4, 1)
-    assert rollout.stats["reward/mean"] == (0.0, 4)
+    assert rollout.stats["reward_failures"] == Sum(4)
+    assert rollout.stats["reward/mean"] == Mean(0.0, 4)
 
 
 def test_score_resumes_anywhere(pool):

@@ -54,7 +54,7 @@ def test_a_delimiter_is_found_across_tokens_wherever_it_starts():
 
 @pytest.mark.parametrize("delimiter", ["", None, 3])
 def test_a_delimiter_that_is_no_text_is_refused(delimiter):
-    with pytest.raises(InputError, match=r"^segments\.delimiter: .* Give one"):
+    with pytest.raises(InputError, match=r"^delimiter: .* give one"):
         AtDelimiter(TOKENIZER, delimiter=delimiter)
 
 
@@ -64,7 +64,7 @@ def segmented(splitter, *groups):
 
 def test_a_newline_that_the_shell_left_as_two_characters_is_refused():
     with pytest.raises(
-        InputError, match=r"^segments\.delimiter: .* a backslash and an n where a newline is meant"
+        InputError, match=r"^delimiter: .* a backslash and an n where a newline is meant"
     ):
         AtDelimiter(TOKENIZER, delimiter=r"\n\n")
 
@@ -102,7 +102,7 @@ def test_segments_that_do_not_fit_are_refused(segments, advantages, message):
 
     with pytest.raises(
         InputError,
-        match=f"^segments: {message}. Correct the splitter, for a completion of prompt p:0",
+        match=f"^segments of a completion of prompt p:0: {message}; correct the splitter",
     ):
         segmented(splitter, [completion(3)])
 

@@ -49,9 +49,9 @@ def test_mesh_gives_every_rank_its_own_data(found, world_size):
 def test_replicas_must_divide_the_ranks(found, world_size):
     for rank in found(world_size):
         assert rank["meshes"][3] == (
-            "data_parallel_replicate_size 3 x context_parallel_size 1 = 3, which does not divide the "
-            f"{world_size} ranks of this run: change one of them, or start a multiple of 3 ranks with "
-            "`tune run --nproc_per_node`."
+            "data_parallel_replicate_size: 3 x context_parallel_size 1 = 3, which does not divide "
+            f"the {world_size} ranks of this run; change one of them, or start a multiple of 3 "
+            "ranks with `tune run --nproc_per_node`"
         )
 
 
@@ -91,6 +91,7 @@ def test_overshoot_by_more_than_half_is_logged_once(
     with caplog.at_level(logging.WARNING, logger="gspo.data.steps"):
         assert [step.num_documents for step in steps] == [9] * 6
     assert [record.getMessage() for record in caplog.records] == [
-        "docs_per_step: 5, but a step took 9 documents, dropped ones included: it takes whole microbatches, one or "
-        "more of every rank. Lower packing.tokens_per_microbatch, or raise docs_per_step."
+        "docs_per_step: 5, but a step took 9 documents, dropped ones included: it takes whole "
+        "microbatches, one or more of every rank. Lower packing.tokens_per_microbatch, or raise "
+        "docs_per_step."
     ] * num_warnings

@@ -1,4 +1,4 @@
-"""Prompt templates through torchtune's real tokenizer classes: every special token in them is one token."""
+"""Prompt templates through torchtune's tokenizer classes: a special token in them is one token."""
 
 import base64
 import json
