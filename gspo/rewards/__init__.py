@@ -1,8 +1,9 @@
 """Reward functions and the pool of workers that runs them.
 
-A reward is a plain function ``(prompt, completion, answer, metadata) -> float`` with its options as keyword arguments;
-a config names it by dotted path. Nothing here imports torch, and a name is imported when it is first used: a reward
-worker then starts in tens of milliseconds and loads only the verifiers that it runs.
+A reward is a plain function ``(prompt, completion, answer, metadata) -> float`` with its options
+as keyword arguments; a config names it by dotted path. Nothing here imports torch, and a name is
+imported when it is first used: a reward worker then starts in tens of milliseconds and loads only
+the verifiers that it runs.
 """
 
 from __future__ import annotations
@@ -41,4 +42,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)

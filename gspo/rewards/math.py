@@ -11,7 +11,8 @@ from math_verify import parse, verify
 
 from gspo.rewards.text import extract_answer
 
-# The pool has a time limit of its own on the same signal, so the library's are off; it would warn of that per worker.
+# The pool has a time limit of its own on the same signal, so the library's are off; it would warn
+# of that in every worker.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _MATH_MARKS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
@@ -27,39 +28,50 @@ def math_verify(
     float_rounding: int = 6,
     strict: bool = True,
 ) -> float:
-    r"""1 where the completion's final expression equals the reference mathematically, else 0.
+    r"""Return 1 where the completion's last expression equals the reference mathematically, else 0.
 
     Args:
         prompt: not used.
-        completion: the sampled text; the answer is looked for in LaTeX (``\boxed`` first) and in plain expressions.
-        answer: the reference, as LaTeX with or without its dollar signs, or as a worked answer that holds LaTeX.
+        completion: the sampled text; the answer is looked for in LaTeX (``\boxed`` first) and in
+            plain expressions.
+        answer: the reference, as LaTeX with or without its dollar signs, or as a worked answer
+            that holds LaTeX.
         metadata: not used.
-        answer_marker: what stands before the answer in a worked reference, e.g. ``"####"`` in GSM8K's.
+        answer_marker: what stands before the answer in a worked reference, e.g. ``"####"`` in
+            GSM8K's.
         float_rounding: decimals that two floats must share.
         strict: variables must have the same names, and a set is not a tuple.
 
     Raises:
-        ValueError: there is no reference answer, or no marker or no expression in it.
+        ValueError: There is no reference answer, or no marker or no expression in it.
     """
     if answer is None:
         raise ValueError("math_verify needs an answer; set the reader's answer_column")
-    reference = answer if answer_marker is None else extract_answer(answer, marker=answer_marker)
+    gold = _parse_gold(_reference_of(answer, answer_marker))
+    stated = parse(completion, parsing_timeout=None)
+    is_equal = verify(
+        gold, stated, float_rounding=float_rounding, strict=strict, timeout_seconds=None
+    )
+    return float(is_equal)
+
+
+def _reference_of(answer: str, marker: str | None) -> str:
+    if marker is None:
+        return answer
+    reference = extract_answer(answer, marker=marker)
     if reference is None:
         raise ValueError(
-            f"math_verify finds no answer_marker {answer_marker!r} in the reference {answer[-80:]!r}"
+            f"math_verify finds no answer_marker {marker!r} in the reference {answer[-80:]!r}"
         )
-    gold = _parse_gold(reference)
+    return reference
+
+
+@functools.lru_cache(maxsize=1024)  # the completions of a group share their reference
+def _parse_gold(reference: str) -> list[Any]:
+    has_marks = any(mark in reference for mark in _MATH_MARKS)
+    gold = parse(reference if has_marks else f"${reference}$", parsing_timeout=None)
     if not gold:
         raise ValueError(
             f"math_verify finds no expression in the reference answer {reference[:80]!r}"
         )
-    given = parse(completion, parsing_timeout=None)
-    return float(
-        verify(gold, given, float_rounding=float_rounding, strict=strict, timeout_seconds=None)
-    )
-
-
-@functools.lru_cache(maxsize=1024)  # the completions of a group share their reference
-def _parse_gold(answer: str) -> list[Any]:
-    text = answer if any(mark in answer for mark in _MATH_MARKS) else f"${answer}$"
-    return parse(text, parsing_timeout=None)
+    return gold

@@ -1,4 +1,4 @@
-"""reasoning-gym's own scorers."""
+"""The scorers of reasoning-gym's tasks."""
 
 from __future__ import annotations
 
@@ -21,32 +21,35 @@ def reasoning_gym(
     last_line: bool = False,
     tag: str | None = None,
 ) -> float:
-    """The score that the task's own verifier gives the completion, usually in [0, 1].
+    """Return the score that the task's own verifier gives the completion, usually in [0, 1].
 
     Args:
         prompt: not used.
         completion: the sampled text, stripped.
         answer: not used; the verifier reads the entry.
-        metadata: ``entry``, as :func:`gspo.data.readers.reasoning_gym_prompts` leaves it: ``question``, ``answer`` and
-            ``metadata`` with the ``source_dataset`` whose verifier scores.
-        marker: see :func:`gspo.rewards.text.extract_answer`; a completion without it is scored as no answer.
+        metadata: ``entry``, as :func:`gspo.data.readers.reasoning_gym_prompts` leaves it:
+            ``question``, ``answer`` and ``metadata`` with the ``source_dataset`` whose verifier
+            scores.
+        marker: see :func:`gspo.rewards.text.extract_answer`; a completion without it is scored as
+            no answer.
         last_line: see :func:`gspo.rewards.text.extract_answer`.
-        tag: score the text of the last such element instead, e.g. ``answer`` for ``<answer>42</answer>``.
+        tag: score the text of the last such element instead, e.g. ``answer`` for
+            ``<answer>42</answer>``.
 
     Raises:
-        ValueError: the metadata has no entry.
+        ValueError: The metadata has no entry.
     """
     entry = metadata.get("entry")
     if entry is None:
         raise ValueError(
             "reasoning_gym scores prompts of gspo.data.readers.reasoning_gym_prompts only"
         )
-    given = (
-        gym.utils.extract_answer(completion, tag_name=tag)
-        if tag is not None
-        else extract_answer(completion, marker=marker, last_line=last_line)
-    )
-    return _scorer(entry["metadata"]["source_dataset"])(given, entry)
+    if tag is not None:
+        stated = gym.utils.extract_answer(completion, tag_name=tag)
+    else:
+        stated = extract_answer(completion, marker=marker, last_line=last_line)
+    scorer = _scorer(entry["metadata"]["source_dataset"])
+    return scorer(stated, entry)
 
 
 @functools.cache

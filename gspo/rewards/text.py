@@ -8,7 +8,7 @@ from typing import Any
 
 
 def extract_answer(text: str, *, marker: str | None = None, last_line: bool = False) -> str | None:
-    """The part of ``text`` that states the answer, stripped; None where the marker is missing.
+    """Return the part of ``text`` that states the answer, stripped; None without the marker.
 
     Args:
         text: a completion, or a worked answer in the same form.
@@ -16,12 +16,13 @@ def extract_answer(text: str, *, marker: str | None = None, last_line: bool = Fa
         last_line: take the last line that is not blank.
     """
     if marker is not None:
-        _, found, text = text.rpartition(marker)
-        if not found:
+        _, separator, behind = text.rpartition(marker)
+        if not separator:
             return None
-        text = text.lstrip().partition("\n")[0]
-    elif last_line:
-        text = text.rstrip().rpartition("\n")[2]
+        line, _, _ = behind.lstrip().partition("\n")
+        return line.strip()
+    if last_line:
+        _, _, text = text.rstrip().rpartition("\n")
     return text.strip()
 
 
@@ -36,12 +37,13 @@ def exact_match(
     ignore: str = "",
     ignore_case: bool = False,
 ) -> float:
-    """1 where the completion's answer is the reference answer, else 0.
+    """Return 1 where the completion's answer is the reference answer, else 0.
 
     Args:
         prompt: not used.
         completion: the sampled text.
-        answer: the reference; where it holds the marker itself (GSM8K's worked answers do), what follows it.
+        answer: the reference; where it holds the marker itself (GSM8K's worked answers do), what
+            follows it.
         metadata: not used.
         marker: see :func:`extract_answer`; a completion without it gets 0.
         last_line: see :func:`extract_answer`.
@@ -49,19 +51,20 @@ def exact_match(
         ignore_case: compare without regard to case.
 
     Raises:
-        ValueError: there is no reference answer.
+        ValueError: There is no reference answer.
     """
     if answer is None:
         raise ValueError("exact_match needs an answer; set the reader's answer_column")
-    given = extract_answer(completion, marker=marker, last_line=last_line)
-    if given is None:
+    stated = extract_answer(completion, marker=marker, last_line=last_line)
+    if stated is None:
         return 0.0
-    wanted = (
-        extract_answer(answer, marker=marker) if marker and marker in answer else answer.strip()
+    reference: str | None = answer.strip()
+    if marker and marker in answer:
+        reference = extract_answer(answer, marker=marker)
+    is_equal = _normalise(stated, ignore, ignore_case) == _normalise(
+        reference or "", ignore, ignore_case
     )
-    return float(
-        _normalise(given, ignore, ignore_case) == _normalise(wanted or "", ignore, ignore_case)
-    )
+    return float(is_equal)
 
 
 def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
@@ -79,7 +82,9 @@ def regex_match(
     pattern: str,
     whole: bool = True,
 ) -> float:
-    r"""1 where the completion has a form, else 0, e.g. ``<think>.*</think>\s*<answer>.*</answer>``.
+    r"""Return 1 where the completion has a form, else 0.
+
+    Such a form is ``<think>.*</think>\s*<answer>.*</answer>``.
 
     Args:
         prompt: not used.
@@ -87,9 +92,9 @@ def regex_match(
         answer: not used.
         metadata: not used.
         pattern: a Python regular expression; ``.`` matches a newline too.
-        whole: the pattern must match the whole completion, less white space at both ends; else a part is enough.
+        whole: the pattern must match the whole completion, less white space at both ends; else a
+            part is enough.
     """
     matcher = re.compile(pattern, re.DOTALL)  # re keeps compiled patterns
-    return float(
-        bool(matcher.fullmatch(completion.strip()) if whole else matcher.search(completion))
-    )
+    match = matcher.fullmatch(completion.strip()) if whole else matcher.search(completion)
+    return 0.0 if match is None else 1.0

@@ -1,22 +1,73 @@
 """Messages from a reward worker to the pool: one JSON value a line, of bounded length.
 
-Code runs in a worker that the trainer must not trust with more than a number: a pickle from there could run anything in
-the trainer. The other direction, from the pool to its workers, may be pickled.
+Code runs in a worker that the trainer must not trust with more than a number: a pickle from there
+could run anything in the trainer. The other direction, from the pool to its workers, may be
+pickled.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 MAX_LINE_BYTES = 65_536  # an outcome holds a number or a text of at most 500 characters
+FAILURES = ("raised", "timed_out", "died", "nonfinite")
 _READ_BYTES = 65_536
+
+Call = tuple[int, int]  # number of the item, number of the reward
 
 
 class BadMessage(Exception):
     """A worker wrote something that is not a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a call: a finite value, or a kind of failure and its cause."""
+
+    value: float = 0.0
+    failure: str = ""  # one of FAILURES
+    cause: str = ""
+
+
+def write_outcome(call: Call, outcome: Outcome) -> list[Any]:
+    """Return the message of a call's outcome."""
+    item, reward = call
+    content = outcome.cause if outcome.failure else outcome.value
+    return [item, reward, outcome.failure, content]
+
+
+def read_outcome(message: Any, call: Call | None) -> Outcome:
+    """Return the outcome in a message that answers ``call``; None where none waits for an answer.
+
+    Raises:
+        BadMessage: The message is not such an answer.
+    """
+    match message:
+        case [int(item), int(reward), str(failure), content] if (item, reward) == call:
+            outcome = _checked_outcome(failure, content)
+        case _:
+            outcome = None
+    if outcome is None:
+        raise BadMessage(f"it wrote {str(message)[:80]!r}, which answers no call of its")
+    return outcome
+
+
+def _checked_outcome(failure: str, content: Any) -> Outcome | None:
+    if failure in FAILURES and isinstance(content, str):
+        return Outcome(failure=failure, cause=content)
+    if failure == "" and isinstance(content, int | float):
+        try:
+            value = float(content)
+        except OverflowError:  # an integer that no float holds
+            return None
+        if math.isfinite(value):
+            return Outcome(value)
+    return None
 
 
 def send_lines(channel: socket.socket, messages: Iterable[Any]) -> None:
@@ -26,7 +77,7 @@ def send_lines(channel: socket.socket, messages: Iterable[Any]) -> None:
 
 
 class LineReader:
-    """Collects bytes from a socket and gives the whole lines among them as JSON values.
+    """A collector of bytes from a socket that gives the whole lines among them as JSON values.
 
     Args:
         channel: the socket; reading never waits for it.

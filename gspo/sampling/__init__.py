@@ -9,9 +9,15 @@ from gspo.types import Completion, Prompt, SamplingParams
 
 
 class Sampler(Protocol):
-    """Draws completions. ``sample`` is local to a rank and makes no collective call; ``update`` is collective.
+    """A drawer of completions, local to a rank.
 
-    That split is what lets one rank draw more groups than its neighbour without a deadlock.
+    A config's ``sampler`` component is called with ``(build_decoder, tokenizer)`` and its own
+    keywords. ``build_decoder()`` makes an unsharded torchtune decoder without the policy's
+    weights, which come with the first :meth:`update`. A sampler that needs a replica of the policy
+    calls it once. One in another process ignores it, and so costs no replica.
+
+    ``sample`` makes no collective call and ``update`` is collective. That split is what lets one
+    rank draw more groups than its neighbour without a deadlock.
     """
 
     def sample(
@@ -22,13 +28,14 @@ class Sampler(Protocol):
         params: SamplingParams,
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """``group_size`` completions for each prompt.
+        """Draw ``group_size`` completions for each prompt.
 
-        Those of a prompt depend on the weights, the prompt, ``params`` and the prompt's own entry in ``seeds`` only,
-        but for rounding: so they are the same however prompts are spread over ranks and calls.
+        The completions of a prompt depend on the weights, the prompt, ``params`` and the prompt's
+        own entry in ``seeds`` only, but for rounding: so they are the same however prompts are
+        spread over ranks and calls.
         """
         ...
 
     def update(self, policy: Any, version: int) -> None:
-        """Take the policy's weights; completions carry ``version`` from now on. Every rank calls it."""
+        """Take the policy's weights; later completions carry ``version``. Every rank calls it."""
         ...

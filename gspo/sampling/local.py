@@ -1,13 +1,15 @@
 """The in-process sampler: a plain replica of the policy, batched, with a key/value cache.
 
-Not here: continuous batching, paged caches, prefix caches across calls. Where generation is most of the step, a server
-does it better. Top-p and top-k are refused: the trainer computes log-probabilities of the full distribution.
+Not here: continuous batching, paged caches, prefix caches across calls. Where generation is most of
+the step, a server does it better. Nor top-p and top-k: the trainer computes log-probabilities of
+the full distribution.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +17,47 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from gspo.errors import InputError
-from gspo.sampling.cached_decoder import CachedDecoder, KVCache
-from gspo.sampling.fingerprint import tokenizer_fingerprint, vocabulary_of
+from gspo.errors import NO_VALUE, DataError, InputError, require
+from gspo.sampling.cached_decoder import CachedDecoder
+from gspo.sampling.fingerprint import special_ids, tokenizer_fingerprint, vocabulary_of
+from gspo.sampling.kv_cache import KVCache
 from gspo.types import Completion, Prompt, SamplingParams
 
-# Finished rows are dropped when this share or less is left: below it the copy of the cache pays for itself.
+# Finished rows are dropped when this share or less is left: below it the copy of the cache pays for
+# itself.
 _COMPACT_BELOW = 0.75
 # On a GPU, asking how many rows have finished waits for the device; a few steps too many cost less.
 _CHECK_EVERY = {"cuda": 8}
 
 
-class LocalSampler:
-    """Draws completions with ``model``, an unsharded torchtune decoder that this sampler owns from now on.
+@dataclass(frozen=True)
+class _Drawn:
+    """Completions of N rows; what was drawn after a stop token is still on them."""
 
-    Stop tokens are the tokenizer's ``stop_tokens``, or its ``eos_id``, unless ``stop_token_ids`` names others ([] for
-    none).
-    ``max_batch_size`` bounds the completions drawn at once, ``max_prefill_tokens`` the prompt tokens that go through
-    the model at once. ``progress`` shows a bar.
+    tokens: list[list[int]]
+    logps: list[list[float]]  # nats
+
+
+class LocalSampler:
+    """A sampler that draws with a decoder of its own, in the trainer's process.
+
+    Args:
+        build_decoder: makes an unsharded torchtune decoder; called once.
+        tokenizer: decodes completions.
+        stop_token_ids: end a completion; [] for none. None: the tokenizer's ``stop_tokens``, or
+            its ``eos_id``.
+        max_batch_size: completions drawn at once.
+        max_prefill_tokens: prompt tokens that go through the decoder at once.
+        progress: show a bar.
 
     Raises:
-        InputError: the model has parts that the cached attention does not know, or there is no stop token.
+        InputError: The decoder has parts that the cached attention does not know, or there is no
+            stop token.
     """
 
     def __init__(
         self,
-        model: TransformerDecoder,
+        build_decoder: Callable[[], TransformerDecoder],
         tokenizer: Any,
         *,
         stop_token_ids: list[int] | None = None,
@@ -48,57 +65,58 @@ class LocalSampler:
         max_prefill_tokens: int = 16384,
         progress: bool = False,
     ) -> None:
-        if max_batch_size < 1:
-            raise InputError(f"max_batch_size: must be at least 1, got {max_batch_size}.")
-        self._model = model.eval().requires_grad_(False)
-        self._decoder = CachedDecoder(self._model, max_prefill_tokens=max_prefill_tokens)
+        require(max_batch_size >= 1, "max_batch_size", max_batch_size, "must be at least 1")
         self._tokenizer = tokenizer
-        self._fingerprint = tokenizer_fingerprint(tokenizer)
-        self._stops = _stop_tokens(tokenizer) if stop_token_ids is None else set(stop_token_ids)
-        if not self._stops and stop_token_ids is None:
-            raise InputError(
-                "stop_token_ids: the tokenizer names no stop token. Set stop_token_ids; [] for none."
-            )
-        # A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have no text.
-        vocabulary = vocabulary_of(tokenizer) or {}
-        self._text_tokens = set(vocabulary.values()) - self._stops - _special_tokens(tokenizer)
-        self._is_stop = torch.zeros(model.tok_embeddings.num_embeddings, dtype=torch.bool)
-        self._check_tokens("stop_token_ids", sorted(self._stops))
-        self._is_stop[list(self._stops)] = True
-        self._is_stop = self._is_stop.to(self._device)
         self._max_batch_size = max_batch_size
         self._progress = progress
         self._version = 0
-        # A prefetch thread samples while the trainer updates: a completion must not see half of the new weights.
+        # A prefetch thread samples while the trainer updates: a completion must not see half of the
+        # new weights.
         self._lock = threading.Lock()
+        self._model = build_decoder().eval().requires_grad_(False)
+        self._decoder = CachedDecoder(self._model, max_prefill_tokens=max_prefill_tokens)
+        self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._stops = _stop_tokens(tokenizer) if stop_token_ids is None else set(stop_token_ids)
+        if not self._stops and stop_token_ids is None:
+            must = "is not set, and the tokenizer names no stop token"
+            raise InputError("stop_token_ids", NO_VALUE, must, "set it; [] for none")
+        outside = self._find_outside(sorted(self._stops))
+        if outside is not None:
+            raise InputError("stop_token_ids", NO_VALUE, *self._outside_words(outside))
+        # A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have
+        # no text.
+        vocabulary = vocabulary_of(tokenizer) or {}
+        self._text_tokens = set(vocabulary.values()) - self._stops - _special_tokens(tokenizer)
+        is_stop = torch.zeros(self._vocab_size, dtype=torch.bool)
+        is_stop[list(self._stops)] = True
+        self._is_stop = is_stop.to(self._device)
 
     @property
     def _device(self) -> torch.device:
         return self._model.tok_embeddings.weight.device
 
+    @property
+    def _vocab_size(self) -> int:
+        return self._model.tok_embeddings.num_embeddings
+
     def update(self, policy: Any, version: int) -> None:
-        """Copy the policy's weights into the replica, parameter by parameter. Collective: every rank calls it.
+        """Copy the policy's weights into the replica, one by one. Collective: every rank calls it.
 
         ``policy.full_state_dict()`` yields (name, full tensor) for every parameter of the decoder.
 
         Raises:
-            InputError: the names or shapes are not those of the replica.
+            InputError: The names or shapes are not those of the replica.
         """
         with self._lock, torch.no_grad():
             missing = dict(self._model.state_dict())
             for name, tensor in policy.full_state_dict():
                 target = missing.pop(name, None)
-                if target is None or target.shape != tensor.shape:
-                    raise InputError(
-                        f"model: the policy gives {name} {list(tensor.shape)}, the sampler's replica has "
-                        f"{'no such parameter' if target is None else list(target.shape)}. Build both with one builder."
-                    )
+                _check_same_shape(name, tensor, target)
                 target.copy_(tensor)
             if missing:
-                raise InputError(
-                    f"model: the policy did not give {sorted(missing)[0]} (of {len(missing)} missing). "
-                    "Build policy and sampler replica with one builder."
-                )
+                must = f"did not give {sorted(missing)[0]} (of {len(missing)} missing)"
+                remedy = "build policy and sampler replica with one builder"
+                raise InputError("policy", NO_VALUE, must, remedy)
             self._version = version
 
     def sample(
@@ -109,45 +127,39 @@ class LocalSampler:
         params: SamplingParams,
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """``group_size`` completions for each prompt, with their log-probabilities in nats.
+        """Draw ``group_size`` completions for each prompt, with their log-probabilities in nats.
 
-        Each token is drawn by inverting the distribution function at one uniform number that the prompt's entry in
-        ``seeds`` fixes for its completion and step. So a completion depends neither on ``max_batch_size`` nor on the
-        other prompts nor on which completions have finished, but for rounding. The global generators are left alone. At
-        temperature 0 the likeliest token is taken, and log-probabilities are those at temperature 1
+        Each token is drawn by inverting the distribution function at one uniform number that the
+        prompt's entry in ``seeds`` fixes for its completion and step. So a completion depends
+        neither on ``max_batch_size`` nor on the other prompts nor on which completions have
+        finished, but for rounding. The global generators are left alone. At temperature 0 the
+        likeliest token is taken, and log-probabilities are those at temperature 1
         (``logps_of="raw"``).
 
         Raises:
-            InputError: top-p or top-k is on, a value is out of range, a prompt has no seed, is empty, has ids outside
-                the vocabulary, or leaves no room for ``max_new_tokens`` in the model's ``max_seq_len``.
+            InputError: A value is out of range, a prompt has no seed, is empty, has ids outside the
+                vocabulary, or leaves no room for ``max_new_tokens`` in the model's ``max_seq_len``.
         """
-        self._check(prompts, group_size, params)
-        if len(seeds) != len(prompts):
-            raise InputError(
-                f"seeds: there are {len(seeds)} for {len(prompts)} prompts. Give one for each."
-            )
-        num_rows = len(prompts) * group_size
+        self._check(prompts, group_size, params, seeds)
+        rows = [prompt for prompt in prompts for _ in range(group_size)]
         uniforms = _uniforms(seeds, group_size, params.max_new_tokens)
-        # Rows of like length go together: the gap between a short prompt and the longest is computed in vain.
-        order = sorted(range(num_rows), key=lambda row: len(prompts[row // group_size].tokens))
+        # Rows of like length go together: the gap between a short prompt and the longest is
+        # computed in vain.
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
         completions: dict[int, Completion] = {}
-        bar = tqdm(
-            total=num_rows,
-            desc="sample",
-            unit="completion",
-            leave=False,
-            disable=not self._progress,
-        )
-        with self._lock, torch.inference_mode(), bar:
-            for start in range(0, num_rows, self._max_batch_size):
-                rows = order[start : start + self._max_batch_size]
-                batch = [prompts[row // group_size].tokens for row in rows]
-                drawn = self._draw(batch, uniforms[:, rows], params.temperature, bar)
-                for row, tokens, logps in zip(rows, *drawn, strict=True):
+        with self._lock, torch.inference_mode(), self._progress_bar(len(rows)) as bar:
+            for start in range(0, len(rows), self._max_batch_size):
+                batch = order[start : start + self._max_batch_size]
+                prompts_of_rows = [rows[row].tokens for row in batch]
+                drawn = self._draw(prompts_of_rows, uniforms[:, batch], params.temperature, bar)
+                for row, tokens, logps in zip(batch, drawn.tokens, drawn.logps, strict=True):
                     completions[row] = self._completion(tokens, logps, params)
-        return [
-            [completions[i + j] for j in range(group_size)] for i in range(0, num_rows, group_size)
-        ]
+        ordered = [completions[row] for row in range(len(rows))]
+        return [ordered[i : i + group_size] for i in range(0, len(rows), group_size)]
+
+    def _progress_bar(self, num_rows: int) -> tqdm:
+        is_off = not self._progress
+        return tqdm(total=num_rows, desc="sample", unit="completion", leave=False, disable=is_off)
 
     def _draw(
         self,
@@ -155,27 +167,29 @@ class LocalSampler:
         uniforms: Tensor,  # [max_new_tokens, N] float64
         temperature: float,
         bar: tqdm,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and log-probabilities of N completions, with what was drawn after a stop token still on them."""
+    ) -> _Drawn:
         max_new_tokens, num_rows = uniforms.shape
+        device = self._device
         logits, cache = self._prefill(prompts, max_new_tokens)
-        uniforms = uniforms.to(self._device)
-        tokens = torch.zeros(max_new_tokens, num_rows, dtype=torch.int64, device=self._device)
-        logps = torch.zeros(max_new_tokens, num_rows, device=self._device)
-        rows = torch.arange(num_rows, device=self._device)  # those still in the batch
-        ended = torch.zeros(num_rows, dtype=torch.bool, device=self._device)
-        check_every = _CHECK_EVERY.get(self._device.type, 1)
+        uniforms = uniforms.to(device)
+        tokens = torch.zeros(max_new_tokens, num_rows, dtype=torch.int64, device=device)
+        logps = torch.zeros(max_new_tokens, num_rows, device=device)
+        rows = torch.arange(num_rows, device=device)  # those still in the batch
+        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        check_every = _CHECK_EVERY.get(device.type, 1)
         num_left = num_rows
         for step in range(max_new_tokens):
             drawn, drawn_logps = draw_tokens(logits, uniforms[step, rows], temperature)
-            tokens[step, rows], logps[step, rows] = drawn, drawn_logps
+            tokens[step, rows] = drawn
+            logps[step, rows] = drawn_logps
             ended |= self._is_stop[drawn]
-            if step + 1 == max_new_tokens:
+            num_steps = step + 1
+            if num_steps == max_new_tokens:
                 break
-            if (step + 1) % check_every == 0:
-                still = rows.numel() - int(ended.sum())
-                bar.update(num_left - still)
-                num_left = still
+            if num_steps % check_every == 0:
+                num_before = num_left
+                num_left = rows.numel() - int(ended.sum())
+                bar.update(num_before - num_left)
                 if num_left == 0:
                     break
                 if num_left <= _COMPACT_BELOW * rows.numel():
@@ -184,65 +198,81 @@ class LocalSampler:
                     cache.select(left)
             logits = self._decoder.step(drawn, cache)
         bar.update(num_left)
-        return tokens.t().tolist(), logps.t().tolist()
+        return _Drawn(tokens.t().tolist(), logps.t().tolist())
 
     def _prefill(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Logits [N, V] and cache of N prompts, each distinct one computed once."""
-        distinct: dict[tuple[int, ...], int] = {}
-        owner = [distinct.setdefault(tuple(tokens), len(distinct)) for tokens in prompts]
-        logits, cache = self._decoder.prefill([list(tokens) for tokens in distinct])
-        rows = torch.tensor(owner, device=self._device)
+        """Return logits [N, V] and cache of N prompts, each distinct one computed once."""
+        numbers: dict[tuple[int, ...], int] = {}
+        distinct = []  # each prompt's number among the distinct ones
+        for tokens in prompts:
+            number = numbers.setdefault(tuple(tokens), len(numbers))
+            distinct.append(number)
+        logits, cache = self._decoder.prefill([list(tokens) for tokens in numbers])
+        rows = torch.tensor(distinct, device=self._device)
         cache.select(rows, room=max_new_tokens)
         return logits[rows], cache
 
     def _completion(
         self, tokens: list[int], logps: list[float], params: SamplingParams
     ) -> Completion:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self._stops), None)
-        tokens, logps = tokens[:end], logps[:end]
+        length = _length_to_stop(tokens, self._stops)
+        has_stop = length is not None
+        tokens = tokens[:length]
+        text_tokens = [token for token in tokens if token in self._text_tokens]
         return Completion(
             tokens=tokens,
-            logps=logps,
-            text=self._tokenizer.decode([token for token in tokens if token in self._text_tokens]),
-            finish_reason="length" if end is None else "stop",
+            logps=logps[:length],
+            text=self._tokenizer.decode(text_tokens),
+            finish_reason="stop" if has_stop else "length",
             temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
             logps_of="raw" if params.temperature == 0 else "processed",
             policy_version=self._version,
             tokenizer=self._fingerprint,
         )
 
-    def _check(self, prompts: list[Prompt], group_size: int, params: SamplingParams) -> None:
-        for key, value, off in (("top_p", params.top_p, 1.0), ("top_k", params.top_k, 0)):
-            if value != off:
-                raise InputError(
-                    f"{key}: the in-process sampler draws from the full distribution, got {value}. Set {key}: {off}."
-                )
-        if not 0.0 <= params.temperature < float("inf"):
-            raise InputError(f"temperature: must be 0 (greedy) or more, got {params.temperature}.")
-        if params.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: must be at least 1, got {params.max_new_tokens}.")
-        if group_size < 1:
-            raise InputError(f"group_size: must be at least 1, got {group_size}.")
-        room = self._model.max_seq_len - params.max_new_tokens
+    def _check(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
+    ) -> None:
+        temperature, max_new_tokens = params.temperature, params.max_new_tokens
+        is_in_range = 0.0 <= temperature < float("inf")
+        require(is_in_range, "temperature", temperature, "must be 0 (greedy) or more")
+        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+        require(group_size >= 1, "group_size", group_size, "must be at least 1")
         for prompt in prompts:
-            if not 0 < len(prompt.tokens) <= room:
-                raise InputError(
-                    f"prompt {prompt.id}: has {len(prompt.tokens)} tokens; from 1 to {room} fit beside "
-                    f"max_new_tokens {params.max_new_tokens} in the model's max_seq_len {self._model.max_seq_len}. "
-                    "Drop the prompt, lower max_new_tokens, or raise max_seq_len."
-                )
-            self._check_tokens(f"prompt {prompt.id}", prompt.tokens)
+            self._check_prompt(prompt, max_new_tokens)
+        if len(seeds) != len(prompts):
+            must = f"there are {len(seeds)} for {len(prompts)} prompts"
+            raise InputError("seeds", NO_VALUE, must, "give one for each")
 
-    def _check_tokens(self, what: str, tokens: list[int]) -> None:
-        vocab_size = self._model.tok_embeddings.num_embeddings
-        outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise InputError(
-                f"{what}: token id {outside} is outside the model's vocabulary of {vocab_size}. "
-                "Use the tokenizer that belongs to the model."
+    def _check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
+        place = f"prompt {prompt.id}"
+        max_seq_len = self._model.max_seq_len
+        room = max_seq_len - max_new_tokens
+        if not 0 < len(prompt.tokens) <= room:
+            raise DataError(
+                place,
+                NO_VALUE,
+                f"has {len(prompt.tokens)} tokens; from 1 to {room} fit beside max_new_tokens "
+                f"{max_new_tokens} in the model's max_seq_len {max_seq_len}",
+                "drop the prompt, lower max_new_tokens, or raise max_seq_len",
             )
+        outside = self._find_outside(prompt.tokens)
+        if outside is not None:
+            raise DataError(place, NO_VALUE, *self._outside_words(outside))
+
+    def _find_outside(self, tokens: list[int]) -> int | None:
+        """Return the first token id that is outside the model's vocabulary; None if none is."""
+        vocab_size = self._vocab_size
+        return next((token for token in tokens if not 0 <= token < vocab_size), None)
+
+    def _outside_words(self, token: int) -> tuple[str, str]:
+        """Return what is wrong with such a token id, and the remedy."""
+        must = f"token id {token} is outside the model's vocabulary of {self._vocab_size}"
+        return must, "use the tokenizer that belongs to the model"
 
 
 def draw_tokens(
@@ -250,7 +280,10 @@ def draw_tokens(
     uniforms: Tensor,  # [N] float64 in [0, 1)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # [N] int64, [N] float32 nats
-    """One token per row by inversion of the distribution function, and its log-probability; temperature 0 is greedy."""
+    """Draw one token per row, and return it with its log-probability.
+
+    It is drawn by inversion of the distribution function. Temperature 0 is greedy.
+    """
     if temperature == 0:
         logps = torch.log_softmax(logits, -1)
         tokens = logits.argmax(-1, keepdim=True)
@@ -259,19 +292,29 @@ def draw_tokens(
         # float64: in float32 the sum over a large vocabulary loses tokens rarer than 6e-8.
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         targets = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).clamp_(
-            max=logits.shape[-1] - 1
-        )
+        tokens = torch.searchsorted(cumulative, targets, right=True)
+        tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
 
 
 def _uniforms(seeds: Sequence[int], group_size: int, num_steps: int) -> Tensor:
-    """[num_steps, prompts * group_size] float64 in [0, 1), made on the CPU so that every device gets the same."""
-    found = torch.empty(len(seeds), group_size, num_steps, dtype=torch.float64)
+    """Return [num_steps, prompts * group_size] float64 in [0, 1).
+
+    They are made on the CPU so that every device gets the same.
+    """
+    uniforms = torch.empty(len(seeds), group_size, num_steps, dtype=torch.float64)
     generator = torch.Generator()
-    for seed, numbers in zip(seeds, found, strict=True):
-        numbers.uniform_(generator=generator.manual_seed(seed))
-    return found.flatten(0, 1).t()
+    for seed, of_prompt in zip(seeds, uniforms, strict=True):
+        of_prompt.uniform_(generator=generator.manual_seed(seed))
+    return uniforms.flatten(0, 1).t()
+
+
+def _length_to_stop(tokens: list[int], stops: set[int]) -> int | None:
+    """Return the number of tokens up to the first stop token, included; None if there is none."""
+    for index, token in enumerate(tokens):
+        if token in stops:
+            return index + 1
+    return None
 
 
 def _stop_tokens(tokenizer: Any) -> set[int]:
@@ -280,7 +323,18 @@ def _stop_tokens(tokenizer: Any) -> set[int]:
 
 
 def _special_tokens(tokenizer: Any) -> set[int]:
-    named = getattr(tokenizer, "special_tokens", None)
-    ids = list(named.values()) if isinstance(named, dict) else []
+    ids = list(special_ids(tokenizer).values())
     ids += [getattr(tokenizer, name, None) for name in ("bos_id", "eos_id", "pad_id")]
     return {int(token) for token in ids if token is not None}
+
+
+def _check_same_shape(name: str, tensor: Tensor, target: Tensor | None) -> None:
+    if target is not None and target.shape == tensor.shape:
+        return
+    replica = "no such parameter" if target is None else list(target.shape)
+    raise InputError(
+        "policy",
+        NO_VALUE,
+        f"gives {name} {list(tensor.shape)}, the sampler's replica has {replica}",
+        "build both with one builder",
+    )

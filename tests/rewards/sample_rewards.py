@@ -130,6 +130,7 @@ COMMANDS = {
     "write_stray_bytes": lambda: _write(b"\x00\xff stray\n"),
     "write_half_a_line": lambda: _write(b"[0, 0, "),
     "write_wrong_answer": lambda: _write(b'[77, 0, "", 1.0]\n'),
+    "write_huge_number": lambda: _write(b'[1, 0, "", 1%s]\n' % (b"0" * 400)),
     "write_for_ever": _write_for_ever,
     "fork": _fork,
     "slow": _slow,

@@ -252,7 +252,7 @@ def test_full_reward_is_what_can_be_gained():
         ),
         (
             {"r": {"function": "gspo.rewards.exact_mach"}},
-            r"rewards\.r\.function: .*Did you mean 'exact_match'",
+            r"rewards\.r\.function: .*did you mean 'exact_match'",
         ),
         (
             {"r": {"function": f"{HERE}.COMMANDS"}},
@@ -268,7 +268,7 @@ def test_full_reward_is_what_can_be_gained():
         ),
         (
             {"r": {"function": "gspo.rewards.exact_match", "maker": "#"}},
-            r"rewards\.r\.maker: .*Did you mean 'marker'",
+            r"rewards\.r\.maker: .*did you mean 'marker'",
         ),
         (
             {"r": {"function": "gspo.rewards.exact_match", "answer": "#"}},
@@ -364,7 +364,14 @@ def test_no_pickle_from_a_worker_is_loaded(tmp_path, pool):
 
 
 @pytest.mark.parametrize(
-    "command", ["write_stray_bytes", "write_half_a_line", "write_wrong_answer", "write_for_ever"]
+    "command",
+    [
+        "write_stray_bytes",
+        "write_half_a_line",
+        "write_wrong_answer",
+        "write_huge_number",
+        "write_for_ever",
+    ],
 )
 def test_what_is_no_answer_costs_its_own_call_only(pool, command):
     result = pool.score(items_of("half", command, "one"))

@@ -9,7 +9,7 @@ from torchtune.modules import RMSNorm
 from torchtune.modules.peft import LoRALinear
 
 from gspo.errors import InputError
-from gspo.sampling import cached_decoder, local
+from gspo.sampling import cached_decoder, kv_cache, local
 from gspo.sampling.local import LocalSampler, draw_tokens
 from gspo.types import Prompt, SamplingParams
 
@@ -77,7 +77,7 @@ def seeds_of(prompts, seed=0):
 
 def sample(model, prompts, *, group_size=3, temperature=0.7, max_new_tokens=12, seed=5, **options):
     params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
-    return LocalSampler(model, Letters(), **options).sample(
+    return LocalSampler(lambda: model, Letters(), **options).sample(
         prompts, group_size=group_size, params=params, seeds=seeds_of(prompts, seed)
     )
 
@@ -187,7 +187,11 @@ def test_draw_tokens_never_takes_an_impossible_token():
 
 
 def test_a_prompts_completions_do_not_depend_on_the_others():
-    sampler, prompts, seeds = LocalSampler(build(), Letters()), prompts_of([4, 7, 4]), [3, 1, 4]
+    sampler, prompts, seeds = (
+        LocalSampler(lambda: build(), Letters()),
+        prompts_of([4, 7, 4]),
+        [3, 1, 4],
+    )
     options = dict(group_size=4, params=SamplingParams(0.7, 12))
     together = tokens_of(sampler.sample(prompts, seeds=seeds, **options))
     apart = [
@@ -200,7 +204,7 @@ def test_a_prompts_completions_do_not_depend_on_the_others():
 
 def test_every_prompt_needs_a_seed():
     with pytest.raises(InputError, match="seeds: there are 1 for 2 prompts"):
-        LocalSampler(build(), Letters()).sample(
+        LocalSampler(lambda: build(), Letters()).sample(
             prompts_of([4, 7]), group_size=1, params=SamplingParams(1.0, 2), seeds=[0]
         )
 
@@ -241,7 +245,7 @@ def test_stop_tokens_default_to_the_tokenizers():
     ends = [c.tokens[-1] for group in sample(model, prompts_of(EQUAL), group_size=8) for c in group]
     assert ends.count(STOP) > 4
     plain = SimpleNamespace(eos_id=7, get_vocab=Letters().get_vocab, decode=Letters().decode)
-    assert LocalSampler(model, plain)._stops == {7}
+    assert LocalSampler(lambda: model, plain)._stops == {7}
 
 
 VARIANTS = {
@@ -260,7 +264,7 @@ def test_completions_do_not_depend_on_how_rows_are_batched(monkeypatch, variant)
     prompts = prompts_of(RAGGED)
     expected = sample(build(), prompts, **options)
     for name in [name for name in variant if name.startswith("_")]:
-        monkeypatch.setattr(local if hasattr(local, name) else cached_decoder, name, variant[name])
+        monkeypatch.setattr(local if hasattr(local, name) else kv_cache, name, variant[name])
     options |= {name: value for name, value in variant.items() if not name.startswith("_")}
     found = sample(build(), prompts, **options)
     assert tokens_of(found) == tokens_of(expected)
@@ -291,7 +295,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 def test_seed_decides_and_global_generator_is_untouched():
     model, prompts = build(), prompts_of(RAGGED)
-    sampler = LocalSampler(model, Letters())
+    sampler = LocalSampler(lambda: model, Letters())
     options = dict(group_size=2, params=SamplingParams(1.0, 8))
     before = torch.get_rng_state()
     first = sampler.sample(prompts, seeds=seeds_of(prompts, 1), **options)
@@ -317,7 +321,7 @@ def policy_of(model, **changes):
 )
 def test_update_takes_every_weight_and_the_version(options):
     prompts, params = prompts_of(RAGGED), SamplingParams(0.7, 12)
-    sampler, other = LocalSampler(build(**options), Letters()), build(**options, seed=1)
+    sampler, other = LocalSampler(lambda: build(**options), Letters()), build(**options, seed=1)
     before = sampler.sample(prompts, group_size=2, params=params, seeds=seeds_of(prompts))
     sampler.update(policy_of(other), 7)
     after = sampler.sample(prompts, group_size=2, params=params, seeds=seeds_of(prompts))
@@ -340,7 +344,7 @@ def test_update_takes_every_weight_and_the_version(options):
     ids=["missing", "unknown", "shape"],
 )
 def test_update_refuses_another_models_weights(changes, message):
-    sampler = LocalSampler(build(), Letters())
+    sampler = LocalSampler(lambda: build(), Letters())
     with pytest.raises(InputError, match=message):
         sampler.update(policy_of(build(), **changes), 1)
 
@@ -358,7 +362,7 @@ def test_update_waits_for_a_running_sample():
         events.append("update")
         return iter(build().state_dict().items())
 
-    sampler = LocalSampler(build(), Slow())
+    sampler = LocalSampler(lambda: build(), Slow())
     options = dict(group_size=1, params=SamplingParams(1.0, 2), seeds=[0])
     drawing = threading.Thread(
         target=lambda: events.append(sampler.sample(prompts_of([3]), **options)[0][0])
@@ -381,18 +385,16 @@ def test_update_waits_for_a_running_sample():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(top_p=0.9), "top_p.*0.9.*top_p: 1.0"),
-        (SamplingParams(top_k=5), "top_k.*5.*top_k: 0"),
-        (SamplingParams(temperature=-0.1), "temperature.*-0.1"),
-        (SamplingParams(temperature=float("nan")), "temperature.*nan"),
-        (SamplingParams(max_new_tokens=0), "max_new_tokens.*0"),
+        (SamplingParams(temperature=-0.1), "^temperature: -0.1"),
+        (SamplingParams(temperature=float("nan")), "^temperature: nan"),
+        (SamplingParams(max_new_tokens=0), "^max_new_tokens: 0"),
         (SamplingParams(max_new_tokens=MAX_SEQ_LEN - 2), "test:0.*3 tokens.*max_seq_len 64"),
     ],
-    ids=["top_p", "top_k", "temperature", "nan", "max_new_tokens", "too-long"],
+    ids=["temperature", "nan", "max_new_tokens", "too-long"],
 )
 def test_sample_refuses_params_naming_the_key(params, message):
     with pytest.raises(InputError, match=message):
-        LocalSampler(build(), Letters()).sample(
+        LocalSampler(lambda: build(), Letters()).sample(
             prompts_of([3]), group_size=1, params=params, seeds=[0]
         )
 
@@ -412,16 +414,16 @@ def test_sampler_without_prompts_or_stop_tokens():
     assert sample(build(), []) == []
     nameless = SimpleNamespace(get_vocab=Letters().get_vocab, decode=Letters().decode)
     with pytest.raises(InputError, match="stop_token_ids"):
-        LocalSampler(build(), nameless)
+        LocalSampler(lambda: build(), nameless)
 
 
 def test_sampler_refuses_parts_it_does_not_know():
     adapted = build()
     adapted.layers[1].attn.q_proj = LoRALinear(32, 32, rank=2, alpha=1.0)
     with pytest.raises(InputError, match="LoRALinear as `attn.q_proj`"):
-        LocalSampler(adapted, Letters())
-    with pytest.raises(InputError, match="TransformerDecoder, got Sequential"):
-        LocalSampler(torch.nn.Sequential(build()), Letters())
+        LocalSampler(lambda: adapted, Letters())
+    with pytest.raises(InputError, match="TransformerDecoder that .* needs: Sequential"):
+        LocalSampler(lambda: torch.nn.Sequential(build()), Letters())
 
     class Learned(torch.nn.Module):
         def forward(self, x, *, input_pos=None):
@@ -431,7 +433,7 @@ def test_sampler_refuses_parts_it_does_not_know():
     for layer in learned.layers:
         layer.attn.pos_embeddings = Learned()
     with pytest.raises(InputError, match="Learned"):
-        LocalSampler(learned, Letters())
+        LocalSampler(lambda: learned, Letters())
 
 
 def test_ids_beyond_the_tokenizer_have_no_text():
@@ -444,7 +446,7 @@ def test_ids_beyond_the_tokenizer_have_no_text():
             return super().decode(tokens)
 
     params = SamplingParams(max_new_tokens=20)
-    sampler = LocalSampler(build(), Short(), stop_token_ids=[])
+    sampler = LocalSampler(lambda: build(), Short(), stop_token_ids=[])
     (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seeds=[0])
     padded = [token for c in completions for token in c.tokens if token >= VOCAB - 10]
     assert padded  # they were drawn
