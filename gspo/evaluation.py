@@ -1,24 +1,36 @@
 """Held-out evaluation with the sampler that trains: greedy accuracy and pass@k.
 
-A completion is correct when it earns the full reward: all that its rewards of positive weight can give, and nothing
-taken off by one. Beside a format reward or a length penalty that is stricter than a right answer, which
-``eval/reward``, the mean, is not. Nothing here touches the training graph or its random state.
+A completion is correct when it earns the full reward: all that its rewards of positive weight can
+give, and nothing taken off by one. Beside a format reward or a length penalty that is stricter than
+a right answer, which ``eval/reward``, the mean, is not. Nothing here touches the training graph or
+its random state.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from gspo.data.sample import prompt_seed
 from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
-from gspo.rewards.pool import RewardPool, RewardResult
+from gspo.metrics import Mean, Metrics, Sum
+from gspo.rewards.pool import RewardPool
 from gspo.sampling import Sampler
 from gspo.types import Completion, Group, Prompt, SamplingParams
 
-_SEED = (
-    20250718  # the same draws at every evaluation, so that two of them differ by the policy alone
-)
+# The same draws at every evaluation, so that two of them differ by the policy alone.
+_SEED = 20250718
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The scores of some prompts' completions."""
+
+    num_solved: int  # prompts with a completion that is correct
+    num_correct: int  # completions
+    total_reward: float
+    num_failures: int  # reward calls
 
 
 def evaluate(
@@ -28,11 +40,12 @@ def evaluate(
     *,
     params: SamplingParams,
     num_samples: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Metric pairs of this rank's prompts.
+) -> Metrics:
+    """Return the metrics of this rank's prompts.
 
-    ``eval/accuracy`` and ``eval/reward`` are of the greedy completions; with ``num_samples`` > 0 there are
-    ``eval/pass@k`` and ``eval/sampled_accuracy`` too. ``eval/reward_failures`` counts failed calls, whose value is 0.
+    ``eval/accuracy`` and ``eval/reward`` are of the greedy completions; with ``num_samples`` > 0
+    there are ``eval/pass@k`` and ``eval/sampled_accuracy`` too. ``eval/reward_failures`` counts
+    failed calls, whose value is 0.
 
     Args:
         sampler: holds the weights to be evaluated.
@@ -41,42 +54,48 @@ def evaluate(
         params: of the sampled completions; the greedy ones keep only its length limit.
         num_samples: k, completions drawn for each prompt.
     """
-    # Of the prompt, not of its place, so that the number of ranks does not matter.
-    seeds = [prompt_seed(_SEED, zlib.crc32(prompt.id.encode())) for prompt in prompts]
+    num_prompts = len(prompts)
     greedy_params = replace(params, temperature=0.0)
-    greedy = (
-        sampler.sample(prompts, group_size=1, params=greedy_params, seeds=seeds) if prompts else []
-    )
-    correct, result = _score(pool, prompts, greedy)
-    num_failures = sum(result.failures.values())
-    pairs = {
-        "eval/accuracy": (float(sum(map(any, correct))), float(len(prompts))),
-        "eval/reward": (sum(result.totals), float(len(prompts))),
+    greedy = _score(pool, prompts, _draw(sampler, prompts, 1, greedy_params))
+    num_failures = greedy.num_failures
+    metrics: Metrics = {
+        "eval/accuracy": Mean(greedy.num_solved, num_prompts),
+        "eval/reward": Mean(greedy.total_reward, num_prompts),
     }
     if num_samples:
-        drawn = (
-            sampler.sample(prompts, group_size=num_samples, params=params, seeds=seeds)
-            if prompts
-            else []
-        )
-        correct, result = _score(pool, prompts, drawn)
-        num_failures += sum(result.failures.values())
-        pairs[f"eval/pass@{num_samples}"] = (float(sum(map(any, correct))), float(len(prompts)))
-        pairs["eval/sampled_accuracy"] = (
-            float(sum(map(sum, correct))),
-            float(len(prompts) * num_samples),
-        )
-    return pairs | {"eval/reward_failures": (float(num_failures), 1.0)}
+        sampled = _score(pool, prompts, _draw(sampler, prompts, num_samples, params))
+        num_failures += sampled.num_failures
+        num_drawn = num_prompts * num_samples
+        metrics[f"eval/pass@{num_samples}"] = Mean(sampled.num_solved, num_prompts)
+        metrics["eval/sampled_accuracy"] = Mean(sampled.num_correct, num_drawn)
+    metrics["eval/reward_failures"] = Sum(num_failures)
+    return metrics
+
+
+def _draw(
+    sampler: Sampler, prompts: list[Prompt], group_size: int, params: SamplingParams
+) -> list[list[Completion]]:
+    """Draw the completions, without a call of the sampler where there are no prompts."""
+    if not prompts:
+        return []
+    # A seed is of the prompt, not of its place, so that the number of ranks does not matter.
+    seeds = [prompt_seed(_SEED, zlib.crc32(prompt.id.encode())) for prompt in prompts]
+    return sampler.sample(prompts, group_size=group_size, params=params, seeds=seeds)
 
 
 def _score(
-    pool: RewardPool, prompts: list[Prompt], groups: list[list[Completion]]
-) -> tuple[list[list[bool]], RewardResult]:
-    """Whether each completion earns the full reward, and the rewards."""
-    drawn = [
-        Group(i, prompt, group)
-        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
-    ]
-    result = pool.score(reward_items(drawn))
-    totals, full = iter(result.totals), pool.full_reward - FULL_REWARD_TOLERANCE
-    return [[next(totals) >= full for _ in group] for group in groups], result
+    pool: RewardPool, prompts: list[Prompt], completions: Sequence[list[Completion]]
+) -> _Scores:
+    groups = []
+    for number, prompt in enumerate(prompts):
+        groups.append(Group(number, prompt, completions[number]))
+    result = pool.score(reward_items(groups))
+    full_reward = pool.full_reward - FULL_REWARD_TOLERANCE
+    totals = iter(result.totals)
+    num_solved = num_correct = 0
+    for group in groups:
+        num_full = sum(next(totals) >= full_reward for _ in group.completions)
+        num_correct += num_full
+        num_solved += num_full > 0
+    num_failures = sum(result.failures.values())
+    return _Scores(num_solved, num_correct, sum(result.totals), num_failures)

@@ -5,19 +5,31 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from gspo.diagnosis import Advisor, UpdateAudit
+from gspo.diagnosis import Advisor, UpdateAudit, log_document_weights
+from gspo.losses import GSPOLoss
+from gspo.losses.inputs import LossTraits
+from gspo.metrics import Mean
+from gspo.types import PackedBatch
 
 GOOD = {
     "lr": 1e-6, "grad_norm": 1.0, "update/changed_fraction": 0.5, "clip/at_zero_drift": 0.01, "clip/any_document": 0.1,
 }  # fmt: skip
 
 
-def warnings_of(caplog, *steps, has_band=True):
-    advisor = Advisor(has_band=has_band)
+class Loss:
+    """Declares only whether a ratio can lie outside its clip range."""
+
+    def __init__(self, has_clip_range=True):
+        self.traits = LossTraits(has_clip_range=has_clip_range)
+
+
+def warnings_of(caplog, *steps, has_clip_range=True, fresh=False, warns=True):
+    advisor = Advisor(Loss(has_clip_range), warns=warns)
     with caplog.at_level(logging.WARNING, logger="gspo.diagnosis"):
         for values in steps:
-            advisor.look(GOOD | values)
+            advisor.look(GOOD | values, fresh=fresh)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -28,15 +40,15 @@ def test_audit_counts_the_weights_that_a_step_moves():
         torch.ones(5),
     ]
     audit = UpdateAudit(weights)
-    audit.begin()
-    with torch.no_grad():
+    with audit, torch.no_grad():
         weights[0][:, ::2] += 1.0
         weights[1][2] = 0.0
-    changed, total = audit.end()
-    assert (
-        total == 70_000 + 7
-    )  # every third of the first, all of the second, and not what is not trained
-    assert changed == 35_000 + 1
+    # Every third of the first, all of the second, and not what is not trained.
+    expected = Mean(35_000 + 1, 70_000 + 7)
+    assert audit.metrics() == {"update/changed_fraction": expected}
+    with audit:
+        pass
+    assert audit.metrics() == {"update/changed_fraction": Mean(0, 70_000 + 7)}
 
 
 @pytest.mark.parametrize(("rate", "few"), [(1e-8, True), (1e-2, False)])
@@ -45,10 +57,16 @@ def test_audit_finds_bf16_updates_that_are_rounded_away(rate, few):
     weight = torch.nn.Parameter(0.02 * torch.randn(100, 100, dtype=torch.bfloat16))
     weight.grad = torch.randn(100, 100, dtype=torch.bfloat16)
     audit = UpdateAudit([weight])
-    audit.begin()
-    torch.optim.AdamW([weight], lr=rate).step()
-    changed, total = audit.end()
-    assert (changed < 0.01 * total) == few
+    with audit:
+        torch.optim.AdamW([weight], lr=rate).step()
+    assert (audit.metrics()["update/changed_fraction"].number() < 0.01) == few
+
+
+def test_audit_of_a_step_that_fails_has_no_metrics():
+    audit = UpdateAudit([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(KeyError), audit:
+        raise KeyError
+    assert audit.metrics() == {}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +85,7 @@ def test_each_cause_is_named_once_with_its_cure(caplog, values, words):
     assert all(word in message for word in words)
 
 
-def test_a_band_that_nothing_leaves_is_named(caplog):
+def test_a_clip_range_that_nothing_leaves_is_named(caplog):
     assert not warnings_of(
         caplog, *[{"clip/any_document": 0.0}] * 49, {}, *[{"clip/any_document": 0.0}] * 49
     )
@@ -75,9 +93,9 @@ def test_a_band_that_nothing_leaves_is_named(caplog):
     assert "for 50 steps" in message and "ppo_epochs, sync_every_steps" in message
 
 
-def test_an_objective_without_a_band_and_steps_without_documents_are_no_cause(caplog):
+def test_an_objective_without_a_clip_range_and_steps_without_documents_are_no_cause(caplog):
     quiet, empty = {"clip/any_document": 0.0}, {"clip/any_document": math.nan}
-    assert not warnings_of(caplog, *[quiet] * 60, has_band=False)
+    assert not warnings_of(caplog, *[quiet] * 60, has_clip_range=False)
     assert not warnings_of(caplog, *[quiet] * 49, *[empty] * 60)
     assert warnings_of(caplog, *[quiet] * 49, empty, quiet)
 
@@ -89,3 +107,72 @@ def test_an_objective_without_a_band_and_steps_without_documents_are_no_cause(ca
 )
 def test_a_step_that_should_move_nothing_is_no_cause(caplog, values):
     assert not warnings_of(caplog, {"update/changed_fraction": 0.0} | values)
+
+
+def test_noise_floor_is_read_off_a_fresh_step_and_warned_of(caplog):
+    values = {"log_ratio/rms_token": 0.5, "log_ratio/abs_document": 0.25, "clip/any_document": 0.3}
+    advisor = Advisor(Loss())
+    with caplog.at_level(logging.WARNING, logger="gspo.diagnosis"):
+        assert advisor.look(values, fresh=False) == {}
+        assert not caplog.records
+        assert advisor.look(values, fresh=True) == {
+            "mismatch/rms_token": 0.5,
+            "mismatch/abs_document": 0.25,
+            "clip/at_zero_drift": 0.3,
+        }
+    (record,) = caplog.records
+    assert "0.3 of the documents are outside the clip range" in record.getMessage()
+    assert Advisor(Loss()).look({"loss": 1.0}, fresh=True) == {}
+
+
+def test_a_rank_that_does_not_warn_derives_the_same(caplog):
+    noisy = {"clip/any_document": 0.3}
+    assert not warnings_of(caplog, noisy, fresh=True, warns=False)
+    assert Advisor(Loss(), warns=False).look(noisy, fresh=True) == {"clip/at_zero_drift": 0.3}
+
+
+def batch_of(*versions):
+    """A batch of documents of these versions, before one of padding."""
+    num_documents = len(versions) + 1
+    slot, document = torch.zeros(1), torch.zeros(num_documents)
+    counts = torch.tensor([*[1] * len(versions), 0])
+    return PackedBatch(
+        num_bins=1, tokens=slot, labels=slot, positions=slot, document_index=slot, loss_mask=slot,
+        old_logps=slot, advantages=document, rewards=document, label_counts=counts,
+        policy_version=torch.tensor([*versions, 0]), temperature=document, num_documents=0,
+        num_label_tokens=0, ids=[("p", 0)] * len(versions),
+    )  # fmt: skip
+
+
+def test_documents_of_older_weights_are_named_once(caplog):
+    silent, advisor = Advisor(Loss(), warns=False), Advisor(Loss())
+    with caplog.at_level(logging.WARNING, logger="gspo.diagnosis"):
+        silent.look_for_older(batch_of(3, 1), 3)
+        advisor.look_for_older(batch_of(), 3)
+        advisor.look_for_older(batch_of(3, 3), 3)
+        assert not caplog.records
+        for _ in range(2):
+            advisor.look_for_older(batch_of(3, 1), 3)
+    (record,) = caplog.records
+    assert "of step 3, and documents came from those of step 1" in record.getMessage()
+
+
+def told_weights(caplog, monkeypatch, loss, rank):
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    with caplog.at_level(logging.INFO, logger="torchtune.utils._logging"):
+        log_document_weights(loss)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_document_weights_are_logged_on_the_first_rank(caplog, monkeypatch):
+    loss = GSPOLoss(clip_low=0.2, clip_high=0.2, aggregation="document")
+    assert not told_weights(caplog, monkeypatch, loss, rank=1)
+    (message,) = told_weights(caplog, monkeypatch, loss, rank=0)
+    assert message == (
+        "In a step of documents of 8, 64, 256, 1024 tokens, each weighs 0.25, 0.25, 0.25, 0.25."
+    )
+
+
+def test_a_loss_whose_weights_cannot_be_found_is_no_error(caplog, monkeypatch):
+    (message,) = told_weights(caplog, monkeypatch, Loss(), rank=0)
+    assert "8, 64, 256, 1024 tokens weigh could not be found: TypeError" in message

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from gspo.evaluation import evaluate
+from gspo.metrics import Mean, Sum
 from gspo.types import SamplingParams
 from tests.data.fakes import completion, prompt
 
@@ -24,7 +25,10 @@ class Sampler:
 
 
 class Pool:
-    """A right answer earns 1.5 of 1.5, and a wrong one 1.0: only the full reward is right. Wrong ones fail twice."""
+    """A right answer earns 1.5 of 1.5, and a wrong one 1.0: only the full reward is right.
+
+    Wrong ones fail twice.
+    """
 
     full_reward = 1.5
 
@@ -36,15 +40,15 @@ class Pool:
 
 
 def test_evaluation_counts_full_rewards_only():
-    pairs = evaluate(
+    metrics = evaluate(
         Sampler(), Pool(), [prompt(i) for i in (0, 1, 2, 3)], params=PARAMS, num_samples=3
     )
-    assert pairs == {
-        "eval/accuracy": (3, 4),
-        "eval/reward": (5.5, 4),
-        "eval/pass@3": (3, 4),
-        "eval/sampled_accuracy": (6, 12),
-        "eval/reward_failures": (2 * (1 + 6), 1),
+    assert metrics == {
+        "eval/accuracy": Mean(3, 4),
+        "eval/reward": Mean(5.5, 4),
+        "eval/pass@3": Mean(3, 4),
+        "eval/sampled_accuracy": Mean(6, 12),
+        "eval/reward_failures": Sum(2 * (1 + 6)),
     }
 
 
@@ -60,10 +64,9 @@ def test_evaluation_is_greedy_and_repeats_its_draws():
 @pytest.mark.parametrize("num_samples", [0, 2])
 def test_rank_without_prompts_draws_nothing_and_counts_alike(num_samples):
     sampler = Sampler()
-    pairs = evaluate(sampler, Pool(), [], params=PARAMS, num_samples=num_samples)
-    assert sampler.calls == [] and not any(value for value, _ in pairs.values())
+    metrics = evaluate(sampler, Pool(), [], params=PARAMS, num_samples=num_samples)
+    assert sampler.calls == [] and not any(metric.value for metric in metrics.values())
     other = evaluate(sampler, Pool(), [prompt(1)], params=PARAMS, num_samples=num_samples)
-    assert pairs.keys() == other.keys()  # the ranks' columns must agree
-    assert {name for name, (_, weight) in pairs.items() if weight} == {
-        "eval/reward_failures"
-    }  # no weight in a mean
+    assert metrics.keys() == other.keys()  # the ranks' columns must agree
+    weighted = {name for name, metric in metrics.items() if metric.weight}
+    assert weighted == {"eval/reward_failures"}  # no weight in a mean

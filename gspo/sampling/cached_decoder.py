@@ -252,8 +252,8 @@ def _check_supported(decoder: Any) -> None:
         raise InputError(
             "build_decoder",
             NO_VALUE,
-            "gives something else than the torchtune TransformerDecoder that the in-process sampler "
-            f"needs: {type(decoder).__name__}",
+            f"gives a {type(decoder).__name__}; the in-process sampler needs a torchtune "
+            "TransformerDecoder",
             "give the decoder itself, unsharded and without wrappers",
         )
     _check_part(_head_of(decoder), "output", nn.Linear, nn.Embedding)

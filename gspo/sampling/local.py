@@ -8,7 +8,7 @@ the full distribution.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,24 @@ _CHECK_EVERY = {"cuda": 8}
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Completions of N rows; what was drawn after a stop token is still on them."""
+class _Draws:
+    """The tokens drawn for N rows; what follows a row's stop token means nothing."""
 
-    tokens: list[list[int]]
-    logps: list[list[float]]  # nats
+    tokens: Tensor  # [max_new_tokens, N] int64
+    logps: Tensor  # [max_new_tokens, N] float32 nats
+
+    @classmethod
+    def empty(cls, max_new_tokens: int, num_rows: int, device: torch.device) -> _Draws:
+        """Return zeros to be filled."""
+        tokens = torch.zeros(max_new_tokens, num_rows, dtype=torch.int64, device=device)
+        logps = torch.zeros(max_new_tokens, num_rows, device=device)
+        return cls(tokens, logps)
+
+    def by_row(self) -> Iterator[tuple[list[int], list[float]]]:
+        """Yield each row's tokens and log-probabilities."""
+        tokens = self.tokens.t().tolist()
+        logps = self.logps.t().tolist()
+        return zip(tokens, logps, strict=True)
 
 
 class LocalSampler:
@@ -76,10 +89,7 @@ class LocalSampler:
         self._model = build_decoder().eval().requires_grad_(False)
         self._decoder = CachedDecoder(self._model, max_prefill_tokens=max_prefill_tokens)
         self._fingerprint = tokenizer_fingerprint(tokenizer)
-        self._stops = _stop_tokens(tokenizer) if stop_token_ids is None else set(stop_token_ids)
-        if not self._stops and stop_token_ids is None:
-            must = "is not set, and the tokenizer names no stop token"
-            raise InputError("stop_token_ids", NO_VALUE, must, "set it; [] for none")
+        self._stops = _choose_stops(tokenizer, stop_token_ids)
         outside = self._find_outside(sorted(self._stops))
         if outside is not None:
             raise InputError("stop_token_ids", NO_VALUE, *self._outside_words(outside))
@@ -151,8 +161,8 @@ class LocalSampler:
             for start in range(0, len(rows), self._max_batch_size):
                 batch = order[start : start + self._max_batch_size]
                 prompts_of_rows = [rows[row].tokens for row in batch]
-                drawn = self._draw(prompts_of_rows, uniforms[:, batch], params.temperature, bar)
-                for row, tokens, logps in zip(batch, drawn.tokens, drawn.logps, strict=True):
+                draws = self._draw(prompts_of_rows, uniforms[:, batch], params.temperature, bar)
+                for row, (tokens, logps) in zip(batch, draws.by_row(), strict=True):
                     completions[row] = self._completion(tokens, logps, params)
         ordered = [completions[row] for row in range(len(rows))]
         return [ordered[i : i + group_size] for i in range(0, len(rows), group_size)]
@@ -167,21 +177,20 @@ class LocalSampler:
         uniforms: Tensor,  # [max_new_tokens, N] float64
         temperature: float,
         bar: tqdm,
-    ) -> _Drawn:
+    ) -> _Draws:
         max_new_tokens, num_rows = uniforms.shape
         device = self._device
         logits, cache = self._prefill(prompts, max_new_tokens)
         uniforms = uniforms.to(device)
-        tokens = torch.zeros(max_new_tokens, num_rows, dtype=torch.int64, device=device)
-        logps = torch.zeros(max_new_tokens, num_rows, device=device)
+        draws = _Draws.empty(max_new_tokens, num_rows, device)
         rows = torch.arange(num_rows, device=device)  # those still in the batch
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         check_every = _CHECK_EVERY.get(device.type, 1)
         num_left = num_rows
         for step in range(max_new_tokens):
-            drawn, drawn_logps = draw_tokens(logits, uniforms[step, rows], temperature)
-            tokens[step, rows] = drawn
-            logps[step, rows] = drawn_logps
+            drawn, logps = draw_tokens(logits, uniforms[step, rows], temperature)
+            draws.tokens[step, rows] = drawn
+            draws.logps[step, rows] = logps
             ended |= self._is_stop[drawn]
             num_steps = step + 1
             if num_steps == max_new_tokens:
@@ -198,7 +207,7 @@ class LocalSampler:
                     cache.select(left)
             logits = self._decoder.step(drawn, cache)
         bar.update(num_left)
-        return _Drawn(tokens.t().tolist(), logps.t().tolist())
+        return draws
 
     def _prefill(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Return logits [N, V] and cache of N prompts, each distinct one computed once."""
@@ -317,9 +326,14 @@ def _length_to_stop(tokens: list[int], stops: set[int]) -> int | None:
     return None
 
 
-def _stop_tokens(tokenizer: Any) -> set[int]:
-    stops = getattr(tokenizer, "stop_tokens", None) or [getattr(tokenizer, "eos_id", None)]
-    return {int(token) for token in stops if token is not None}
+def _choose_stops(tokenizer: Any, stop_token_ids: list[int] | None) -> set[int]:
+    if stop_token_ids is not None:
+        return set(stop_token_ids)
+    named = getattr(tokenizer, "stop_tokens", None) or [getattr(tokenizer, "eos_id", None)]
+    stops = {int(token) for token in named if token is not None}
+    must = "is not set, and the tokenizer names no stop token"
+    require(bool(stops), "stop_token_ids", NO_VALUE, must, "set it; [] for none")
+    return stops
 
 
 def _special_tokens(tokenizer: Any) -> set[int]:

@@ -41,7 +41,7 @@ def build(
     qk_norm=False,
     **options,
 ):
-    """A small decoder whose every parameter matters and whose distributions are neither flat nor peaked."""
+    """Make a small decoder whose every parameter matters, with no flat or peaked distribution."""
     torch.manual_seed(seed)
     model = builder(
         vocab_size=VOCAB,
@@ -167,7 +167,8 @@ def test_first_token_follows_the_softmax():
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=VOCAB)
     expected = draws * torch.softmax(full_logits(model, prompt, [0])[0].double() / 0.7, -1)
     often = expected >= 5
-    # The rare tokens share one cell. The 99.9 % point of chi square with 39 degrees of freedom is 73.
+    # The rare tokens share one cell. The 99.9 % point of chi square with 39 degrees of freedom is
+    # 73.
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([expected[often], expected[~often].sum()[None].clamp(min=1e-9)])
     assert often.sum() > 15
@@ -188,7 +189,7 @@ def test_draw_tokens_never_takes_an_impossible_token():
 
 def test_a_prompts_completions_do_not_depend_on_the_others():
     sampler, prompts, seeds = (
-        LocalSampler(lambda: build(), Letters()),
+        LocalSampler(build, Letters()),
         prompts_of([4, 7, 4]),
         [3, 1, 4],
     )
@@ -202,9 +203,17 @@ def test_a_prompts_completions_do_not_depend_on_the_others():
     assert len({tuple(c) for group in together for c in group}) > 8
 
 
+def test_sampler_builds_one_decoder():
+    built = []
+    sampler = LocalSampler(lambda: built.append(build()) or built[-1], Letters())
+    sampler.update(policy_of(build(seed=1)), 1)
+    sampler.sample(prompts_of([3]), group_size=1, params=SamplingParams(1.0, 2), seeds=[0])
+    assert len(built) == 1
+
+
 def test_every_prompt_needs_a_seed():
     with pytest.raises(InputError, match="seeds: there are 1 for 2 prompts"):
-        LocalSampler(lambda: build(), Letters()).sample(
+        LocalSampler(build, Letters()).sample(
             prompts_of([4, 7]), group_size=1, params=SamplingParams(1.0, 2), seeds=[0]
         )
 
@@ -344,7 +353,7 @@ def test_update_takes_every_weight_and_the_version(options):
     ids=["missing", "unknown", "shape"],
 )
 def test_update_refuses_another_models_weights(changes, message):
-    sampler = LocalSampler(lambda: build(), Letters())
+    sampler = LocalSampler(build, Letters())
     with pytest.raises(InputError, match=message):
         sampler.update(policy_of(build(), **changes), 1)
 
@@ -362,7 +371,7 @@ def test_update_waits_for_a_running_sample():
         events.append("update")
         return iter(build().state_dict().items())
 
-    sampler = LocalSampler(lambda: build(), Slow())
+    sampler = LocalSampler(build, Slow())
     options = dict(group_size=1, params=SamplingParams(1.0, 2), seeds=[0])
     drawing = threading.Thread(
         target=lambda: events.append(sampler.sample(prompts_of([3]), **options)[0][0])
@@ -394,7 +403,7 @@ def test_update_waits_for_a_running_sample():
 )
 def test_sample_refuses_params_naming_the_key(params, message):
     with pytest.raises(InputError, match=message):
-        LocalSampler(lambda: build(), Letters()).sample(
+        LocalSampler(build, Letters()).sample(
             prompts_of([3]), group_size=1, params=params, seeds=[0]
         )
 
@@ -414,7 +423,7 @@ def test_sampler_without_prompts_or_stop_tokens():
     assert sample(build(), []) == []
     nameless = SimpleNamespace(get_vocab=Letters().get_vocab, decode=Letters().decode)
     with pytest.raises(InputError, match="stop_token_ids"):
-        LocalSampler(lambda: build(), nameless)
+        LocalSampler(build, nameless)
 
 
 def test_sampler_refuses_parts_it_does_not_know():
@@ -422,7 +431,7 @@ def test_sampler_refuses_parts_it_does_not_know():
     adapted.layers[1].attn.q_proj = LoRALinear(32, 32, rank=2, alpha=1.0)
     with pytest.raises(InputError, match="LoRALinear as `attn.q_proj`"):
         LocalSampler(lambda: adapted, Letters())
-    with pytest.raises(InputError, match="TransformerDecoder that .* needs: Sequential"):
+    with pytest.raises(InputError, match="gives a Sequential; .* needs a torchtune TransformerDec"):
         LocalSampler(lambda: torch.nn.Sequential(build()), Letters())
 
     class Learned(torch.nn.Module):
@@ -446,7 +455,7 @@ def test_ids_beyond_the_tokenizer_have_no_text():
             return super().decode(tokens)
 
     params = SamplingParams(max_new_tokens=20)
-    sampler = LocalSampler(lambda: build(), Short(), stop_token_ids=[])
+    sampler = LocalSampler(build, Short(), stop_token_ids=[])
     (completions,) = sampler.sample(prompts_of([4]), group_size=8, params=params, seeds=[0])
     padded = [token for c in completions for token in c.tokens if token >= VOCAB - 10]
     assert padded  # they were drawn
