@@ -146,10 +146,8 @@ class Advisor:
             )
 
     def _look_at_update(self, values: Mapping[str, float]) -> None:
-        changed = values.get("update/changed_fraction")
-        if changed is None or changed >= FEW_CHANGED:
-            return
-        if values["lr"] > 0 and 0 < values["grad_norm"] < math.inf:
+        changed = values.get("update/changed_fraction", 1.0)
+        if changed < FEW_CHANGED and values["lr"] > 0 and 0 < values["grad_norm"] < math.inf:
             self._warn(
                 "update",
                 "The step changed %.2g of the weights: the rest of the update was rounded away. "

@@ -87,14 +87,14 @@ def _score(
     pool: RewardPool, prompts: list[Prompt], completions: Sequence[list[Completion]]
 ) -> _Scores:
     groups = []
-    for number, prompt in enumerate(prompts):
-        groups.append(Group(number, prompt, completions[number]))
+    for prompt, group in zip(prompts, completions, strict=True):
+        groups.append(Group(len(groups), prompt, group))
     result = pool.score(reward_items(groups))
     full_reward = pool.full_reward - FULL_REWARD_TOLERANCE
     totals = iter(result.totals)
     num_solved = num_correct = 0
-    for group in groups:
-        num_full = sum(next(totals) >= full_reward for _ in group.completions)
+    for group in completions:
+        num_full = sum(next(totals) >= full_reward for _ in group)
         num_correct += num_full
         num_solved += num_full > 0
     num_failures = sum(result.failures.values())

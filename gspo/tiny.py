@@ -1,7 +1,8 @@
-"""A small base policy with everything that a large one has: Hugging Face files, a BPE tokenizer, worked examples.
+"""A small base policy with all that a large one has: Hugging Face files, a tokenizer, examples.
 
-``make_untrained`` writes a folder that torchtune's checkpointer, tokenizer and SFT recipe read as they read any other
-Qwen2 model. The task is reasoning-gym's ``chain_sum``; the held-out questions appear in no other file.
+``make_untrained`` writes a folder that torchtune's checkpointer, tokenizer and SFT recipe read as
+they read any other Qwen2 model. The task is reasoning-gym's ``chain_sum``; the held-out questions
+appear in no other file.
 
 Not here: training. The warm start is torchtune's own SFT recipe (:mod:`gspo.demo` runs it).
 """
@@ -48,7 +49,7 @@ HEADS = {
 
 
 def tiny_qwen2() -> TransformerDecoder:
-    """The Qwen2 decoder of the ``tiny/*`` configs: 0.48 million parameters, torchtune's builder."""
+    """Build the Qwen2 decoder of the ``tiny/*`` configs, which has 0.48 million parameters."""
     return qwen2(**SHAPE)
 
 
@@ -61,11 +62,12 @@ def make_untrained(
     num_heldout: int = 1000,
     num_validation: int = 200,
 ) -> None:
-    """Writes an untrained model and its data.
+    """Write an untrained model and its data.
 
     Args:
         model_dir: gets ``model.safetensors``, ``config.json`` and the tokenizer's files.
-        data_dir: gets ``train.jsonl``, ``heldout.jsonl`` and ``validation.jsonl``, which share no question.
+        data_dir: gets ``train.jsonl``, ``heldout.jsonl`` and ``validation.jsonl``, which share no
+            question.
         seed: of the weights and of the questions.
         num_train: questions to train on.
         num_heldout: questions to evaluate on.
@@ -73,17 +75,18 @@ def make_untrained(
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     data_dir.mkdir(parents=True, exist_ok=True)
-    rows = chain_sum_rows(num_train + num_heldout + num_validation, seed=seed)
-    end = num_heldout + num_validation
+    num_held_back = num_heldout + num_validation
+    rows = chain_sum_rows(num_train + num_held_back, seed=seed)
     _write_jsonl(data_dir / "heldout.jsonl", rows[:num_heldout])
-    _write_jsonl(data_dir / "validation.jsonl", rows[num_heldout:end])
-    _write_jsonl(data_dir / "train.jsonl", rows[end:])
-    write_tokenizer(model_dir, (CHAT_TEMPLATE.format_map(row) + row["worked"] for row in rows))
+    _write_jsonl(data_dir / "validation.jsonl", rows[num_heldout:num_held_back])
+    _write_jsonl(data_dir / "train.jsonl", rows[num_held_back:])
+    texts = [CHAT_TEMPLATE.format_map(row) + row["worked"] for row in rows]
+    write_tokenizer(model_dir, texts)
     write_model(model_dir, seed=seed)
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The Qwen2 tokenizer of torchtune on the files of ``folder``."""
+    """Read a folder's files as torchtune's Qwen2 tokenizer."""
     from torchtune.models.qwen2 import qwen2_tokenizer
 
     return qwen2_tokenizer(
@@ -94,7 +97,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def read_prompts(model_dir: Path, path: Path) -> list[Prompt]:
-    """All questions of a JSONL file, in its order."""
+    """Return all questions of a JSONL file, in its order."""
     tokenizer = read_tokenizer(model_dir)
     reader = jsonl_prompts(
         tokenizer,
@@ -108,21 +111,26 @@ def read_prompts(model_dir: Path, path: Path) -> list[Prompt]:
 
 
 def load_sampler(folder: Path) -> LocalSampler:
-    """A sampler on a saved tiny model."""
+    """Return a sampler with the weights of a saved tiny model."""
     from safetensors.torch import load_file
     from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 
     (file,) = folder.glob("*.safetensors")
-    model = tiny_qwen2()
-    model.load_state_dict(qwen2_hf_to_tune(load_file(file), tie_word_embeddings=True, **HEADS))
-    return LocalSampler(model, read_tokenizer(folder))
+    weights = qwen2_hf_to_tune(load_file(file), tie_word_embeddings=True, **HEADS)
+
+    def build_decoder() -> TransformerDecoder:
+        model = tiny_qwen2()
+        model.load_state_dict(weights)
+        return model
+
+    return LocalSampler(build_decoder, read_tokenizer(folder))
 
 
 def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
-    """Distinct two-digit sums and differences that are not negative.
+    """Return distinct two-digit sums and differences that are not negative.
 
-    ``worked`` is the example that SFT learns from: the result's digits from the right, as one computes them, then the
-    answer behind ``=``. ``entry`` is what reasoning-gym's scorer reads.
+    ``worked`` is the example that SFT learns from: the result's digits from the right, as one
+    computes them, then the answer behind ``=``. ``entry`` is what reasoning-gym's scorer reads.
 
     Raises:
         InputError: ``count`` is too near to the 12,195 that there are.
@@ -141,23 +149,36 @@ def chain_sum_rows(count: int, *, seed: int) -> list[dict[str, Any]]:
     )
     rows: dict[str, dict[str, Any]] = {}
     for entry in dataset:
-        expression, answer = entry["metadata"]["expression"], entry["answer"]
-        if not answer.startswith("-"):
-            worked = f"{answer[::-1]}={answer}"
-            rows.setdefault(
-                expression,
-                {"expression": expression, "answer": answer, "worked": worked, "entry": entry},
-            )
+        row = _chain_sum_row(entry)
+        if not row["answer"].startswith("-"):
+            rows.setdefault(row["expression"], row)
         if len(rows) == count:
             return list(rows.values())
     raise InputError(
-        f"num_train, num_heldout and num_validation: {count} in all, but only {len(rows)} distinct questions came of "
-        f"{len(dataset)} draws; ask for fewer"
+        "num_train, num_heldout and num_validation",
+        count,
+        f"in all, but only {len(rows)} distinct questions came of {len(dataset)} draws",
+        "ask for fewer",
     )
 
 
+def _chain_sum_row(entry: dict[str, Any]) -> dict[str, Any]:
+    answer = entry["answer"]
+    return {
+        "expression": entry["metadata"]["expression"],
+        "answer": answer,
+        "worked": f"{answer[::-1]}={answer}",
+        "entry": entry,
+    }
+
+
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
-    """Trains a byte-level BPE tokenizer with Qwen2's special tokens and writes it in Hugging Face's formats."""
+    """Train a byte-level BPE tokenizer with Qwen2's special tokens and write its files.
+
+    Args:
+        folder: gets the files, in Hugging Face's formats.
+        texts: what it learns its merges from.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from torchtune.models.qwen2._tokenizer import PRETOKENIZE_REGEX
 
@@ -188,24 +209,14 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
 
 
 def write_model(folder: Path, *, seed: int) -> None:
-    """Random weights as ``model.safetensors`` with the ``config.json`` that transformers and torchtune read."""
+    """Write random weights and the ``config.json`` that transformers and torchtune read."""
     from safetensors.torch import save_file
     from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = tiny_qwen2()
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.06)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+    model = _untrained_decoder(seed)
     weights = qwen2_tune_to_hf(model.state_dict(), tie_word_embeddings=True, **HEADS)
-    save_file(
-        {k: v.contiguous() for k, v in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -224,6 +235,19 @@ def write_model(folder: Path, *, seed: int) -> None:
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _untrained_decoder(seed: int) -> TransformerDecoder:
+    """Build a decoder with random weights, and leave the global random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = tiny_qwen2()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.06)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+    return model
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

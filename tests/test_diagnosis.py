@@ -14,8 +14,12 @@ from gspo.metrics import Mean
 from gspo.types import PackedBatch
 
 GOOD = {
-    "lr": 1e-6, "grad_norm": 1.0, "update/changed_fraction": 0.5, "clip/at_zero_drift": 0.01, "clip/any_document": 0.1,
-}  # fmt: skip
+    "lr": 1e-6,
+    "grad_norm": 1.0,
+    "update/changed_fraction": 0.5,
+    "clip/at_zero_drift": 0.01,
+    "clip/any_document": 0.1,
+}
 
 
 class Loss:

@@ -14,13 +14,12 @@ PANELS = {
     "completion length, tokens": ["length/mean"],
     "entropy, nats per token": ["entropy"],
 }
-
-
+COLORS = ("tab:blue", "tab:orange")
 MAX_POINTS = 40  # a series with fewer is drawn as it is, a longer one as dots with a running mean
 
 
 def plot_run(output: Path) -> Path:
-    """Draws ``curves.png`` into the run folder and returns its path."""
+    """Draw ``curves.png`` into the run folder and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,24 +29,24 @@ def plot_run(output: Path) -> Path:
     records = [json.loads(line) for line in lines]
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
-            steps = [r["step"] for r in records if r.get(name) is not None]
-            _draw(
-                axis,
-                steps,
-                [r[name] for r in records if r.get(name) is not None],
-                label=name,
-                color=color,
-            )
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
+        _draw_panel(axis, records, title, names)
     path = output / "curves.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _draw_panel(axis: Any, records: list[dict[str, Any]], title: str, names: list[str]) -> None:
+    for color, name in zip(COLORS, names, strict=False):
+        logged = [record for record in records if record.get(name) is not None]
+        steps = [record["step"] for record in logged]
+        values = [record[name] for record in logged]
+        _draw(axis, steps, values, label=name, color=color)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("optimizer step")
+    axis.grid(alpha=0.3)
+    if len(names) > 1:
+        axis.legend(fontsize=8)
 
 
 def _draw(axis: Any, steps: list[int], values: list[float], *, label: str, color: str) -> None:
@@ -55,6 +54,16 @@ def _draw(axis: Any, steps: list[int], values: list[float], *, label: str, color
         axis.plot(steps, values, color=color, label=label, marker="o", markersize=3)
         return
     width = len(values) // MAX_POINTS
-    means = [sum(values[i : i + width]) / width for i in range(len(values) - width + 1)]
+    means = _running_means(values, width)
+    first = width // 2
+    centers = steps[first : first + len(means)]
     axis.plot(steps, values, ".", color=color, alpha=0.25, markersize=3)
-    axis.plot(steps[width // 2 :][: len(means)], means, color=color, label=label)
+    axis.plot(centers, means, color=color, label=label)
+
+
+def _running_means(values: list[float], width: int) -> list[float]:
+    means = []
+    for start in range(len(values) - width + 1):
+        window = values[start : start + width]
+        means.append(sum(window) / width)
+    return means

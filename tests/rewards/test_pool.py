@@ -248,7 +248,8 @@ def test_full_reward_is_what_can_be_gained():
         ({"r": {"function": "reward"}}, r"rewards\.r\.function: 'reward' is not a dotted path"),
         (
             {"r": {"function": "no_such_file.reward"}},
-            rf"rewards\.r\.function: .*No module named 'no_such_file'; looked in {os.getcwd()}: run from the file's fo",
+            r"rewards\.r\.function: 'no_such_file.reward' .*No module named 'no_such_file'; looked in "
+            rf"{os.getcwd()}: run from the file's fo",
         ),
         (
             {"r": {"function": "gspo.rewards.exact_mach"}},
@@ -351,7 +352,7 @@ def test_child_that_a_reward_forks_does_not_answer(pool):
 
 
 def test_program_that_a_reward_starts_cannot_write_to_the_pool(pool):
-    # Where it could, the pool would take what it writes for an answer. 1.0 says that it found no socket.
+    # Where it could, the pool would take what it writes for an answer. 1.0: it found no socket.
     assert pool.score(items_of("program_looks_for_sockets", "half")).totals == [1.0, 0.5]
 
 
