@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     decoder, reference = build()
-    sampler = LocalSampler(decoder, Letters(), stop_token_ids=[])
+    sampler = LocalSampler(lambda: decoder, Letters(), stop_token_ids=[])
     where = hardware() | {"transformers": transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(

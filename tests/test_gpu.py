@@ -59,7 +59,7 @@ def test_sampler_logps_on_cuda_are_those_of_a_full_forward(dtype):
     decoder.load_state_dict(tiny_policy.weights())
     prompts = [Prompt(f"p{n}", "", list(range(1, n + 1))) for n in (1, 5, 9)]
     params = SamplingParams(temperature=0.7, max_new_tokens=20)
-    groups = LocalSampler(decoder, Tokenizer()).sample(
+    groups = LocalSampler(lambda: decoder, Tokenizer()).sample(
         prompts, group_size=4, params=params, seeds=range(3)
     )
     plain = tiny_policy.build_decoder().to("cuda", dtype)

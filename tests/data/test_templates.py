@@ -133,7 +133,7 @@ def test_sampler_draws_stops_and_decodes_with_the_tokenizer(kind, request, folde
     )  # nearly uniform over the vocabulary
     prompt = draw(tokenizer, folder, "1", prompt_template="{question}")
     params = SamplingParams(temperature=1.0, max_new_tokens=100)
-    (group,) = LocalSampler(model, tokenizer).sample(
+    (group,) = LocalSampler(lambda: model, tokenizer).sample(
         [prompt], group_size=16, params=params, seeds=[0]
     )
 

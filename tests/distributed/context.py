@@ -11,10 +11,8 @@ from gspo.data.layout import Document, pack_documents
 from gspo.data.share import ShareOverContext
 from gspo.losses import GRPOLoss, GSPOLoss, SegmentLoss
 from gspo.metrics import StepMetrics
-from gspo.parallel.context import ContextAxis, split
-from gspo.parallel.mesh import build_mesh, data_parallel_rank
-from gspo.policy.microbatch import Microbatch
-from gspo.policy.model import Policy
+from gspo.parallel import Ranks, split
+from gspo.policy import Microbatch, Policy
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.data.fakes import Items
@@ -37,19 +35,19 @@ def everything(num_cases):
     """Of every way to use the ranks."""
     meshes = MESHES.get(dist.get_world_size(), {"1x1": (1, 1)})
     built = {
-        name: build_mesh(CPU, data_parallel_replicate_size=replicate, context_parallel_size=context)
+        name: Ranks.of(CPU, replicate=replicate, context=context)
         for name, (replicate, context) in meshes.items()
     }
     return {
         "cases": {
-            name: [random_case(mesh, seed) for seed in range(num_cases)]
-            for name, mesh in built.items()
+            name: [random_case(ranks, seed) for seed in range(num_cases)]
+            for name, ranks in built.items()
         },
         "steps": {
-            (name, loss): train(mesh, loss) for name, mesh in built.items() for loss in LOSSES
+            (name, loss): train(ranks, loss) for name, ranks in built.items() for loss in LOSSES
         },
-        "cost": {name: cost(mesh) for name, mesh in built.items()},
-        "shared": {name: shared(mesh) for name, mesh in built.items()},
+        "cost": {name: cost(ranks) for name, ranks in built.items()},
+        "shared": {name: shared(ranks) for name, ranks in built.items()},
     }
 
 
@@ -84,7 +82,7 @@ def random_documents(rng):
 def random_batch(rng):
     """In one bin or several, at whose ends documents may end; some tokens of a completion are not trained."""
     documents = random_documents(rng)
-    longest = max(d.num_places for d in documents)
+    longest = max(d.num_slots for d in documents)
     bin_length = rng.choice([None, longest, longest + rng.randint(0, 9), 4 * -(-longest // 4), 128])
     batch = pack_documents(documents, bin_length, share_prompts=rng.random() < 0.7)
     holes = torch.tensor([rng.random() < 0.15 for _ in range(batch.tokens.numel())])
@@ -97,21 +95,20 @@ def random_batch(rng):
     return batch
 
 
-def random_case(mesh, seed):
+def random_case(ranks, seed):
     """The largest error of any gradient and of the loss, relative to a policy that is not split."""
-    axis, (data_rank, _) = ContextAxis.of(mesh), data_parallel_rank(mesh)
+    axis, data_rank = ranks.context, ranks.data_rank
     name, build_loss = OF_CASES[seed // 3 % 3]
     loss, heads = build_loss(), {"num_kv_heads": (1, 2, 4)[seed % 3]}
     batches = [
-        random_batch(random.Random(100 * seed + rank))
-        for rank in range(data_parallel_rank(mesh)[1])
+        random_batch(random.Random(100 * seed + rank)) for rank in range(ranks.num_data_ranks)
     ]
     denominator = loss.denominator(7, 50)
     for batch in batches:
         batch.ref_logps = batch.old_logps - 0.2 if name == "gspo" else None
         if (
             name == "segment"
-        ):  # their places as they come, some segments empty, over both ends of a rank's part
+        ):  # their slots as they come, some segments empty, over both ends of a rank's part
             draw = torch.Generator().manual_seed(seed)
             batch.segment_index = 4 * batch.document_index + torch.randint(
                 4, batch.tokens.shape, generator=draw
@@ -119,16 +116,18 @@ def random_case(mesh, seed):
             batch.segment_advantages = torch.randn(4 * batch.advantages.numel(), generator=draw)
     plain = Policy(tiny_policy.build_decoder(**heads), loss, kernel="reference")
     plain.decoder.load_state_dict(tiny_policy.weights(**heads))
-    expected_loss = sum(plain(Microbatch.prepare(batch, CPU))[0] for batch in batches) / denominator
+    expected_loss = (
+        sum(plain(Microbatch.prepare(batch, CPU)).loss for batch in batches) / denominator
+    )
     expected_loss.backward()
 
-    policy = build_policy(build_loss(), mesh=mesh, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads)
-    (pairs,) = accumulate_gradients(
+    policy = build_policy(
+        build_loss(), ranks=ranks, chunk_size=(4096, 5, 16)[seed // 2 % 3], **heads
+    )
+    (output,) = accumulate_gradients(
         policy, [Microbatch.prepare(batches[data_rank], CPU, axis)], denominator
     )
-    sums = StepMetrics()
-    sums.add(pairs)
-    value = sums.reduce(CPU)["loss"]
+    value = StepMetrics([output.metrics]).reduce()["loss"]
     errors = [
         float((p.grad.full_tensor() - want.grad).norm() / want.grad.norm().clamp(min=1e-6))
         for p, want in zip(policy.decoder.parameters(), plain.decoder.parameters(), strict=True)
@@ -136,11 +135,11 @@ def random_case(mesh, seed):
     return max(errors), abs(value - expected_loss.item())
 
 
-def train(mesh, loss_name, num_steps=3):
+def train(ranks, loss_name, num_steps=3):
     """Loss and metrics of ``num_steps`` optimizer steps, and the gradient of one more."""
     loss = LOSSES[loss_name]()
-    policy, axis = build_policy(loss, mesh=mesh, dtype=torch.float32), ContextAxis.of(mesh)
-    rank, num_ranks = data_parallel_rank(mesh)
+    policy, axis = build_policy(loss, ranks=ranks, dtype=torch.float32), ranks.context
+    rank, num_ranks = ranks.data_rank, ranks.num_data_ranks
     documents = tiny_policy.documents()
     batch = pack_documents([d for d in documents if d.group_id % num_ranks == rank], 48)
     batch.ref_logps = batch.old_logps - 0.1 if loss.kl_coef else None
@@ -151,12 +150,12 @@ def train(mesh, loss_name, num_steps=3):
     for _ in range(num_steps + 1):
         optimizer.zero_grad()
         sums = StepMetrics()
-        for pairs in accumulate_gradients(policy, [microbatch], denominator):
-            sums.add(pairs)
+        for output in accumulate_gradients(policy, [microbatch], denominator):
+            sums.add(output.metrics)
         grads = {
             name: p.grad.full_tensor().numpy() for name, p in policy.decoder.named_parameters()
         }
-        found.append((sums.reduce(CPU), grads))
+        found.append((sums.reduce(), grads))
         optimizer.step()
     return found
 
@@ -175,14 +174,14 @@ class Collectives(TorchDispatchMode):
         return out
 
 
-def cost(mesh):
+def cost(ranks):
     """Of one forward: elements gathered, and bytes of hidden states kept for the backward, checkpointed and not."""
-    axis = ContextAxis.of(mesh)
+    axis = ranks.context
     documents = [d for d in tiny_policy.documents() if d.group_id % 2]
     batch = pack_documents(documents, BIN_LENGTH)
-    found = {"places": batch.tokens.numel()}
+    found = {"slots": batch.tokens.numel()}
     for checkpointed in (False, True):
-        policy = build_policy(LOSSES["gspo"](), mesh=mesh, activation_checkpointing=checkpointed)
+        policy = build_policy(LOSSES["gspo"](), ranks=ranks, activation_checkpointing=checkpointed)
         microbatch = Microbatch.prepare(batch, CPU, axis)
         parameters = {p.to_local().untyped_storage().data_ptr() for p in policy.parameters()}
         kept = {}
@@ -203,9 +202,9 @@ def cost(mesh):
     return found
 
 
-def shared(mesh):
+def shared(ranks):
     """This rank's microbatches, of which the first of its context axis draws each, and values split and collected."""
-    axis, (rank, _) = ContextAxis.of(mesh), data_parallel_rank(mesh)
+    axis, rank = ranks.context, ranks.data_rank
     documents = tiny_policy.documents(6, seed=rank)
     source = Items(lambda i: pack_documents(documents[: 2 * i], 48), 3) if axis.rank == 0 else None
     node = ShareOverContext(source, axis)

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from gspo.data.layout import Document, pack_documents
 from gspo.data.pack import Pack
 from gspo.data.steps import FetchSteps
-from gspo.types import Group, Prompt, Rollout
+from gspo.metrics import Mean
+from gspo.types import Group, GroupBatch, Prompt
 from tests.data.fakes import Items, completion, exact
 from tests.data.law import assert_resumes_anywhere
 
@@ -69,8 +70,8 @@ def rollouts(version):
         dropped = ROLLOUT_SIZE - live[index]
         completions = [completion(8, policy_version=version()) for _ in range(live[index])]
         groups = [Group(i, Prompt(f"p:{index}", "", [1]), [c]) for i, c in enumerate(completions)]
-        return Rollout(
-            groups, {"drawn": (index, 1)}, dropped_documents=dropped, dropped_tokens=8 * dropped
+        return GroupBatch(
+            groups, {"drawn": Mean(index, 1)}, dropped_documents=dropped, dropped_tokens=8 * dropped
         )
 
     return Pack(Items(make, len(live)), tokens_per_microbatch=24, bin_length=24)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gspo.data.layout import pack_documents
-from gspo.parallel.balance import assign_places
+from gspo.parallel.balance import assign_slots
 from gspo.parallel.context import ContextAxis, split
 from tests import tiny_policy
 from tests.distributed.context import LOSSES, MESHES
@@ -54,7 +54,7 @@ def test_three_optimizer_steps_later_it_still_is(found, world_size, name, loss):
 @each_way
 def test_only_one_key_and_value_per_token_and_layer_travels(found, world_size, name):
     cost = found(world_size)[0]["cost"][name]
-    gathered = 2 * cost["places"] * KV_HEADS * HEAD_DIM * LAYERS
+    gathered = 2 * cost["slots"] * KV_HEADS * HEAD_DIM * LAYERS
     assert cost["collectives"] == (
         {"all_gather_into_tensor": gathered} if CONTEXT_SIZE[name] > 1 else {}
     )
@@ -119,13 +119,13 @@ def blocks_of_keys(positions, queries, keys, block=128):
 def test_attention_work_is_balanced_on_log_normal_lengths(size):
     for seed in range(3):
         positions = log_normal_batch(seed)
-        places = assign_places(positions + 1, size)
+        slots = assign_slots(positions + 1, size)
         assert (
-            np.sort(places.transpose(1, 0, 2).reshape(len(positions), -1)) == np.arange(8192)
+            np.sort(slots.transpose(1, 0, 2).reshape(len(positions), -1)) == np.arange(8192)
         ).all()
-        assert (np.diff(places) > 0).all()
+        assert (np.diff(slots) > 0).all()
         work = np.zeros(size)
-        for row, mine in zip(positions, places.transpose(1, 0, 2), strict=True):
+        for row, mine in zip(positions, slots.transpose(1, 0, 2), strict=True):
             work += [blocks_of_keys(row, queries, mine.reshape(-1)) for queries in mine]
         assert work.max() < 1.03 * work.mean(), work
         in_order = sum(blocks_of_keys(row, np.arange(8192), np.arange(8192)) for row in positions)
@@ -134,14 +134,14 @@ def test_attention_work_is_balanced_on_log_normal_lengths(size):
 
 def test_places_of_short_bins_are_dealt_one_by_one():
     num_keys = np.tile(np.arange(12) + 1, (5, 1))
-    for mine in assign_places(num_keys, 2):
+    for mine in assign_slots(num_keys, 2):
         assert np.take_along_axis(num_keys, mine, 1).sum(1).tolist() == [39] * 5
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 46])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_bins_of_any_length_are_split(length, size):
-    documents = [d for d in tiny_policy.documents() if d.num_places <= length]
+    documents = [d for d in tiny_policy.documents() if d.num_slots <= length]
     batch = pack_documents(documents, length)
     parts = [split(batch, ContextAxis(None, rank, size)) for rank in range(size)]
     for part in parts:

@@ -151,7 +151,10 @@ def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, 
             chunk_size=chunk_size,
         )
         (output,) = accumulate_gradients(policy, [microbatch], 7.0)
-        found[kernel] = StepMetrics([output.metrics]).reduce(), [p.grad.full_tensor() for p in policy.parameters()]
+        found[kernel] = (
+            StepMetrics([output.metrics]).reduce(),
+            [p.grad.full_tensor() for p in policy.parameters()],
+        )
     (metrics, grads), (expected, expected_grads) = found["compile"], found["reference"]
     assert (
         metrics.keys() == expected.keys()
