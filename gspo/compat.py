@@ -6,10 +6,15 @@ needs it stays inside its function, so that this module is cheap to import.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
@@ -74,3 +79,104 @@ def patch_stochastic_rounding() -> None:
         )
 
     adam._fp32_to_bf16_sr = round_shard
+
+
+# for the planner
+class TorchCode(NamedTuple):
+    """The code of torch's functions by which the planner knows what a tensor is for.
+
+    Seen in torch 2.13: ``fsdp._fully_shard``, ``utils.checkpoint``, ``autograd.graph``.
+    """
+
+    all_gather: CodeType  # copies shards into the buffers of an all-gather
+    gathered_weights: tuple[CodeType, ...]  # make room for its output
+    reduce_scatter: CodeType
+    recompute: CodeType  # a checkpointed layer's forward, again
+    backward: CodeType
+
+
+def torch_code() -> TorchCode:
+    """Return the code of the functions."""
+    from torch.autograd import graph
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
+    from torch.utils import checkpoint
+
+    parameter = _fsdp_param.FSDPParam
+    # The first two are decorated with no_grad.
+    all_gather = inspect.unwrap(_fsdp_collectives.foreach_all_gather)
+    reduce_scatter = inspect.unwrap(_fsdp_collectives.foreach_reduce)
+    checkpointed = checkpoint._checkpoint_without_reentrant_generator
+    return TorchCode(
+        all_gather=all_gather.__code__,
+        gathered_weights=(
+            parameter.init_all_gather_outputs.__code__,
+            parameter.alloc_all_gather_outputs.__code__,
+        ),
+        reduce_scatter=reduce_scatter.__code__,
+        recompute=_code_within(checkpointed.__code__, "recompute_fn"),
+        backward=graph._engine_run_backward.__code__,
+    )
+
+
+def _code_within(outer: CodeType, name: str) -> CodeType:
+    """Return the code of a function that is defined in another."""
+    for constant in outer.co_consts:
+        if isinstance(constant, CodeType) and constant.co_name == name:
+            return constant
+    raise AttributeError(f"{outer.co_name} defines no {name} in this version of torch")
+
+
+def sharding_propagation_file() -> str:
+    """Return the file in which a DTensor's shapes are worked out, on tensors that are not there."""
+    from torch.distributed.tensor import _sharding_prop
+
+    return _sharding_prop.__file__
+
+
+def join_fake_group(world_size: int) -> None:
+    """Make this process rank 0 of a process group whose other ranks are not there (torch 2.13)."""
+    from torch.distributed._tools import fake_collectives  # noqa: F401  they take fake tensors
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+def group_size(name: str) -> int:
+    """Return the number of ranks in a process group, by the name that collectives pass on."""
+    return torch._C._distributed_c10d._resolve_process_group(name).size()
+
+
+def unboxed_group_size(boxed: torch.ScriptObject) -> int:
+    """Return the number of ranks in a process group that an operation got as an object."""
+    return dist.ProcessGroup.unbox(boxed).size()
+
+
+def is_process_group(value: Any) -> bool:
+    """Whether an argument of an operation is a process group as an object."""
+    return isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
+
+
+@contextlib.contextmanager
+def optimizer_without_arithmetic() -> Iterator[None]:
+    """Leave out the update of a parameter in torchao's optimizers, which a run compiles.
+
+    Seen in torchao 0.15: ``optim.adam.single_param_adam``.
+    """
+    from torchao.optim import adam
+
+    update = adam.single_param_adam
+    adam.single_param_adam = lambda *_: None
+    try:
+        yield
+    finally:
+        adam.single_param_adam = update
+
+
+def set_attention(layer: Any, attend: Callable[..., Tensor]) -> None:
+    """Replace the product of queries, keys and values in a layer (torchtune 0.6.1)."""
+    layer.attn._attention_call = attend
+
+
+def attention_of(layer: Any) -> Callable[..., Tensor]:
+    """Return the product of queries, keys and values in a layer (torchtune 0.6.1)."""
+    return layer.attn._attention_call

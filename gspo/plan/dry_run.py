@@ -1,73 +1,79 @@
-"""One optimizer step of the real policy on a machine that is not there: what is allocated, computed and sent.
+"""One optimizer step of the real policy on a machine that is not there.
 
-The model, FSDP2, the loss head, the objective and the optimizer are those of a run. Only the tensors are fake, and so
-is the process group: nothing is allocated or sent, and this process is rank 0 of any number. FSDP2 needs a device that
-torch was built for, so the tensors say that they are on the CPU. What a GPU does otherwise is put in its place:
-attention that keeps no scores and no dense mask, a head that takes bf16 operands.
+The model, FSDP2, the loss head, the objective and the optimizer are those of a run. Only the
+tensors are fake, and so is the process group: nothing is allocated or sent, and this process is
+rank 0 of any number. FSDP2 needs a device that torch was built for, so the tensors say that they
+are on the CPU. What a GPU does otherwise is put in its place: attention that keeps no scores and no
+dense mask, a head that takes bf16 operands.
 
-Not here: what a run holds beside its training step, which is arithmetic (:mod:`gspo.plan.estimate`).
+Not here: what a run holds beside its training step, which is arithmetic (:mod:`gspo.plan.memory`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401  the collectives on fake tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchao.optim import adam
 from torchtune.modules import TransformerDecoder
 
-from gspo.compat import mend_stochastic_rounding
+from gspo.compat import (
+    attention_of,
+    join_fake_group,
+    optimizer_without_arithmetic,
+    patch_stochastic_rounding,
+    set_attention,
+)
 from gspo.kernels import rows
-from gspo.parallel.context import ContextAxis, Shard, split
-from gspo.parallel.mesh import build_mesh, data_parallel_rank, fsdp_mesh
+from gspo.losses.inputs import Loss
+from gspo.parallel import Ranks, Shard, split
 from gspo.plan.memory_tracker import (
     BUFFERS,
     GRADIENTS,
     IN_SYNC,
     IN_UPDATE,
+    KEYS,
     OPTIMIZER,
     WEIGHTS,
-    Ledger,
+    MemoryTracker,
     Transfer,
 )
-from gspo.policy.attention import document_mask
-from gspo.policy.microbatch import Microbatch
-from gspo.policy.model import Policy
-from gspo.policy.sharding import shard_policy
+from gspo.policy import Microbatch, Policy, document_mask, shard_policy
 from gspo.types import PackedBatch
-from gspo.update import accumulate_gradients
+from gspo.update import accumulate_gradients, clip_gradients, step_if_finite
 
 CPU = torch.device("cpu")
 
+# Parts of an optimizer step that send something.
+MICROBATCH = "a microbatch"
+LAST_MICROBATCH = "the last microbatch"
+UPDATE = "an update"
+SYNC = "a sync"
 
-_FEW = 4  # layers: the first, the last two, whose backwards hold the most, and one between
+# Layers that are run at most: the first, the last two, whose backwards hold the most, and one
+# between.
+_MAX_LAYERS = 4
+_BLOCK = 128  # slots of a block of FlexAttention's mask
 
 
-@dataclass(slots=True)
-class Rehearsal:
-    """What one optimizer step does on rank 0, which has the largest shard where they are uneven."""
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What an optimizer step does on rank 0, which has the largest shard where they are uneven."""
 
     always: dict[str, int]  # bytes that are held all the time, by what they are
-    peaks: dict[str, dict[str, int]]  # moment -> bytes by what they are, when their sum was largest
-    operations: dict[
-        str, float
-    ]  # of one microbatch, by part; products of matrices without attention
-    transfers: dict[
-        str, list[Transfer]
-    ]  # of "a microbatch", "the last microbatch", "an update", "a sync"
+    peaks: dict[str, dict[str, int]]  # moment -> bytes by what they are, when the sum was largest
+    operations: dict[str, float]  # of a microbatch by part; products of matrices, no attention
+    transfers: dict[str, list[Transfer]]  # by part of the step, see MICROBATCH
     kept: int = 0  # bytes that the layers keep for the backward without checkpointing
     kept_checkpointed: int = 0  # and with it
     num_parameters: int = 0
@@ -76,7 +82,7 @@ class Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of a run, as the recipe takes them from its config."""
+    """What a run takes from its config for an optimizer step."""
 
     world_size: int
     device_type: str
@@ -84,7 +90,7 @@ class Options:
     microbatch: PackedBatch
     build_decoder: Callable[[], TransformerDecoder]
     build_optimizer: Callable[[Any], torch.optim.Optimizer]
-    loss: nn.Module
+    loss: Loss
     num_microbatches: int = 2
     chunk_size: int | None = None
     kernel: str = "auto"
@@ -94,107 +100,174 @@ class Options:
     replicate_size: int = 1
     context_size: int = 1
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the step is one on a GPU."""
+        return self.device_type != "cpu"
 
-def rehearse(options: Options) -> Rehearsal:
-    """One optimizer step, of which one microbatch stands for all, or two where they differ.
 
-    Layers are alike, and everything grows evenly with their number: more than four are worked out from three and four.
+def dry_run(options: Options) -> DryRun:
+    """Go through an optimizer step; one microbatch stands for all, or two where they differ.
+
+    Layers are alike, and everything grows evenly with their number: more than four are worked out
+    from three and four.
 
     Raises:
-        InputError: the mesh does not fit the number of ranks.
+        InputError: The mesh does not fit the number of ranks.
     """
     with _fake_ranks(options.world_size), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on a step that no one runs
-        with FakeTensorMode():
-            layers = options.build_decoder().layers
-            shapes = {tuple(p.shape for p in layer.parameters()) for layer in layers}
-        if len(layers) <= _FEW or len(shapes) > 1:
-            return _rehearse(options, len(layers))
-        return _extended(_rehearse(options, _FEW - 1), _rehearse(options, _FEW), len(layers) - _FEW)
+        num_layers, are_alike = _layers(options)
+        if num_layers <= _MAX_LAYERS or not are_alike:
+            return _run(options, num_layers)
+        fewer = _run(options, _MAX_LAYERS - 1)
+        more = _run(options, _MAX_LAYERS)
+        return _extrapolate(fewer, more, num_layers - _MAX_LAYERS)
 
 
 def num_data_ranks(world_size: int, *, replicate_size: int, context_size: int) -> int:
-    """Ranks that draw different prompts.
+    """Return the number of ranks that draw different prompts.
 
     Raises:
-        InputError: the mesh does not fit the number of ranks.
+        InputError: The mesh does not fit the number of ranks.
     """
     with _fake_ranks(world_size):
-        return data_parallel_rank(_mesh(replicate_size, context_size))[1]
+        ranks = Ranks.of(CPU, replicate=replicate_size, context=context_size)
+        return ranks.num_data_ranks
 
 
-def _mesh(replicate_size: int, context_size: int) -> DeviceMesh:
-    return build_mesh(
-        CPU, data_parallel_replicate_size=replicate_size, context_parallel_size=context_size
+@contextlib.contextmanager
+def _fake_ranks(world_size: int) -> Iterator[None]:
+    join_fake_group(world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _layers(options: Options) -> tuple[int, bool]:
+    """Return the number of the model's layers, and whether they have the same shapes."""
+    with FakeTensorMode():
+        layers = options.build_decoder().layers
+        shapes = {tuple(p.shape for p in layer.parameters()) for layer in layers}
+    return len(layers), len(shapes) == 1
+
+
+def _extrapolate(fewer: DryRun, more: DryRun, num_layers: int) -> DryRun:
+    """Return what ``num_layers`` more layers than ``more`` has would do; ``fewer`` has one less."""
+    line = _Line(num_layers)
+    peaks = {}
+    for moment, parts in more.peaks.items():
+        if moment in fewer.peaks:
+            peaks[moment] = line.numbers(fewer.peaks[moment], parts)
+    transfers = {}
+    for part, of_part in more.transfers.items():
+        pairs = zip(fewer.transfers[part], of_part, strict=True)
+        transfers[part] = [line.transfer(one, other) for one, other in pairs]
+    return replace(
+        more,
+        always=line.numbers(fewer.always, more.always),
+        peaks=peaks,
+        operations=line.numbers(fewer.operations, more.operations),
+        transfers=transfers,
+        kept=line.number(fewer.kept, more.kept),
+        kept_checkpointed=line.number(fewer.kept_checkpointed, more.kept_checkpointed),
+        num_parameters=line.number(fewer.num_parameters, more.num_parameters),
     )
 
 
-def _extended(fewer: Rehearsal, more: Rehearsal, num_layers: int) -> Rehearsal:
-    """What ``num_layers`` more layers than ``more`` has would do; ``fewer`` has one less."""
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Goes on from two values that are a layer apart."""
 
-    def extend(a: Any, b: Any) -> Any:
-        if isinstance(b, dict):
-            return {
-                key: extend(a.get(key, 0), value)
-                for key, value in b.items()
-                if key in a or b is not more.peaks
-            }
-        if isinstance(b, list):
-            return [extend(x, y) for x, y in zip(a, b, strict=True)]
-        if isinstance(b, Transfer):
-            return replace(
-                b, calls=extend(a.calls, b.calls), num_bytes=extend(a.num_bytes, b.num_bytes)
-            )
-        return b + num_layers * (b - a)
+    num_layers: int  # after the second value
 
-    return Rehearsal(
-        **{f.name: extend(getattr(fewer, f.name), getattr(more, f.name)) for f in fields(Rehearsal)}
-    )
+    def number(self, first: Any, second: Any) -> Any:
+        return second + self.num_layers * (second - first)
+
+    def numbers(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        return {key: self.number(first.get(key, 0), value) for key, value in second.items()}
+
+    def transfer(self, first: Transfer, second: Transfer) -> Transfer:
+        calls = self.number(first.calls, second.calls)
+        num_bytes = self.number(first.num_bytes, second.num_bytes)
+        return replace(second, calls=calls, num_bytes=num_bytes)
 
 
-def _rehearse(options: Options, num_layers: int) -> Rehearsal:
-    on_gpu = options.device_type != "cpu"
-    mesh = _mesh(options.replicate_size, options.context_size)
-    context, shards = ContextAxis.of(mesh), fsdp_mesh(mesh)
-    shard = split(options.microbatch, context)
-    num_rows, label_counts = int(shard.part.loss_mask.sum()), shard.whole.label_counts.tolist()
-    with FakeTensorMode() as fake, _compiled_for_nothing():
-        decoder = options.build_decoder()
-        decoder.layers = decoder.layers[:num_layers]
-        if on_gpu:
-            _attend_as_on_gpu(decoder)
-        kernel = "reference" if options.kernel == "reference" else "compile"
-        policy = Policy(
-            decoder, options.loss, chunk_size=options.chunk_size, kernel=kernel, context=context
-        )
+@dataclass(frozen=True, slots=True)
+class _RealShard:
+    """A rank's part of the microbatch, with what is read from its values before they are fake."""
+
+    shard: Shard
+    num_labels: int
+    label_counts: list[int]
+
+    @classmethod
+    def of(cls, options: Options, ranks: Ranks) -> _RealShard:
+        shard = split(options.microbatch, ranks.context)
+        num_labels = int(shard.part.loss_mask.sum())
+        return cls(shard, num_labels, shard.whole.label_counts.tolist())
+
+
+def _run(options: Options, num_layers: int) -> DryRun:
+    """Go through the step of a model with its first ``num_layers`` layers alone."""
+    ranks = Ranks.of(CPU, replicate=options.replicate_size, context=options.context_size)
+    mesh = ranks.fsdp_mesh
+    real = _RealShard.of(options, ranks)
+    with FakeTensorMode() as fake, _without_compiled_loops():
+        policy = _build_policy(options, ranks, num_layers)
+        decoder = policy.decoder
         num_parameters = sum(p.numel() for p in decoder.parameters())
-        head_shape = decoder.tok_embeddings.weight.shape
-        ledger = Ledger({p.shape for p in decoder.parameters()}, head_shape, on_gpu=on_gpu)
-        with ledger:
-            microbatch = _fake_microbatch(shard, num_rows, label_counts, fake, on_gpu=on_gpu)
+        tracker = _make_tracker(policy, options)
+        with tracker:
+            microbatch = _fake_microbatch(real, fake, on_gpu=options.on_gpu)
         kept = _kept_by_a_layer(decoder, microbatch) * num_layers
         shard_policy(
             policy,
-            shards,
+            mesh,
             activation_checkpointing=options.activation_checkpointing,
             reshard_after_forward=options.reshard_after_forward,
         )
-        _follow_layers(decoder, ledger)
-        kept_checkpointed = (
-            num_layers * microbatch.batch.tokens.numel() * head_shape[1] * options.dtype.itemsize
-        )
-        found = _step(policy, microbatch, options, ledger)
+        _follow_layers(decoder, tracker)
+        result = _Step(policy, microbatch, options, tracker).run()
+    hidden_bytes = decoder.tok_embeddings.weight.shape[1] * options.dtype.itemsize
     return replace(
-        found,
+        result,
         kept=kept,
-        kept_checkpointed=kept_checkpointed,
+        kept_checkpointed=num_layers * microbatch.batch.tokens.numel() * hidden_bytes,
         num_parameters=num_parameters,
-        num_labels=num_rows,
+        num_labels=real.num_labels,
     )
 
 
-def _follow_layers(decoder: TransformerDecoder, ledger: Ledger) -> None:
-    """Lets the ledger know whose backward it is."""
+def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
+    decoder = options.build_decoder()
+    decoder.layers = decoder.layers[:num_layers]
+    if options.on_gpu:
+        for layer in decoder.layers:
+            set_attention(layer, _attend_as_on_gpu)
+    return Policy(
+        decoder,
+        options.loss,
+        chunk_size=options.chunk_size,
+        kernel="reference" if options.kernel == "reference" else "compile",
+        context=ranks.context,
+    )
+
+
+def _make_tracker(policy: Policy, options: Options) -> MemoryTracker:
+    decoder = policy.decoder
+    shapes = {parameter.shape for parameter in decoder.parameters()}
+    head_shape = decoder.tok_embeddings.weight.shape
+    tracker = MemoryTracker(shapes, head_shape, on_gpu=options.on_gpu)
+    if options.context_size > 1:
+        for layer in decoder.layers:
+            tracker.labels.add(attention_of(layer), KEYS)
+    return tracker
+
+
+def _follow_layers(decoder: TransformerDecoder, tracker: MemoryTracker) -> None:
+    """Let the tracker know whose backward it is."""
     last = len(decoder.layers) - 1
     names = {
         1: " of the second layer",
@@ -203,91 +276,115 @@ def _follow_layers(decoder: TransformerDecoder, ledger: Ledger) -> None:
     }
     names[last] = " of the last layer"
 
-    def hook(layer: nn.Module, args: Any, output: Tensor, name: str) -> None:
-        output.register_hook(lambda _: setattr(ledger, "layer", name))
+    def follow(layer: nn.Module, args: Any, output: Tensor, name: str) -> None:
+        output.register_hook(lambda _: setattr(tracker, "layer", name))
 
     for i, layer in enumerate(decoder.layers):
-        layer.register_forward_hook(partial(hook, name=names.get(i, f" of layer {i}")))
+        name = names.get(i, f" of layer {i}")
+        layer.register_forward_hook(partial(follow, name=name))
 
 
-def _step(policy: Policy, microbatch: Microbatch, options: Options, ledger: Ledger) -> Rehearsal:
-    optimizer = _make_optimizer(policy, options)
-    ledger.adopt(policy.parameters(), WEIGHTS)
-    ledger.adopt(policy.buffers(), BUFFERS)
-    several = options.num_microbatches > 1
-    with ledger:
-        _make_state(policy, optimizer, ledger)
-        if several and options.reduce_every_microbatch:  # of earlier microbatches
-            for parameter in policy.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            ledger.adopt((p.grad for p in policy.parameters() if p.grad is not None), GRADIENTS)
-        for kept in (ledger.peaks, ledger.operations, ledger.transfers):
-            kept.clear()
-        names = ["a microbatch"] * (several and not options.reduce_every_microbatch) + [
-            "the last microbatch"
-        ]
-        steps = accumulate_gradients(
-            policy,
-            [microbatch] * len(names),
+class _Step:
+    """An optimizer step, and the sync after it, under a tracker."""
+
+    def __init__(
+        self, policy: Policy, microbatch: Microbatch, options: Options, tracker: MemoryTracker
+    ) -> None:
+        self._policy = policy
+        self._microbatch = microbatch
+        self._options = options
+        self._tracker = tracker
+        self._optimizer = _make_optimizer(policy, options)
+        self._transfers: dict[str, list[Transfer]] = {}
+
+    def run(self) -> DryRun:
+        """Go through it, as from the second step on."""
+        tracker = self._tracker
+        tracker.adopt(self._policy.parameters(), WEIGHTS)
+        tracker.adopt(self._policy.buffers(), BUFFERS)
+        with tracker:
+            self._make_state()
+            self._make_earlier_gradients()
+            tracker.forget_past()
+            operations = self._accumulate()
+            labels = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS)
+            always = {label: tracker.held(label) for label in labels}
+            self._update()
+            self._sync()
+        peaks = {moment: peak.parts for moment, peak in tracker.peaks.items()}
+        return DryRun(always, peaks, operations, self._transfers)
+
+    def _make_state(self) -> None:
+        """Let the optimizer make its state."""
+        optimizer = self._optimizer
+        for parameter in self._policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tensors = []
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        self._tracker.adopt(tensors, OPTIMIZER)
+
+    def _make_earlier_gradients(self) -> None:
+        """Make the gradients that earlier microbatches have left, if they have."""
+        options = self._options
+        if options.num_microbatches == 1 or not options.reduce_every_microbatch:
+            return
+        gradients = []
+        for parameter in self._policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self._tracker.adopt(gradients, GRADIENTS)
+
+    def _accumulate(self) -> dict[str, float]:
+        """Go through the backwards, and return the operations of the first."""
+        options, tracker = self._options, self._tracker
+        names = [LAST_MICROBATCH]
+        if options.num_microbatches > 1 and not options.reduce_every_microbatch:
+            names = [MICROBATCH, LAST_MICROBATCH]
+        backwards = accumulate_gradients(
+            self._policy,
+            [self._microbatch] * len(names),
             1.0,
             reduce_every_microbatch=options.reduce_every_microbatch,
         )
         operations: dict[str, float] = {}
-        transfers: dict[str, list[Transfer]] = {}
         for name in names:
-            ledger.layer = ""
-            next(steps)
-            operations = operations or dict(ledger.operations)
-            transfers[name] = ledger.take_transfers()
-        del steps
-        always = {label: ledger.of(label) for label in (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS)}
-        ledger.phase = IN_UPDATE
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        transfers["an update"] = ledger.take_transfers()
-        ledger.phase = IN_SYNC
-        for _ in policy.full_state_dict():
+            tracker.layer = ""
+            next(backwards)
+            operations = operations or dict(tracker.operations)
+            self._transfers[name] = tracker.take_transfers()
+        return operations
+
+    def _update(self) -> None:
+        self._tracker.phase = IN_UPDATE
+        grad_norm = clip_gradients(self._policy, math.inf)
+        step_if_finite(self._optimizer, grad_norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._transfers[UPDATE] = self._tracker.take_transfers()
+
+    def _sync(self) -> None:
+        self._tracker.phase = IN_SYNC
+        for _ in self._policy.full_state_dict():
             pass
-        transfers["a sync"] = ledger.take_transfers()
-    peaks = {moment: parts for moment, (_, parts) in ledger.peaks.items()}
-    return Rehearsal(always, peaks, operations, transfers)
+        self._transfers[SYNC] = self._tracker.take_transfers()
 
 
 def _make_optimizer(policy: Policy, options: Options) -> torch.optim.Optimizer:
-    mend_stochastic_rounding()
+    patch_stochastic_rounding()
     optimizer = options.build_optimizer(policy.parameters())
-    for group in optimizer.param_groups if options.device_type != "cpu" else ():
-        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-            group["foreach"] = True  # torch's own choice on a GPU
+    if options.on_gpu:
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # torch's own choice on a GPU
     return optimizer
 
 
-def _make_state(policy: Policy, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
-    """The optimizer's state, as from the second step on."""
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    ledger.adopt(
-        (t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)),
-        OPTIMIZER,
-    )
-
-
 @contextlib.contextmanager
-def _fake_ranks(world_size: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _compiled_for_nothing() -> Iterator[None]:
-    """What a run compiles to one loop holds nothing here: the head's kernels and torchao's updates."""
-    compiled, update = rows.compiled, adam.single_param_adam
+def _without_compiled_loops() -> Iterator[None]:
+    """Replace what a run compiles to one loop, which holds nothing: parts of head and optimizer."""
+    compiled = rows.compiled
 
     def statistics(
         logits: Tensor, labels: Tensor, temperature: Tensor
@@ -300,70 +397,63 @@ def _compiled_for_nothing() -> Iterator[None]:
 
     kernels = replace(rows.PLAIN, statistics=statistics, gradient=gradient)
     rows.compiled = lambda: kernels  # type: ignore[assignment]
-    adam.single_param_adam = lambda *_: None
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with optimizer_without_arithmetic(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        rows.compiled, adam.single_param_adam = compiled, update
+        rows.compiled = compiled
 
 
-def _attend_as_on_gpu(decoder: TransformerDecoder) -> None:
-    """Attention that keeps queries, keys, values, its output and one number per row and head, as FlexAttention does."""
+def _attend_as_on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
+) -> Tensor:
+    """Attend without a mask, which keeps for the backward what FlexAttention keeps.
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    for layer in decoder.layers:
-        layer.attn._attention_call = attend
+    These are queries, keys, values, the output, and one number per row and head.
+    """
+    return F.scaled_dot_product_attention(q, k, v)
 
 
-def _fake_microbatch(
-    real: Shard, num_rows: int, label_counts: list[int], fake: FakeTensorMode, *, on_gpu: bool
-) -> Microbatch:
-    """As :meth:`Microbatch.prepare` makes it."""
+def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) -> Microbatch:
+    """Make what :meth:`Microbatch.prepare` does."""
 
-    def faked(batch: PackedBatch) -> PackedBatch:
-        tensors = {
-            f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)
-        }
-        changed: dict[str, Any] = {
-            name: fake.from_tensor(tensor) for name, tensor in tensors.items()
-        }
-        return replace(batch, **changed)
+    def to_fake(_: str, tensor: Tensor) -> Tensor:
+        return fake.from_tensor(tensor)
 
     shard = replace(
-        real, whole=faked(real.whole), part=faked(real.part), places=fake.from_tensor(real.places)
+        real.shard,
+        whole=real.shard.whole.map(to_fake),
+        part=real.shard.part.map(to_fake),
+        slots=fake.from_tensor(real.shard.slots),
     )
-    if on_gpu:
-        num_ranks, num_bins, share = shard.places.shape
-        blocks = torch.zeros(num_bins, 1, -(-share // 128), dtype=torch.int32)
-        indices = blocks[..., None].expand(*blocks.shape, -(-share * num_ranks // 128))
-        mask: Any = BlockMask.from_kv_blocks(
-            blocks, indices, seq_lengths=(share, share * num_ranks)
-        )
-    else:
-        mask = document_mask(shard, CPU)
     return Microbatch(
         shard=shard,
         batch=shard.part,
-        label_rows=torch.zeros(num_rows, dtype=torch.int64),
-        label_counts=label_counts,
+        label_rows=torch.zeros(real.num_labels, dtype=torch.int64),
+        label_counts=real.label_counts,
         counted=shard.counted,
-        attention_mask=mask,
+        attention_mask=_block_mask(shard) if on_gpu else document_mask(shard, CPU),
     )
 
 
+def _block_mask(shard: Shard) -> BlockMask:
+    """Make a block mask of the sizes that a GPU has."""
+    num_ranks, num_bins, length = shard.slots.shape
+    num_queries = math.ceil(length / _BLOCK)
+    num_keys = math.ceil(length * num_ranks / _BLOCK)
+    counts = torch.zeros(num_bins, 1, num_queries, dtype=torch.int32)
+    indices = counts[..., None].expand(*counts.shape, num_keys)
+    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(length, length * num_ranks))
+
+
 def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int:
-    """Bytes of what one layer keeps for its backward, each storage once, without parameters and the mask."""
+    """Return the bytes that a layer keeps for its backward, without parameters and the mask."""
     layer, batch = decoder.layers[0], microbatch.batch
     shared = [*layer.parameters(), *decoder.buffers()]
     if isinstance(microbatch.attention_mask, Tensor):
         shared.append(microbatch.attention_mask)
-    known = {t.untyped_storage()._cdata for t in shared}
-    kept: dict[int, torch.UntypedStorage] = {}
+    known = {tensor.untyped_storage()._cdata for tensor in shared}
+    kept: dict[int, torch.UntypedStorage] = {}  # each storage once
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -373,8 +463,8 @@ def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int
 
     hidden_size = decoder.tok_embeddings.weight.shape[1]
     weight = next(layer.parameters())
-    x = weight.new_empty(batch.num_bins, batch.bin_length, hidden_size).requires_grad_()
+    hidden = weight.new_empty(batch.num_bins, batch.bin_length, hidden_size).requires_grad_()
     positions = batch.positions.view(batch.num_bins, -1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x, mask=microbatch.attention_mask, input_pos=positions)
+        layer(hidden, mask=microbatch.attention_mask, input_pos=positions)
     return sum(storage.nbytes() for storage in kept.values())

@@ -1,122 +1,83 @@
-"""What fake tensors would take: every storage by what it is for, operations, and collectives, while real code runs.
+"""Follow the memory, operations and collectives of code that runs on fake tensors.
 
-A tensor is named after the nearest function on the stack that :data:`_SITES` knows; nothing that is run is changed.
+Every storage is counted under a label that says what it is for. The label comes from the nearest
+function on the stack that :class:`CodeLabels` knows; nothing that is run is changed.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import gspo.kernels
+from gspo.compat import (
+    group_size,
+    is_process_group,
+    sharding_propagation_file,
+    torch_code,
+    unboxed_group_size,
+)
+from gspo.policy import Policy, document_mask
+
 aten = torch.ops.aten
 
-
-# Where a tensor is made says what it is; the nearest of these on the stack counts.
+# What a tensor is for.
 WEIGHTS = "weights, sharded"
-
-
 GRADIENTS = "gradients, sharded"
-
-
 OPTIMIZER = "optimizer state, sharded"
-
-
 BUFFERS = "rotary tables"
-
-
 GATHERED = "gathered weights"
-
-
 GATHERING = "buffers of all-gathers"
-
-
 UNREDUCED = "gradients not yet reduced"
-
-
 REDUCING = "buffers of reduce-scatters"
-
-
 KEYS = "gathered keys and values"
-
-
 HEAD = "head: other"
-
-
 HEAD_LOGITS = "head: logits of a chunk"
-
-
 HEAD_WEIGHT = "head: gradient of its weight"
-
-
 HEAD_HIDDEN = "head: gradient of hidden states"
-
-
 MASK = "attention mask"
-
-
 ACTIVATIONS = "activations kept for the backward"
-
-
 RECOMPUTED = "activations of the layer in its backward"
-
-
 BACKWARD = "gradients of activations"
-
-
 UPDATE = "temporaries of the optimizer"
-
-
 SYNC = "one full parameter"
+_NOT_THERE = "not there: a DTensor's shapes being worked out"
 
-
-_SHADOW = "not there: a DTensor's shapes being worked out"
-
-
-_SITES = {  # (file, function) of torch, of torchtune or of this pack
-    ("_fsdp_collectives.py", "foreach_all_gather"): GATHERING,
-    ("_fsdp_param.py", "init_all_gather_outputs"): GATHERED,
-    ("_fsdp_param.py", "alloc_all_gather_outputs"): GATHERED,
-    ("_fsdp_collectives.py", "foreach_reduce"): REDUCING,
-    ("attention.py", "attend_to_all"): KEYS,
-    ("attention.py", "document_mask"): MASK,
-    ("model.py", "full_state_dict"): SYNC,
-    ("checkpoint.py", "recompute_fn"): RECOMPUTED,
-    ("graph.py", "_engine_run_backward"): BACKWARD,
-}
-
-
+# Moments of an optimizer step.
 FORWARD = "the forward"
-
-
 IN_HEAD = "the loss head"
-
-
 IN_BACKWARD = "the backward"
-
-
 IN_UPDATE = "the optimizer's update"
-
-
 IN_SYNC = "the sync to the sampler"
+
+_COLLECTIVES = {
+    "allgather": "all-gather",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "all_reduce": "all-reduce",
+}
+_REDUCTIONS = ("sum", "avg", "max", "min")
+_NAMESPACES = ("c10d", "_c10d_functional")  # of the operations that send
+_WITH_PURPOSE = (GATHERING, REDUCING, KEYS, SYNC)
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Collectives of one kind on one group: how often, and the bytes of the larger of input and output in sum."""
+    """Collectives of one kind on one group; bytes are those of the larger of input and output."""
 
     purpose: str
     kind: str  # all-gather, reduce-scatter, all-reduce
@@ -124,30 +85,78 @@ class Transfer:
     calls: int
     num_bytes: int
 
-
-@cache
-def _site(code: CodeType) -> str | None:
-    path = Path(code.co_filename)
-    if path.parts[-3:-1] == ("gspo", "kernels"):
-        return HEAD
-    if path.name == "_sharding_prop.py":
-        return _SHADOW
-    return _SITES.get((path.name, code.co_name))
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What two transfers have in common that can be added up."""
+        return self.purpose, self.kind, self.group_size
 
 
-def _sites() -> list[str]:
-    """What of :data:`_SITES` is on the stack, the innermost first."""
-    found = []
-    frame = sys._getframe(2)
-    while frame is not None:
-        if (site := _site(frame.f_code)) is not None:
-            found.append(site)
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What was held when the most was."""
+
+    num_bytes: int
+    parts: dict[str, int]  # bytes by label
 
 
-class Ledger(TorchDispatchMode):
-    """Follows every storage from its making to its end, and counts operations and collectives on the way.
+@dataclass(slots=True)
+class _Held:
+    """A storage that is there."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    num_bytes: int
+    label: str
+
+
+class CodeLabels:
+    """Labels for what is made in functions of torch and of this pack, by their code objects."""
+
+    def __init__(self) -> None:
+        of_torch = torch_code()
+        self._labels: dict[CodeType, str | None] = {
+            of_torch.all_gather: GATHERING,
+            of_torch.reduce_scatter: REDUCING,
+            of_torch.recompute: RECOMPUTED,
+            of_torch.backward: BACKWARD,
+            inspect.unwrap(document_mask).__code__: MASK,
+            inspect.unwrap(Policy.full_state_dict).__code__: SYNC,
+        }
+        for code in of_torch.gathered_weights:
+            self._labels[code] = GATHERED
+        self._head_folder = str(Path(gspo.kernels.__file__).parent)
+        self._shapes_file = sharding_propagation_file()
+
+    def add(self, function: Callable[..., Any], label: str) -> None:
+        """Label what is made in a function, or in the call of an object."""
+        code = getattr(function, "__code__", None) or type(function).__call__.__code__
+        self._labels[code] = label
+
+    def of(self, code: CodeType) -> str | None:
+        """Return the label of a code object; None if it says nothing."""
+        if code not in self._labels:
+            self._labels[code] = self._by_file(code.co_filename)
+        return self._labels[code]
+
+    def on_stack(self) -> list[str]:
+        """Return the labels of the functions that are running, the innermost first."""
+        labels = []
+        frame = sys._getframe(1)
+        while frame is not None:
+            label = self.of(frame.f_code)
+            if label is not None:
+                labels.append(label)
+            frame = frame.f_back  # type: ignore[assignment]
+        return labels
+
+    def _by_file(self, file: str) -> str | None:
+        if file == self._shapes_file:
+            return _NOT_THERE
+        in_head = str(Path(file).parent) == self._head_folder
+        return HEAD if in_head else None
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follows every storage from its making to its end, and counts operations and collectives.
 
     Args:
         shapes: of the whole parameters, by which a gradient is known.
@@ -157,44 +166,54 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, shapes: set[torch.Size], head_shape: torch.Size, *, on_gpu: bool) -> None:
         super().__init__()
-        self._shapes, self._head_shape, self._on_gpu = shapes, head_shape, on_gpu
-        self._held: dict[int, tuple[weakref.ref, int, str]] = {}
-        self._live: Counter[str] = Counter()
-        self._total = 0
-        self._copied_in = False  # the last thing made was the input of a reduce-scatter: what follows is its output
+        self.labels = CodeLabels()
         self.phase = FORWARD
         self.layer = ""  # whose backward it is
-        self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        self.peaks: dict[str, Peak] = {}
         self.operations: defaultdict[str, float] = defaultdict(float)
-        self.transfers: defaultdict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
+        self._shapes = shapes
+        self._head_shape = head_shape
+        self._on_gpu = on_gpu
+        self._held: dict[int, _Held] = {}
+        self._live: Counter[str] = Counter()
+        self._total = 0
+        # Whether the last thing made was the input of a reduce-scatter: what follows is its output.
+        self._copied_in = False
+        self._transfers: dict[tuple[str, str, int], Transfer] = {}
 
     def adopt(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Counts tensors that were there before."""
+        """Count tensors that were there before."""
         for tensor in tensors:
-            for plain in _plain(tensor):
+            for plain in _plain_tensors(tensor):
                 self._settle(plain.untyped_storage(), label)
 
     def take_transfers(self) -> list[Transfer]:
-        """What has been sent since the last call."""
-        found = [Transfer(*key, *counts) for key, counts in self.transfers.items()]
-        self.transfers.clear()
-        return found
+        """Return what has been sent since the last call."""
+        transfers = list(self._transfers.values())
+        self._transfers.clear()
+        return transfers
 
-    def of(self, label: str) -> int:
-        """Bytes that are held under a label now."""
+    def forget_past(self) -> None:
+        """Start the counts anew; what is held stays."""
+        self.peaks.clear()
+        self.operations.clear()
+        self._transfers.clear()
+
+    def held(self, label: str) -> int:
+        """Return the bytes that are held under a label now."""
         return self._live[label]
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> MemoryTracker:
         resize = self._resize = torch.UntypedStorage.resize_
 
-        def resize_(
-            storage: torch.UntypedStorage, size: int
-        ) -> torch.UntypedStorage:  # FSDP2's way to free
-            found = resize(storage, size)
-            if storage._cdata in self._held:
-                self._settle(storage, self._held[storage._cdata][2])
-                self._compare(self._moment(_sites()))
-            return found
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            """Free or fill a storage, as FSDP2 does."""
+            resized = resize(storage, size)
+            known = self._held.get(storage._cdata)
+            if known is not None:
+                self._settle(storage, known.label)
+                self._keep_peak(self._moment(self.labels.on_stack()))
+            return resized
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore
         return super().__enter__()
@@ -207,134 +226,153 @@ class Ledger(TorchDispatchMode):
         if any(t not in (Tensor, nn.Parameter, FakeTensor) for t in types):
             return NotImplemented  # a tensor made of others: these come next
         kwargs = kwargs or {}
-        if (
-            func is aten._local_scalar_dense.default
-        ):  # a value, which fake tensors do not have: flags are set
-            return True if args[0].dtype is torch.bool else 1
+        if func is aten._local_scalar_dense.default:  # a value, which fake tensors do not have
+            return True if args[0].dtype is torch.bool else 1  # flags are set
         if func is aten.nonzero.default:  # every row has a coefficient: f is 0
             out = torch.arange(args[0].numel(), device=args[0].device)[:, None]
         else:
             out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._held:
+        for tensor in _tensors_in(out):
+            if tensor.untyped_storage()._cdata not in self._held:
                 self._see(func, args, tensor)
         return out
 
     def _see(self, func: Any, args: Any, tensor: Tensor) -> None:
-        sites = _sites()
-        if _SHADOW in sites:
+        """Take note of a new storage."""
+        labels = self.labels.on_stack()
+        if _NOT_THERE in labels:
             return
-        widened = (
-            func is aten._to_copy.default
-            and args[0].dtype is torch.bfloat16
-            and tensor.dtype is torch.float32
-        )
+        in_head = bool(labels) and labels[0] == HEAD
         # On a GPU products of bf16 have a float32 output, and the head widens nothing.
-        not_there = self._on_gpu and widened and bool(sites) and sites[0] == HEAD
-        self._settle(tensor.untyped_storage(), self._label(tensor, sites), counted=not not_there)
-        self._compare(self._moment(sites))
+        only_on_cpu = self._on_gpu and in_head and _widens(func, args, tensor)
+        label = self._label(tensor, labels)
+        self._settle(tensor.untyped_storage(), label, counted=not only_on_cpu)
+        self._keep_peak(self._moment(labels))
 
-    def _moment(self, sites: list[str]) -> str:
-        if HEAD in sites:
+    def _moment(self, labels: list[str]) -> str:
+        if HEAD in labels:
             return IN_HEAD
-        return f"{IN_BACKWARD}{self.layer}" if BACKWARD in sites else self.phase
+        if BACKWARD in labels:
+            return f"{IN_BACKWARD}{self.layer}"
+        return self.phase
 
-    def _label(self, tensor: Tensor, sites: list[str]) -> str:
-        label = sites[0] if sites else UPDATE if self.phase == IN_UPDATE else ACTIVATIONS
+    def _label(self, tensor: Tensor, labels: list[str]) -> str:
+        if labels:
+            label = labels[0]
+        else:
+            label = UPDATE if self.phase == IN_UPDATE else ACTIVATIONS
         if label == REDUCING:
             return GRADIENTS if self._copied_in else REDUCING
         self._copied_in = False
         if label == HEAD:
-            return self._part_of_head(tensor, in_backward=BACKWARD in sites)
-        return UNREDUCED if label == BACKWARD and tensor.shape in self._shapes else label
+            return self._label_in_head(tensor, in_backward=BACKWARD in labels)
+        if label == BACKWARD and tensor.shape in self._shapes:
+            return UNREDUCED
+        return label
 
-    def _part_of_head(self, tensor: Tensor, *, in_backward: bool) -> str:
+    def _label_in_head(self, tensor: Tensor, *, in_backward: bool) -> str:
         if tensor.dim() != 2:
             return HEAD
         if tensor.shape in self._shapes:
-            return UNREDUCED if in_backward and tensor.dtype is torch.bfloat16 else HEAD_WEIGHT
+            is_gradient = in_backward and tensor.dtype is torch.bfloat16
+            return UNREDUCED if is_gradient else HEAD_WEIGHT
         vocab_size, hidden_size = self._head_shape
         if tensor.shape[1] >= vocab_size:
             return HEAD_LOGITS
         return HEAD_HIDDEN if tensor.shape[1] == hidden_size else HEAD
 
     def _settle(self, storage: torch.UntypedStorage, label: str, *, counted: bool = True) -> None:
-        key, size = storage._cdata, storage.nbytes() if counted else 0
+        """Hold a storage under a label, at its size of now."""
+        key = storage._cdata
         if key in self._held:
             self._forget(key)
-        self._held[key] = weakref.ref(storage, lambda _: self._forget(key)), size, label
-        self._live[label] += size
-        self._total += size
+        num_bytes = storage.nbytes() if counted else 0
+        reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._held[key] = _Held(reference, num_bytes, label)
+        self._live[label] += num_bytes
+        self._total += num_bytes
 
     def _forget(self, key: int) -> None:
-        _, size, label = self._held.pop(key)
-        self._live[label] -= size
-        self._total -= size
+        gone = self._held.pop(key)
+        self._live[gone.label] -= gone.num_bytes
+        self._total -= gone.num_bytes
 
-    def _compare(self, moment: str) -> None:
-        if self._total > self.peaks.get(moment, (0,))[0]:
-            self.peaks[moment] = (
-                self._total,
-                {label: size for label, size in self._live.items() if size},
-            )
+    def _keep_peak(self, moment: str) -> None:
+        known = self.peaks.get(moment)
+        if self._total > (0 if known is None else known.num_bytes):
+            parts = {label: size for label, size in self._live.items() if size}
+            self.peaks[moment] = Peak(self._total, parts)
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if func is torch.ops.fsdp.chunk_cat.default:
             self._copied_in = True
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in _NAMESPACES:
             self._count_transfer(func, args, out)
         packet = func._overloadpacket
         if packet in flop_registry and "attention" not in str(packet):
-            sites = _sites()
-            part = next((site for site in (HEAD, RECOMPUTED, BACKWARD) if site in sites), FORWARD)
+            part = _first_of((HEAD, RECOMPUTED, BACKWARD), self.labels.on_stack()) or FORWARD
             self.operations[part] += flop_registry[packet](*args, **kwargs, out_val=out)
 
     def _count_transfer(self, func: Any, args: Any, out: Any) -> None:
-        name = func._opname
-        kind = next((k for word, k in _KINDS.items() if word in name), None)
+        kind = _collective_kind(func._opname)
         if kind is None:
             return
-        group: Any = next((a for a in args if isinstance(a, str) and a not in _REDUCTIONS), None)
-        tensors = [t for a in (*args, out) for t in (a if isinstance(a, list | tuple) else (a,))]
-        num_bytes = max(t.nbytes for t in tensors if isinstance(t, Tensor))
-        if group is None:
-            boxed = next(
-                a
-                for a in args
-                if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
-            )
-            size = dist.ProcessGroup.unbox(boxed).size()
-        else:
-            size = torch._C._distributed_c10d._resolve_process_group(group).size()
-        sites = _sites()
-        purpose = next((s for s in sites if s in (GATHERING, REDUCING, KEYS, SYNC)), None)
+        labels = self.labels.on_stack()
+        purpose = next((label for label in labels if label in _WITH_PURPOSE), None)
         if purpose is None and func.namespace == "_c10d_functional" and kind == "reduce-scatter":
             purpose = KEYS  # the backward of their gathering, which no line of Python calls
-        entry = self.transfers[purpose or "other", kind, size]
-        entry[0] += 1
-        entry[1] += num_bytes
+        num_bytes = max(tensor.nbytes for tensor in _tensors_in((*args, out)))
+        transfer = Transfer(purpose or "other", kind, _num_ranks(args), 1, num_bytes)
+        known = self._transfers.get(transfer.key)
+        if known is not None:
+            total = known.num_bytes + num_bytes
+            transfer = Transfer(*transfer.key, calls=known.calls + 1, num_bytes=total)
+        self._transfers[transfer.key] = transfer
 
 
-_KINDS = {
-    "allgather": "all-gather",
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-} | {
-    "allreduce": "all-reduce",
-    "all_reduce": "all-reduce",
-}
+def _widens(func: Any, args: Any, tensor: Tensor) -> bool:
+    """Whether an operation has copied bf16 to float32."""
+    is_copy = func is aten._to_copy.default
+    return is_copy and args[0].dtype is torch.bfloat16 and tensor.dtype is torch.float32
 
 
-_REDUCTIONS = ("sum", "avg", "max", "min")
+def _first_of(wanted: Iterable[str], labels: list[str]) -> str | None:
+    """Return the first wanted label that is there."""
+    return next((label for label in wanted if label in labels), None)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor is made of."""
+def _collective_kind(operation: str) -> str | None:
+    for word, kind in _COLLECTIVES.items():
+        if word in operation:
+            return kind
+    return None
+
+
+def _num_ranks(args: Iterable[Any]) -> int:
+    """Return the size of the group that a collective's arguments name."""
+    for argument in args:
+        if isinstance(argument, str) and argument not in _REDUCTIONS:
+            return group_size(argument)
+    for argument in args:
+        if is_process_group(argument):
+            return unboxed_group_size(argument)
+    raise AssertionError("a collective without a group")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an argument or a result, which may be a list of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for element in value:
+            yield from _tensors_in(element)
+
+
+def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a tensor is made of; a DTensor names its mesh among them."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
-            yield from (
-                _plain(part) if isinstance(part, Tensor) else ()
-            )  # a DTensor names its mesh too
-    else:
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    elif isinstance(tensor, Tensor):
         yield tensor
