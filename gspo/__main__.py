@@ -1,4 +1,4 @@
-"""``python -m gspo``: the doors of ``tune``, for where its plugin is switched off, and those of this pack."""
+"""``python -m gspo``: the commands of ``tune`` without its plugin, and those of this pack."""
 
 import importlib
 import sys
@@ -12,6 +12,15 @@ COMMANDS = {
 }  # "module:function", called with the arguments after the name
 
 USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
+HELP = f"""{USAGE}
+
+{", ".join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like
+validate CONFIG [key=value ...]: names and values as the recipe checks them; tune's own does not
+plan --config CONFIG --world-size N [...]: memory and time of a step on a machine that is not here
+presets [--json FILE]: the objectives that `preset: NAME` in a config means
+replay FILE [--preset NAME] [loss.key=value ...]: a dumped step under any objective, without the
+    model
+Each command has --help."""
 
 
 def main() -> None:
@@ -21,17 +30,12 @@ def main() -> None:
         from gspo.config.command_line import show_errors
 
         module, function = COMMANDS[command].split(":")
-        sys.exit(show_errors(getattr(importlib.import_module(module), function))(sys.argv[2:]))
+        command_main = getattr(importlib.import_module(module), function)
+        sys.exit(show_errors(command_main)(sys.argv[2:]))
     if command in TUNE_COMMANDS:
         tune()
     elif command in ("-h", "--help"):
-        print(
-            f"{USAGE}\n\n{', '.join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like\n"
-            "validate CONFIG [key=value ...]: names and values as the recipe checks them, which tune's own does not\n"
-            "plan --config CONFIG --world-size N [...]: memory and time of a step on a machine that is not here\n"
-            "presets [--json FILE]: the objectives that `preset: NAME` in a config means\n"
-            "replay FILE [--preset NAME] [loss.key=value ...]: a dumped step under any objective, without the model"
-        )
+        print(HELP)
     else:
         sys.exit(f"{USAGE}\n\nunknown command {command!r}")
 

@@ -1,1 +1,1 @@
-"""The commands of ``python -m gspo``, one module each."""
+"""The commands of ``python -m gspo``, each a module with a ``main(arguments)``."""

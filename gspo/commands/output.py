@@ -1,9 +1,12 @@
-"""What the commands of ``python -m gspo`` write alike: tables for people, and files."""
+"""How the commands of ``python -m gspo`` write their results: tables for people, and JSON."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +14,57 @@ from gspo.errors import InputError
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each row of cells, in columns."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in table
-    ]
+    """Return a line for each row of cells, in columns."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def without_nan(value: Any) -> Any:
-    """The same with null for a number that JSON cannot hold."""
+    """Return plain values with null in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: without_nan(x) for key, x in value.items()}
+        return {key: without_nan(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [without_nan(element) for element in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def write_json(to: str, text: str) -> None:
-    """Writes what ``--json FILE`` asks for.
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json FILE``, which :func:`write_result` follows."""
+    parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the standard output")
+
+
+def write_result(
+    result: Any, in_words: Callable[[Any], str], json_file: str | None
+) -> None:
+    """Print a command's result for people, or write it as JSON.
+
+    Args:
+        result: Plain values; numbers that are not finite become null.
+        in_words: Makes the text for people.
+        json_file: What ``--json`` names: ``-`` prints one line, None prints the text.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
+    result = without_nan(result)
+    if json_file is None:
+        print(in_words(result))
+    elif json_file == "-":
+        print(json.dumps(result))
+    else:
+        _write(json_file, json.dumps(result, indent=2))
+        print(f"wrote {json_file}", file=sys.stderr)
+
+
+def _write(file: str, text: str) -> None:
     try:
-        Path(to).write_text(text + "\n")
+        Path(file).write_text(text + "\n")
     except OSError as error:
-        raise InputError(
-            f"--json: {to!r} cannot be written: {error.strerror}; choose another file"
-        ) from error
+        problem = f"cannot be written: {error.strerror}"
+        raise InputError("--json", file, problem, "choose another file") from error

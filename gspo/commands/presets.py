@@ -3,67 +3,69 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
-from gspo.commands.output import aligned, write_json
+from gspo.commands.output import add_json_option, aligned, write_result
 from gspo.losses.presets import LENGTHS, rows
 
-
-def _text(found: list[dict[str, Any]]) -> str:
-    table = [
-        [
-            "preset",
-            "ratio",
-            "surrogate",
-            "band",
-            "aggregation",
-            "advantage",
-            *map(str, LENGTHS),
-            "x",
-            "x indep.",
-        ]
-    ]
-    for row in found:
-        band = ", ".join(
-            "none" if row[k] is None else f"{row[k]:g}" for k in ("clip_low", "clip_high")
-        )
-        names = [row[k] for k in ("preset", "ratio", "surrogate")]
-        numbers = [*row["weights"], row["gradient_aligned"], row["gradient_independent"]]
-        table.append(
-            [*names, band, row["aggregation"], row["advantage"], *(f"{x:.3g}" for x in numbers)]
-        )
-    sources = [
-        f"{row['preset']}: {row['source']}" + (f"; {row['note']}" if row["note"] else "")
-        for row in found
-    ]
-    return "\n".join([*aligned(table), "", *_LEGEND, "", *sources])
-
-
+_HEADER = (
+    "preset",
+    "ratio",
+    "surrogate",
+    "clip range",
+    "aggregation",
+    "advantage",
+    *map(str, LENGTHS),
+    "x",
+    "x indep.",
+)
 _LEGEND = (
-    "Under a number: what a document of so many tokens weighs in the gradient, in a step of these four, at a ratio of",
-    "1 and with equal advantages. x: the gradient's norm over that of gspo where the gradients of all tokens agree;",
-    "x indep.: where they are independent. To carry settings over from gspo, divide SGD's learning rate by that factor",
-    "and multiply clip_grad_norm by it; Adam takes it out.",
+    "Under a number: what a document of so many tokens weighs in the gradient, in a step of these",
+    "four, at a ratio of 1 and with equal advantages. x: the gradient's norm over that of gspo",
+    "where the gradients of all tokens agree; x indep.: where they are independent. To carry",
+    "settings over from gspo, divide SGD's learning rate by that factor and multiply",
+    "clip_grad_norm by it; Adam takes it out.",
     "Here dr_grpo has a constant length of 1024, and pipelinerl a batch size of 4.",
 )
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, or with ``--json FILE`` write it, ``-`` being the output.
+    """Print the objectives that a config can name.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file of ``--json`` cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="python -m gspo presets", description="The objectives that a config can name."
     )
-    parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the output")
-    to = parser.parse_args(arguments).json
-    found = rows()
-    text = _text(found) if to is None else json.dumps(found, indent=2)
-    if to in (None, "-"):
-        sys.stdout.write(text + "\n")
-    else:
-        write_json(to, text)
+    add_json_option(parser)
+    args = parser.parse_args(arguments)
+    write_result(rows(), _in_words, args.json)
+
+
+def _in_words(presets: list[dict[str, Any]]) -> str:
+    table = [_HEADER, *(_cells(preset) for preset in presets)]
+    sources = []
+    for preset in presets:
+        note = f"; {preset['note']}" if preset["note"] else ""
+        sources.append(f"{preset['preset']}: {preset['source']}{note}")
+    return "\n".join([*aligned(table), "", *_LEGEND, "", *sources])
+
+
+def _cells(preset: dict[str, Any]) -> list[str]:
+    ends = [_end(preset["clip_low"]), _end(preset["clip_high"])]
+    numbers = [*preset["weights"], preset["gradient_aligned"], preset["gradient_independent"]]
+    return [
+        preset["preset"],
+        preset["ratio"],
+        preset["surrogate"],
+        ", ".join(ends),
+        preset["aggregation"],
+        preset["advantage"],
+        *(f"{number:.3g}" for number in numbers),
+    ]
+
+
+def _end(bound: float | None) -> str:
+    """Return an end of the clip range."""
+    return "none" if bound is None else f"{bound:g}"

@@ -1,60 +1,145 @@
-"""``python -m gspo validate``: what the recipe refuses in a config before anything is loaded, without a run.
+"""``python -m gspo validate``: check a config as the recipe does, before anything is loaded.
 
-``tune validate`` tries the arguments of each component and passes a misspelt key. Not here: whether files exist.
+``tune validate`` tries the arguments of each component and passes a misspelt key. No recipe is
+executed, but for one that ``--recipe`` names. Not here: whether files exist.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import runpy
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune import config
 
-from gspo.config.checks import check_config, refusals
-from gspo.config.command_line import read_command_line, show_errors
-from gspo.errors import InputError
-from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
+from gspo.config import (
+    BaseSettings,
+    Settings,
+    build_loss,
+    check,
+    read_command_line,
+    refusals,
+    show_errors,
+)
+from gspo.config.checks import S
+from gspo.errors import NO_VALUE, InputError
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
+
+_RUN_NAME = "gspo_validated_recipe"  # not __main__, so that the recipe does not start
+_REMEDY = "decorate the recipe's main with @parse(MySettings), from gspo.config"
 
 
 @show_errors
 def main(arguments: list[str]) -> None:
-    """Check a config, a file or a registered name, with the ``key=value`` overrides that follow it.
+    """Check the names and values of a config.
 
     Raises:
-        ConfigError: from torchtune, in a config that is for a recipe of its own.
+        InputError: The recipe would refuse the config.
+        ConfigError: torchtune refuses a config that is for a recipe of its own.
     """
-    arguments = (
-        arguments[1:] if arguments[:1] == ["--config"] else arguments
-    )  # as the other commands take it
-    if not arguments:
-        raise InputError(
-            "validate: no config; name a file or a registered config, python -m gspo validate tiny/gspo"
-        )
-    if not CONFIGS_OF_OTHER_RECIPES.keys().isdisjoint(arguments):
-        config.validate(OmegaConf.load(shipped_configs().get(arguments[0], arguments[0])))
+    words = _parse(arguments)
+    if words.config in CONFIGS_OF_OTHER_RECIPES and words.recipe is None:
+        config.validate(OmegaConf.load(shipped_configs()[words.config]))
     else:
-        read_checked(arguments)
+        settings = Settings if words.recipe is None else settings_of(words.recipe)
+        read_checked([words.config, *words.overrides], settings)
     print("Config is well-formed!")
 
 
-def read_checked(arguments: list[str]) -> DictConfig:
-    """The config that ``arguments`` name, as the recipe starts with it: overrides merged, defaults filled in, checked.
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo validate",
+        usage="%(prog)s [-h] CONFIG [--recipe FILE] [key=value ...]",
+        description="Check the names and values of a config, as the recipe does before it loads "
+        "anything.",
+    )
+    parser.add_argument("--config", help="the config, in place of the first word")
+    add_recipe_option(parser)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="a file or a registered name, such as tiny/gspo, and overrides",
+    )
+    args = parser.parse_intermixed_args(arguments)
+    if args.config is None:
+        if not args.overrides:
+            raise InputError(
+                "validate",
+                NO_VALUE,
+                "no config",
+                "name a file or a registered config, python -m gspo validate tiny/gspo",
+            )
+        args.config = args.overrides.pop(0)
+    return args
+
+
+def add_recipe_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--recipe FILE``, which :func:`settings_of` reads."""
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="a copied recipe whose settings the config has"
+    )
+
+
+def read_checked(arguments: Sequence[str], settings: type[S] = Settings) -> S:  # type: ignore[assignment]
+    """Return the settings that the recipe would start with.
+
+    Args:
+        arguments: A config's file or registered name, then overrides.
+        settings: The recipe's.
 
     Raises:
-        InputError: what the recipe refuses before anything is loaded.
+        InputError: The recipe would refuse the config before anything is loaded.
     """
-    files = shipped_configs()
-    recipe = runpy.run_path(str(shipped_folder("recipes") / f"{RECIPE}.py"))
-    sys.argv[1:] = ["--config", *(str(files.get(argument, argument)) for argument in arguments)]
-    cfg = check_config(
-        read_command_line(),
-        required=recipe["REQUIRED_KEYS"],
-        optional=recipe["OPTIONAL_KEYS"],
-        sections=recipe["SECTIONS"],
-        passed=recipe["PASSED"],
-    )
-    recipe["GSPOFullFinetuneRecipe"]._check_values(cfg)
-    with refusals("loss", "correct its arguments"):
-        config.instantiate(cfg.loss)
+    name, *overrides = arguments
+    file = shipped_configs().get(name, name)
+    with _command_line(["--config", str(file), *overrides]):
+        cfg = check(read_command_line(), settings)
+    if isinstance(cfg, Settings):
+        build_loss(cfg)
     return cfg
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    """Set ``sys.argv``, from which torchtune's parser reads."""
+    before = sys.argv[1:]
+    sys.argv[1:] = arguments
+    try:
+        yield
+    finally:
+        sys.argv[1:] = before
+
+
+def settings_of(recipe: str) -> type[BaseSettings]:
+    """Return the settings class of a recipe's file, which is imported and not started.
+
+    Raises:
+        InputError: The file cannot be imported, or not exactly one function is decorated with
+            :func:`gspo.config.parse`.
+    """
+    if not Path(recipe).is_file():
+        raise InputError("--recipe", recipe, "is no file", "name the file of a recipe")
+    with refusals("--recipe", f"correct {recipe}"):
+        names = runpy.run_path(recipe, run_name=_RUN_NAME)
+    mains: dict[int, Any] = {}
+    for value in names.values():
+        if callable(value) and _is_settings(getattr(value, "settings", None)):
+            mains[id(value)] = value
+    if not mains:
+        raise InputError("--recipe", recipe, "has no function with settings", _REMEDY)
+    if len(mains) > 1:
+        functions = ", ".join(main.__name__ for main in mains.values())
+        problem = f"has several functions with settings: {functions}"
+        raise InputError("--recipe", recipe, problem, "decorate one alone with @parse")
+    (decorated,) = mains.values()
+    return decorated.settings
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseSettings)

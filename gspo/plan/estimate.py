@@ -212,8 +212,8 @@ def _sampling(cfg: Settings, layout: Layout) -> Parts:
 
 def _work(cfg: Settings, layout: Layout, run: DryRun) -> dict[str, Any]:
     """Return operations of a step on a rank: a product of n numbers with n others is 2 n."""
-    num_channels = layout.num_layers * layout.num_heads * layout.head_dim
-    attention = 4.0 * _attended_pairs(layout) * num_channels / layout.context_size
+    pairs = 4.0 * _attended_pairs(layout) * layout.num_layers * layout.num_heads
+    attention = pairs * layout.head_dim / layout.context_size
     num_passes = 1 + ATTENTION_BACKWARD + bool(cfg.enable_activation_checkpointing)
     head = run.operations.get(labels.HEAD, 0.0)
     of_microbatch = {
