@@ -8,7 +8,7 @@ reduces them over the ranks. :data:`METRICS` describes what a run logs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +30,9 @@ class Metric:
 
     def __add__(self, other: Self) -> Self:
         """Put two parts on one rank together."""
-        return type(self)(self.value + other.value, self.weight + other.weight)
+        value = self.value + other.value
+        weight = self.weight + other.weight
+        return type(self)(value, weight)
 
     def over_ranks(self, other: Self) -> Self:
         """Put the parts of two ranks together."""
@@ -39,6 +41,11 @@ class Metric:
     def number(self) -> float:
         """Return the metric as a number."""
         return float(self.value)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether reading the number may wait for a device."""
+        return isinstance(self.value, Tensor) or isinstance(self.weight, Tensor)
 
 
 class Mean(Metric):
@@ -65,7 +72,10 @@ class Max(Metric):
 
     def __add__(self, other: Self) -> Self:
         """Take the larger value."""
-        return type(self)(_extreme(torch.maximum, max, self.value, other.value), self.weight)
+        if isinstance(self.value, Tensor):
+            value = torch.maximum(self.value, other.value)
+            return type(self)(value, self.weight)
+        return type(self)(max(self.value, other.value), self.weight)
 
 
 class Min(Metric):
@@ -75,7 +85,10 @@ class Min(Metric):
 
     def __add__(self, other: Self) -> Self:
         """Take the smaller value."""
-        return type(self)(_extreme(torch.minimum, min, self.value, other.value), self.weight)
+        if isinstance(self.value, Tensor):
+            value = torch.minimum(self.value, other.value)
+            return type(self)(value, self.weight)
+        return type(self)(min(self.value, other.value), self.weight)
 
 
 class Time(Metric):
@@ -85,16 +98,11 @@ class Time(Metric):
 
     def over_ranks(self, other: Self) -> Self:
         """Take the longer time."""
-        return type(self)(max(float(self.value), float(other.value)), self.weight)
+        seconds = max(float(self.value), float(other.value))
+        return type(self)(seconds, self.weight)
 
 
 Metrics = dict[str, Metric]
-
-
-def _extreme(of_tensors: Any, of_floats: Any, one: Number, other: Number) -> Number:
-    if isinstance(one, Tensor):
-        return of_tensors(one, other)
-    return of_floats(one, other)
 
 
 class NotFinite(NamedTuple):
@@ -105,7 +113,9 @@ class NotFinite(NamedTuple):
 
     def plus(self, other: NotFinite) -> NotFinite:
         """Add the counts of another part."""
-        return NotFinite(self.documents + other.documents, self.tokens + other.tokens)
+        documents = self.documents + other.documents
+        tokens = self.tokens + other.tokens
+        return NotFinite(documents, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,23 +198,30 @@ METRICS: dict[str, Description] = {
 }
 
 
-def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
+def as_metric(value: Any) -> Metric:
+    """Return a metric; a plain ``(value, weight)``, as a user's loss may give, is a mean."""
+    return value if isinstance(value, Metric) else Mean(*value)
+
+
+def merge(parts: Iterable[Mapping[str, Any]]) -> Metrics:
     """Return the metrics of several parts on one rank as one."""
     merged: Metrics = {}
     for part in parts:
-        for name, metric in part.items():
-            merged[name] = merged[name] + metric if name in merged else metric
+        for name, value in part.items():
+            metric = as_metric(value)
+            known = merged.get(name)
+            merged[name] = metric if known is None else known + metric
     return merged
 
 
 class StepMetrics:
-    """The metrics of an optimizer step on this rank; :meth:`reduce` makes them numbers of all ranks.
+    """The metrics of an optimizer step on this rank, which :meth:`reduce` puts together.
 
     Args:
         parts: metrics to begin with.
 
     After :meth:`reduce`, ``not_finite`` counts the documents over all ranks that were found not
-    finite in the forward.
+    finite in the forward, and ``has_not_finite`` says whether there is one.
     """
 
     def __init__(self, parts: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -212,6 +229,7 @@ class StepMetrics:
         self._metrics: Metrics = {}
         self._not_finite: list[NotFinite] = []
         self.not_finite = NotFinite(0, 0)
+        self.has_not_finite = False
         for part in parts:
             self.add(part)
 
@@ -219,15 +237,14 @@ class StepMetrics:
         """Add a part. Tensors stay on their device until :meth:`reduce`: adding never waits for it.
 
         Args:
-            metrics: by name; a plain ``(value, weight)``, as a loss of the user's may give, is a
-                :class:`Mean`.
+            metrics: by name, see :func:`as_metric`.
             not_finite: documents of the part that were found not finite.
         """
         if not_finite is not None:
             self._not_finite.append(not_finite)
-        for name, metric in metrics.items():
-            metric = metric if isinstance(metric, Metric) else Mean(*metric)
-            if isinstance(metric.value, Tensor) or isinstance(metric.weight, Tensor):
+        for name, value in metrics.items():
+            metric = as_metric(value)
+            if metric.on_device:
                 self._tensors.append((name, metric))
             else:
                 self._put(name, metric)
@@ -243,14 +260,18 @@ class StepMetrics:
             num_documents += int(not_finite.documents)
             num_tokens += int(not_finite.tokens)
             for name, metric in metrics.items():
-                totals[name] = totals[name].over_ranks(metric) if name in totals else metric
+                known = totals.get(name)
+                totals[name] = metric if known is None else known.over_ranks(metric)
         self.not_finite = NotFinite(num_documents, num_tokens)
-        return finalize({name: totals[name].number() for name in sorted(totals)})
+        self.has_not_finite = num_documents > 0
+        numbers = {name: totals[name].number() for name in sorted(totals)}
+        return finalize(numbers)
 
     def alone(self) -> dict[str, float]:
         """Return the numbers of this rank by itself."""
         self._fetch()
-        return finalize({name: metric.number() for name, metric in self._metrics.items()})
+        numbers = {name: metric.number() for name, metric in self._metrics.items()}
+        return finalize(numbers)
 
     def _fetch(self) -> None:
         """Copy all tensors to the host in one transfer."""
@@ -261,9 +282,14 @@ class StepMetrics:
             waiting += counts
         numbers = iter(_to_host(waiting))
         for name, metric in self._tensors:
-            self._put(name, type(metric)(next(numbers), next(numbers)))
+            value = next(numbers)
+            weight = next(numbers)
+            self._put(name, type(metric)(value, weight))
         for _ in self._not_finite:
-            self.not_finite = self.not_finite.plus(NotFinite(next(numbers), next(numbers)))
+            documents = next(numbers)
+            tokens = next(numbers)
+            counts = NotFinite(documents, tokens)
+            self.not_finite = self.not_finite.plus(counts)
         self._tensors.clear()
         self._not_finite.clear()
 
@@ -275,8 +301,16 @@ class StepMetrics:
 def _to_host(values: list[Number]) -> list[float]:
     """Return all values as floats, the tensors among them fetched together."""
     tensors = [value.double() for value in values if isinstance(value, Tensor)]
-    fetched = iter(torch.stack(tensors).tolist()) if tensors else iter(())
-    return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
+    fetched: Iterator[float] = iter(())
+    if tensors:
+        fetched = iter(torch.stack(tensors).tolist())
+    numbers = []
+    for value in values:
+        if isinstance(value, Tensor):
+            numbers.append(next(fetched))
+        else:
+            numbers.append(float(value))
+    return numbers
 
 
 def finalize(metrics: dict[str, float]) -> dict[str, float]:
@@ -308,7 +342,12 @@ def public(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def batch_metrics(batch: PackedBatch, version: int) -> Metrics:
-    """Count a batch that is about to train version ``version`` of the weights, and its staleness."""
+    """Count a batch and its staleness.
+
+    Args:
+        batch: about to be trained on.
+        version: of the weights that it trains.
+    """
     is_sampled = batch.label_counts > 0
     behind = torch.where(is_sampled, version - batch.policy_version, 0)
     num_slots = (batch.document_index != batch.padding_document).sum()

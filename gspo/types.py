@@ -111,7 +111,7 @@ def field_specs(cls: type) -> dict[str, FieldSpec]:
     return {f.name: f.metadata["spec"] for f in fields(cls) if "spec" in f.metadata}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class PackedBatch:
     """R bins of S slots, seen flat by the loss as T = R * S slots with D documents in them.
 

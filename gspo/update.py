@@ -58,11 +58,13 @@ def accumulate_gradients(
     scale = dist.get_world_size() / denominator
     last = len(microbatches) - 1
     for i, microbatch in enumerate(microbatches):
-        policy.set_requires_gradient_sync(reduce_every_microbatch or i == last)
+        reduces = reduce_every_microbatch or i == last
+        policy.set_requires_gradient_sync(reduces)
         output = policy(microbatch)
-        (output.loss * scale).backward()
+        scaled = output.loss * scale
+        scaled.backward()
         loss = output.loss.detach()
-        metrics = output.metrics | {"loss": Sum(loss / denominator)}
+        metrics = {**output.metrics, "loss": Sum(loss / denominator)}
         yield LossOutput(loss, metrics, output.not_finite)
 
 
@@ -80,11 +82,9 @@ def take_out(policy: Policy, not_finite: NotFinite, step: StepBatches, denominat
     Returns:
         The factor by which gradients and loss grow.
     """
-    remaining = denominator_of(
-        policy,
-        step.num_documents - int(not_finite.documents),
-        step.num_label_tokens - int(not_finite.tokens),
-    )
+    num_documents = step.num_documents - int(not_finite.documents)
+    num_label_tokens = step.num_label_tokens - int(not_finite.tokens)
+    remaining = denominator_of(policy, num_documents, num_label_tokens)
     factor = denominator / remaining
     device = next(policy.parameters()).device
     training.scale_grads(policy, torch.tensor(factor, device=device))
@@ -99,7 +99,9 @@ def clip_gradients(policy: Policy, max_norm: float | None) -> float:
     """
     bound = math.inf if max_norm is None else max_norm
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), bound)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 def seed_rounding(seed: int, step: int, ranks: Ranks) -> None:
@@ -112,7 +114,8 @@ def seed_rounding(seed: int, step: int, ranks: Ranks) -> None:
         step: optimizer steps done before.
         ranks: of the run.
     """
-    torch.manual_seed(seed + step * ranks.num_shards + ranks.shard_index)
+    draw = step * ranks.num_shards + ranks.shard_index
+    torch.manual_seed(seed + draw)
 
 
 def step_if_finite(optimizer: Optimizer, grad_norm: float) -> bool:
@@ -169,8 +172,10 @@ def not_finite_documents(
         columns["token_advantages"] = batch.token_advantages
     total = torch.stack(list(columns.values())).sum(0)
     is_bad = ~total.isfinite() & batch.loss_mask
-    documents = batch.document_index[is_bad].unique().tolist()
-    return {document: _describe(batch, columns, document) for document in documents}
+    documents = {}
+    for number in batch.document_index[is_bad].unique().tolist():
+        documents[number] = _describe(batch, columns, number)
+    return documents
 
 
 def _describe(batch: PackedBatch, columns: dict[str, Tensor], document: int) -> QuarantinedDocument:
@@ -178,8 +183,9 @@ def _describe(batch: PackedBatch, columns: dict[str, Tensor], document: int) -> 
     values: dict[str, Any] = {"advantage": repr(float(batch.advantages[document]))}
     cause = ""
     for name, column in columns.items():
-        values[name] = [repr(value) for value in column[rows].tolist()]
-        if not cause and not column[rows].isfinite().all():
+        in_document = column[rows]
+        values[name] = [repr(value) for value in in_document.tolist()]
+        if not cause and not in_document.isfinite().all():
             cause = name
     prompt_id, group_id = batch.ids[document]
     tokens = batch.labels[rows].tolist()

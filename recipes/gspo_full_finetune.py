@@ -227,12 +227,11 @@ class GSPOFullFinetuneRecipe:
         for batch in step.batches if self._ranks.draws else ():
             sums.add(batch_metrics(batch, self._state.step))
         values = sums.reduce()
-        spoiled = sums.not_finite.documents > 0
-        if spoiled:
+        if sums.has_not_finite:
             values["loss"] *= update.take_out(self._policy, sums.not_finite, step, denominator)
             self._run.write_late(self._policy, microbatches, step)
         values["lr"] = training.get_lr(self._optimizer)  # of this step: the schedule moves with it
-        if self._run.dumps_now(spoiled=spoiled):
+        if self._run.dumps_now(spoiled=sums.has_not_finite):
             self._run.dump(self._policy, microbatches, step, values)
         values |= self._move_weights()
         values["time/update"] = time.perf_counter() - began

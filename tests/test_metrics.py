@@ -118,3 +118,4 @@ def test_merge_adds_means_and_takes_extremes():
     merged = numbers(metrics.merge([part(1.0, 2.0), part(3.0, 4.0)]))
     assert merged == {"kl_new_old": (4, 6), "ratio/max": (3, 2), "ratio/min": (1, 2)}
     assert metrics.merge([]) == {}
+    assert metrics.merge([{"own": (1.0, 2.0)}, {"own": (3.0, 4.0)}]) == {"own": metrics.Mean(4, 6)}

@@ -39,9 +39,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write JSON here; - is the standard output")
 
 
-def write_result(
-    result: Any, in_words: Callable[[Any], str], json_file: str | None
-) -> None:
+def write_result(result: Any, in_words: Callable[[Any], str], json_file: str | None) -> None:
     """Print a command's result for people, or write it as JSON.
 
     Args:

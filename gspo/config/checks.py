@@ -185,7 +185,8 @@ def _resolve(cfg: DictConfig, settings: type[BaseSettings]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         problem = str(error).splitlines()[0]
         raise InputError(str(error.full_key), NO_VALUE, problem, "set or correct it") from error
-    return {str(key): value for key, value in values.items()}  # type: ignore[union-attr]
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def _unknown(key: str, known: Collection[str]) -> InputError:

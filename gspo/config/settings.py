@@ -204,7 +204,7 @@ class Settings(BaseSettings):
         description="Rewards by name: function (a dotted path), weight (1.0) and its own options."
     )
     reward_pool: RewardWorkers = Field(
-        default_factory=RewardWorkers, description="Processes that call the rewards."
+        RewardWorkers(), description="Processes that call the rewards."
     )
     segments: Annotated[OptionalComponent, Given(("tokenizer",))] = Field(
         None, description="What cuts completions into segments with a ratio of their own."
@@ -230,9 +230,7 @@ class Settings(BaseSettings):
 
     # Objective
     loss: Component = Field(description="Objective, a component of gspo.losses or your own.")
-    advantages: Advantages = Field(
-        default_factory=Advantages, description="How rewards become advantages."
-    )
+    advantages: Advantages = Field(Advantages(), description="How rewards become advantages.")
     old_logps: Annotated[str, one_of("sampler", "recompute")] = Field(
         "sampler",
         description="Whose log-probabilities stand in the ratio: the sampler's own, or the "
@@ -295,7 +293,7 @@ class Settings(BaseSettings):
     )
 
     # What a run writes
-    eval: Evaluation = Field(default_factory=Evaluation, description="Evaluation in the run.")
+    eval: Evaluation = Field(Evaluation(), description="Evaluation in the run.")
     save_every_n_steps: CountOrZero = Field(
         0, description="Steps between saved models; 0 saves the last one alone."
     )

@@ -98,8 +98,11 @@ class LossInputs:
             values = getattr(self, name)
             if values is None:
                 continue
-            values = values[rows] if spec.axis == Axis.SLOT else values[first:last]
-            changed[name] = values - first if spec.numbers == Axis.DOCUMENT else values
+            of_part = rows if spec.axis == Axis.SLOT else slice(first, last)
+            values = values[of_part]
+            if spec.numbers == Axis.DOCUMENT:
+                values = values - first
+            changed[name] = values
         if self.segments is not None:
             changed["segments"] = self.segments.of_documents(rows, first, last)
         return replace(self, **changed)

@@ -41,24 +41,30 @@ def assign_slots(
         before = np.take_along_axis(work_so_far, least_busy_first, 1)
         added = np.take_along_axis(work, blocks, 1)
         np.put_along_axis(work_so_far, least_busy_first, before + added, axis=1)
-    by_rank = np.argsort(rank_of_block, axis=1, kind="stable").reshape(num_bins, size, -1)
-    slots = by_rank[..., None] * block_length + np.arange(block_length)
-    return slots.reshape(num_bins, size, -1).transpose(1, 0, 2)
+    by_rank = np.argsort(rank_of_block, axis=1, kind="stable")
+    by_rank = by_rank.reshape(num_bins, size, -1)
+    first_slots = by_rank * block_length
+    slots = first_slots[..., None] + np.arange(block_length)
+    slots = slots.reshape(num_bins, size, -1)
+    return slots.transpose(1, 0, 2)
 
 
 def _block_work(num_keys: IntArray, block_length: int) -> IntArray:  # [R, S / block]
     """Count the blocks of keys from the first that any query of a block attends to."""
     num_bins, length = num_keys.shape
     first_key = np.arange(length) + 1 - num_keys
-    first_of_block = first_key.reshape(num_bins, -1, block_length).min(-1)
-    return np.arange(length // block_length) - first_of_block // block_length + 1
+    first_key = first_key.reshape(num_bins, -1, block_length)
+    first_block = first_key.min(-1) // block_length
+    blocks = np.arange(length // block_length)
+    return blocks - first_block + 1
 
 
 def _block_length(share: int) -> int:
     """Return the largest power of two that divides a rank's share of a bin and leaves blocks."""
     length = 1
-    while (
-        length < _LARGEST_BLOCK and share % (2 * length) == 0 and share >= 2 * length * _MIN_BLOCKS
-    ):
-        length *= 2
+    while length < _LARGEST_BLOCK:
+        longer = 2 * length
+        if share % longer or share < longer * _MIN_BLOCKS:
+            break
+        length = longer
     return length

@@ -77,7 +77,8 @@ class Shard:
         size = self.slots.shape[0]
         if size == 1:
             return None
-        return torch.arange(self.whole.label_counts.numel()) % size == self.rank
+        documents = torch.arange(self.whole.label_counts.numel())
+        return documents % size == self.rank
 
     @property
     def order(self) -> Tensor:  # [R, S] int64
@@ -91,9 +92,11 @@ class Shard:
         """
         if axis is None or axis.size == 1:
             return values
-        in_order = axis.gather(values).view(self.slots.shape).transpose(0, 1).flatten(1)
-        whole = torch.empty_like(in_order)
-        return whole.scatter_(1, self.order.to(values.device), in_order).flatten()
+        by_rank = axis.gather(values).view(self.slots.shape)
+        by_bin = by_rank.transpose(0, 1).flatten(1)
+        order = self.order.to(values.device)
+        whole = torch.empty_like(by_bin).scatter_(1, order, by_bin)
+        return whole.flatten()
 
 
 def split(batch: PackedBatch, axis: ContextAxis | None) -> Shard:
@@ -102,13 +105,17 @@ def split(batch: PackedBatch, axis: ContextAxis | None) -> Shard:
     Bins whose length is not a multiple of the axis' size are padded.
     """
     if axis is None or axis.size == 1:
-        slots = torch.arange(batch.bin_length).expand(1, batch.num_bins, batch.bin_length)
+        slots = torch.arange(batch.bin_length)
+        slots = slots.expand(1, batch.num_bins, batch.bin_length)
         return Shard(batch, batch, slots, rank=0)
-    whole = _padded(batch, -batch.bin_length % axis.size)
-    num_keys = whole.positions.view(whole.num_bins, -1).numpy() + 1
-    slots = torch.from_numpy(assign_slots(num_keys, axis.size))
+    missing = -batch.bin_length % axis.size
+    whole = _padded(batch, missing)
+    positions = whole.positions.view(whole.num_bins, -1)
+    assigned = assign_slots(positions.numpy() + 1, axis.size)
+    slots = torch.from_numpy(assigned)
     starts = whole.bin_length * torch.arange(whole.num_bins)
-    mine = (slots[axis.rank] + starts[:, None]).flatten()
+    mine = slots[axis.rank] + starts[:, None]
+    mine = mine.flatten()
     part = whole.map(lambda _, values: values[mine], Axis.SLOT)
     return Shard(whole, part, slots, axis.rank)
 
@@ -120,9 +127,11 @@ def _padded(batch: PackedBatch, num_slots: int) -> PackedBatch:
     specs = field_specs(PackedBatch)
 
     def pad(name: str, values: Tensor) -> Tensor:
-        is_document = specs[name].numbers == Axis.DOCUMENT
-        value = batch.padding_document if is_document else 0
+        value = 0
+        if specs[name].numbers == Axis.DOCUMENT:
+            value = batch.padding_document
         bins = values.view(batch.num_bins, -1)
-        return F.pad(bins, (0, num_slots), value=value).flatten()
+        padded = F.pad(bins, (0, num_slots), value=value)
+        return padded.flatten()
 
     return batch.map(pad, Axis.SLOT)

@@ -32,10 +32,11 @@ def document_mask(shard: Shard, device: torch.device) -> AttentionMask:
         function = mask_mod(shard, device)
         return create_block_mask(function, num_bins, None, share, share * num_ranks, device=device)
     layout = _Layout.of(shard, device)
-    is_before = layout.q_slot[:, :, None] >= layout.kv_slot[:, None, :]
-    keys = layout.kv_document[:, None, :]
-    in_document = layout.q_document[:, :, None] == keys
-    in_prefix = layout.q_prefix[:, :, None] == keys
+    key_slots = layout.kv_slot[:, None, :]
+    key_documents = layout.kv_document[:, None, :]
+    is_before = layout.q_slot[:, :, None] >= key_slots
+    in_document = layout.q_document[:, :, None] == key_documents
+    in_prefix = layout.q_prefix[:, :, None] == key_documents
     return is_before & (in_document | in_prefix)
 
 
@@ -50,7 +51,9 @@ def mask_mod(
     def is_seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         key = kv_document[b, kv]
         is_before = q_slot[b, q] >= kv_slot[b, kv]
-        return is_before & ((q_document[b, q] == key) | (q_prefix[b, q] == key))
+        in_document = q_document[b, q] == key
+        in_prefix = q_prefix[b, q] == key
+        return is_before & (in_document | in_prefix)
 
     return is_seen
 
@@ -71,7 +74,9 @@ class _Layout:
         batch = shard.whole
         mine, order = shard.slots[shard.rank], shard.order
         document = batch.document_index.view(batch.num_bins, -1)
-        prefix = document if batch.prefix_index is None else batch.prefix_index[document]
+        prefix = document
+        if batch.prefix_index is not None:
+            prefix = batch.prefix_index[document]
         return cls(
             q_slot=mine.to(device),
             q_document=document.gather(1, mine).to(device),
@@ -87,9 +92,10 @@ def _one_document_per_bin(batch: PackedBatch) -> bool:
     What padding sees does not matter.
     """
     index = batch.document_index.view(batch.num_bins, -1)
-    changes = index[:, 1:] != index[:, :-1]
-    starts = changes & (index[:, 1:] != batch.padding_document)
-    return not starts.any()
+    before, after = index[:, :-1], index[:, 1:]
+    is_start = after != before
+    is_start &= after != batch.padding_document
+    return not is_start.any()
 
 
 def gather_keys(decoder: TransformerDecoder, axis: ContextAxis) -> None:
@@ -129,8 +135,9 @@ def _gathered(
     ) -> Tensor:
         # Heads of keys and values come repeated to those of queries; one of each travels.
         mine = torch.stack((k[:, ::repeats], v[:, ::repeats]))  # [2, R, heads, S / C, head_dim]
-        gathered = all_gather_with_gradient(mine, 0, group).view(size, *mine.shape)
-        keys, values = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        gathered = all_gather_with_gradient(mine, 0, group)
+        by_rank = gathered.view(size, *mine.shape)
+        keys, values = by_rank.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         if isinstance(mask, BlockMask):
             keys = keys.repeat_interleave(repeats, 1)
             values = values.repeat_interleave(repeats, 1)

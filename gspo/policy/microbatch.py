@@ -36,19 +36,23 @@ class Microbatch:
         """
         shard = split(packed, context)
         rows = shard.part.loss_mask.nonzero().squeeze(-1)
+        counted = shard.counted
+        if counted is not None:
+            counted = counted.to(device)
         return cls(
             shard=shard,
             batch=shard.part.to(device),
             label_rows=rows.to(device),
             label_counts=packed.label_counts.tolist(),
-            counted=None if shard.counted is None else shard.counted.to(device),
+            counted=counted,
             attention_mask=document_mask(shard, device),
             segments=batch_segments(packed, shard.part, rows, device),
         )
 
     def replace(self, **logps: Tensor) -> Microbatch:
         """Return a copy with other log-probabilities of this rank's slots, by field name."""
-        return replace(self, batch=replace(self.batch, **logps))
+        changed: dict[str, Any] = dict(logps)
+        return replace(self, batch=replace(self.batch, **changed))
 
     def whole(self, context: ContextAxis | None) -> PackedBatch:
         """Return the whole batch on the CPU, with the log-probabilities set since it was packed.
@@ -97,10 +101,14 @@ def row_inputs(microbatch: Microbatch, context: ContextAxis | None) -> LossInput
     values: dict[str, Any] = {}
     for name, spec in field_specs(LossInputs).items():
         column = getattr(batch, name, None)
-        if column is not None:
-            values[name] = column[rows] if spec.axis == Axis.SLOT else column
+        if column is None:
+            continue
+        if spec.axis == Axis.SLOT:
+            column = column[rows]
+        values[name] = column
     if context is not None:
-        values |= {"counted": microbatch.counted, "complete": context.complete}
+        values["counted"] = microbatch.counted
+        values["complete"] = context.complete
     # The rows have a label, each of them.
     values["loss_mask"] = torch.ones_like(rows, dtype=torch.bool)
     return LossInputs(**values, segments=microbatch.segments)
