@@ -13,7 +13,7 @@ from torchtune import config
 
 import gspo.__main__
 from gspo.commands import validate
-from gspo.config import Settings, check
+from gspo.config import Settings, build, check
 from gspo.config.presets import preset_keys
 from gspo.errors import InputError
 from gspo.losses import GSPOLoss, presets
@@ -178,7 +178,7 @@ def test_preset_is_expanded_to_explicit_keys(tmp_path):
         "constant_length": 10,  # sampling.max_new_tokens
     }
     assert cfg.advantages.estimator == "group_mean"
-    assert config.instantiate(cfg.loss).denominator(3, 100) == 30
+    assert build(cfg, "loss").denominator(3, 100) == 30
     assert check_file(write(tmp_path, "preset: dapo\n")).advantages.refill_dead_groups is True
     assert (
         config.instantiate(check_file(write(tmp_path, "preset: pipelinerl\n")).loss).denominator(
