@@ -64,11 +64,9 @@ def _ratios(terms: RatioTerms) -> Metrics:
     units = terms.units
     ratio = terms.log_ratio.detach().exp()
     num_units = units.counted.sum()
-    counted_ratio = torch.where(units.counted, ratio, 0.0)
-    counted_square = torch.where(units.counted, ratio.square(), 0.0)
     return {
-        "ratio/mean": Mean(counted_ratio.sum(), num_units),
-        "_ratio_sq": Mean(counted_square.sum(), num_units),
+        "ratio/mean": Mean(_sum_where(units.counted, ratio), num_units),
+        "_ratio_sq": Mean(_sum_where(units.counted, ratio.square()), num_units),
         "ratio/max": Max(_largest(ratio, units.valid)),
         "ratio/min": Min(-_largest(-ratio, units.valid)),
     }
@@ -76,27 +74,28 @@ def _ratios(terms: RatioTerms) -> Metrics:
 
 def _drift_since_sampling(drift: Drift, num_documents: Tensor, inputs: LossInputs) -> Metrics:
     log_ratio = drift.log_ratio.detach()
-    k3_nats = torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio
-    means = per_label(drift.documents.log_ratio.detach(), inputs.label_counts)
-    num_tokens = inputs.loss_mask.sum()
+    bounded = log_ratio.clamp(-20, 20)
+    k3_nats = torch.expm1(bounded) - log_ratio
+    sums = drift.documents.log_ratio.detach()
+    means = per_label(sums, inputs.label_counts)
+    sum_of_absolutes = _counted(means.abs(), inputs).sum()
     return {
         "kl_new_old": Mean(k3_nats.sum(), num_documents),
-        "_log_ratio_sq": Mean(log_ratio.square().sum(), num_tokens),
-        "log_ratio/abs_document": Mean(_counted(means.abs(), inputs).sum(), num_documents),
+        "_log_ratio_sq": Mean(log_ratio.square().sum(), inputs.loss_mask.sum()),
+        "log_ratio/abs_document": Mean(sum_of_absolutes, num_documents),
     }
 
 
 def _clipped_units(units: Units, result: SurrogateTerms, inputs: LossInputs) -> Metrics:
-    num_units = units.counted.sum()
     num_tokens = inputs.loss_mask.sum()
-    binding = result.low | result.high
-    tokens_outside = torch.where(result.outside & units.counted, units.num_tokens, 0)
-    tokens_binding = torch.where(binding & units.counted, units.num_tokens, 0)
+    outside = result.outside & units.counted
+    low = result.low & units.counted
+    high = result.high & units.counted
     return {
-        "clip/any_token": Mean(tokens_outside.sum(), num_tokens),
-        "clip/binding_token": Mean(tokens_binding.sum(), num_tokens),
-        "clip/low": Mean((result.low & units.counted).sum(), num_units),
-        "clip/high": Mean((result.high & units.counted).sum(), num_units),
+        "clip/any_token": Mean(_sum_where(outside, units.num_tokens), num_tokens),
+        "clip/binding_token": Mean(_sum_where(low | high, units.num_tokens), num_tokens),
+        "clip/low": _share(low, units.counted),
+        "clip/high": _share(high, units.counted),
     }
 
 
@@ -126,11 +125,13 @@ def _share(flags: Tensor, among: Tensor) -> Mean:
 def mismatch_metrics(drift: Drift, inputs: LossInputs) -> Metrics:
     """Return what trainer and sampler disagree by at the same weights, in nats."""
     mismatch = drift.mismatch.detach()
-    means = per_label(drift.documents.mismatch.detach(), inputs.label_counts)
+    sums = drift.documents.mismatch.detach()
+    means = per_label(sums, inputs.label_counts)
+    sum_of_absolutes = _counted(means.abs(), inputs).sum()
     num_documents = _counted(drift.valid, inputs).sum()
     return {
         "_mismatch_sq": Mean(mismatch.square().sum(), inputs.loss_mask.sum()),
-        "mismatch/abs_document": Mean(_counted(means.abs(), inputs).sum(), num_documents),
+        "mismatch/abs_document": Mean(sum_of_absolutes, num_documents),
     }
 
 
@@ -139,7 +140,7 @@ def correction_metrics(corrected: Corrected, units: Units) -> Metrics:
     num_units = units.counted.sum()
 
     def mean(values: Tensor) -> Mean:
-        return Mean(torch.where(units.counted, values, 0.0).sum(), num_units)
+        return Mean(_sum_where(units.counted, values), num_units)
 
     return {
         "correction/ratio_mean": mean(corrected.ratio),
@@ -147,7 +148,7 @@ def correction_metrics(corrected: Corrected, units: Units) -> Metrics:
         "correction/weight_mean": mean(corrected.weights),
         "_correction_ratio_sq": mean(corrected.ratio.square()),
         "_correction_weight_sq": mean(corrected.weights.square()),
-        "correction/changed": Mean((corrected.changed & units.counted).sum(), num_units),
+        "correction/changed": _share(corrected.changed, units.counted),
     }
 
 
@@ -157,7 +158,7 @@ def token_metrics(logps: Tensor, entropy: Tensor, inputs: LossInputs) -> Metrics
     values = {"new_logps": logps, "old_logps": inputs.old_logps, "entropy": entropy}
     metrics: Metrics = {}
     for name, value in values.items():
-        metrics[name] = Mean(torch.where(inputs.loss_mask, value, 0.0).sum(), num_tokens)
+        metrics[name] = Mean(_sum_where(inputs.loss_mask, value), num_tokens)
     return metrics
 
 
@@ -166,14 +167,19 @@ def count_not_finite(
     inputs: LossInputs,
 ) -> NotFinite:
     """Count the documents taken out because a value of theirs is not finite, and their labels."""
-    taken_out = _counted((inputs.label_counts > 0) & ~valid, inputs)
-    tokens = torch.where(taken_out, inputs.label_counts, 0)
-    return NotFinite(taken_out.sum(), tokens.sum())
+    has_labels = inputs.label_counts > 0
+    taken_out = _counted(has_labels & ~valid, inputs)
+    return NotFinite(taken_out.sum(), _sum_where(taken_out, inputs.label_counts))
 
 
 def quarantine_metrics(not_finite: NotFinite) -> Metrics:
     """Return the number of documents taken out as a metric."""
     return {"quarantined_documents": Sum(not_finite.documents)}
+
+
+def _sum_where(flags: Tensor, values: Tensor) -> Tensor:  # []
+    """Add up the values that have a flag; no product, since 0 * inf is nan."""
+    return torch.where(flags, values, 0).sum()
 
 
 def _documents_with(
@@ -183,8 +189,10 @@ def _documents_with(
 ) -> Tensor:  # [N, D] bool
     """Return which documents counted here have a valid unit with each of N flags."""
     flagged = (flags & units.valid).to(units.weights.dtype)
-    hits = sums_at(flagged, units.document, inputs.label_counts.numel())
-    return _counted(units.complete(hits) > 0, inputs)
+    num_documents = inputs.label_counts.numel()
+    hits = sums_at(flagged, units.document, num_documents)
+    is_hit = units.complete(hits) > 0
+    return _counted(is_hit, inputs)
 
 
 def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
@@ -200,4 +208,5 @@ def _largest(
 ) -> Tensor:  # []
     """Return the largest valid value, -inf without any: a microbatch without labels."""
     picked = torch.where(valid, values, -torch.inf)
-    return torch.cat((picked, picked.new_full((1,), -torch.inf))).max()
+    none = picked.new_full((1,), -torch.inf)
+    return torch.cat((picked, none)).max()

@@ -119,8 +119,8 @@ def document_ratio(
     """
     units = document_units(drift, weights, inputs)
     num_tokens = units.num_tokens.clamp(min=1).to(units.log_ratio.dtype)
-    scale = num_tokens ** (1 - length_exponent)
-    return _bounded(units, units.log_ratio * scale, -bound, bound)
+    exponent = units.log_ratio * num_tokens ** (1 - length_exponent)
+    return _bounded(units, exponent, -bound, bound)
 
 
 def segment_ratio(
@@ -206,7 +206,8 @@ def mixed_ratio(
 def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
     """Return ``sg(mean l) + l_t - sg(l_t)``: the document's mean, with the token's own gradient."""
     means = per_label(drift.documents.log_ratio.detach(), inputs.label_counts)
-    return means[units.document] + (units.log_ratio - units.log_ratio.detach())
+    gradient_alone = units.log_ratio - units.log_ratio.detach()
+    return means[units.document] + gradient_alone
 
 
 def _bounded(units: Units, exponent: Tensor, low: float, high: float) -> RatioTerms:

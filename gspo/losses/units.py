@@ -113,7 +113,8 @@ def document_sums(
     """
     picked = torch.where(inputs.loss_mask, values, 0.0)  # not a product: -inf * 0 is nan
     num_documents = inputs.label_counts.numel()
-    return inputs.complete(sums_at(picked, inputs.document_index, num_documents))
+    sums = sums_at(picked, inputs.document_index, num_documents)
+    return inputs.complete(sums)
 
 
 def document_means(
@@ -138,7 +139,8 @@ def sums_at(
     size: int,
 ) -> Tensor:  # [..., size]
     """Add up the values that have the same index."""
-    return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
+    zeros = values.new_zeros(*values.shape[:-1], size)
+    return zeros.index_add(-1, index, values)
 
 
 def count_once(
@@ -203,8 +205,10 @@ def _sums(
     if inputs.segments is None:
         return None, document_sums(tokens, inputs)
     owner = inputs.segments.document
-    segments = inputs.complete(sums_at(tokens, inputs.segments.index, owner.numel()))
-    return segments, sums_at(segments, owner, inputs.label_counts.numel())
+    here = sums_at(tokens, inputs.segments.index, owner.numel())
+    segments = inputs.complete(here)
+    documents = sums_at(segments, owner, inputs.label_counts.numel())
+    return segments, documents
 
 
 def _valid_documents(
