@@ -1,4 +1,4 @@
-"""A loss as a user writes one: the two methods that the README names, and a metric of its own."""
+"""A loss as a user writes one: the two methods of docs/tutorial.md, plain pairs as its results."""
 
 import torch
 
