@@ -1,4 +1,4 @@
-"""What a benchmark ran on and with, for its report."""
+"""The machine and the versions that a benchmark ran on, for its report."""
 
 import datetime
 import platform
@@ -8,10 +8,8 @@ import torch
 
 
 def hardware() -> dict[str, str | int]:
-    """Date, processor, threads and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    """Return date, processor, threads and versions."""
+    models = _processor_models()
     return {
         "date": str(datetime.date.today()),
         "cpu": models[0] if models else platform.processor(),
@@ -20,3 +18,16 @@ def hardware() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _processor_models() -> list[str]:
+    """Return the model name of each core; none where there is no ``/proc``."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return []
+    models = []
+    for line in path.read_text().splitlines():
+        if line.startswith("model name"):
+            _, name = line.split(":", 1)
+            models.append(name.strip())
+    return models
