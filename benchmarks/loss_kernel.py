@@ -1,11 +1,12 @@
 """Time, memory and error of loss heads, beside other packages' and plain torch.
 
-    python benchmarks/loss_kernel.py --device cpu \\
-        --json benchmarks/results/DATE-loss_kernel-cpu.json
+    python benchmarks/loss_kernel.py --device cpu --json benchmarks/results/DATE-loss_kernel.json
 
-Forward and backward are measured together. Every provider (``loss_kernel_providers.py``) gets the same hidden states, head and documents
-(``loss_kernel_cases.py``) and computes the same clipped objective, at a ratio near 1, so that the
-gradient is known: ``-advantage / (documents x tokens of the document)`` per log-probability.
+Forward and backward are measured together. Every provider (``loss_kernel_providers.py``) gets the
+same hidden states, head and documents (``loss_kernel_cases.py``) and computes the same clipped
+objective, at a ratio near 1, so that the gradient is known: ``-advantage / (documents x tokens of
+the document)`` per log-probability.
+
 Documents are log-normal in length and packed; those that take ``[B, S]`` rows only get documents of
 one length instead, as many tokens in all and without padding. Logits are as sharp as a trained
 model's (mean top probability 0.8). ``f`` is the share of documents without advantage, ``m`` the
@@ -191,7 +192,7 @@ def time_in_turn(calls: list[Call], rounds: int, *, description: str) -> None:
 
 
 def table(rows: list[dict]) -> None:
-    """Print the rows of one shape, their ratios to eager in the same case, and what skipping saves."""
+    """Print the rows of one shape, with ratios to eager, and what skipping saves."""
     times = {(row["provider"], row["m"], row["f"]): row["ms_median"] for row in rows}
     for m, f in CASES:
         print(f"m {m}, f {f}")

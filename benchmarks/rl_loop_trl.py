@@ -1,9 +1,10 @@
 """The loop of ``rl_loop.py`` by TRL's ``GRPOTrainer``, for ``rl_loop.py --trl``.
 
-The same shape, reward, objective and optimizer, with what was fastest of TRL's settings on a CPU: one forward for all
-rows, no gradient checkpointing, no reference model, no logs, and ``generate`` with its cache and nothing to stop at, so
-that every completion has its five tokens. With ``compiled`` the decoder is compiled in place, for sampling too: faster
-than the trainer's ``torch_compile``. Two things are left as TRL has them: the old log-probabilities come from one more
+The same shape, reward, objective and optimizer, with what was fastest of TRL's settings on a CPU:
+one forward for all rows, no gradient checkpointing, no reference model, no logs, and ``generate``
+with its cache and nothing to stop at, so that every completion has its five tokens. With
+``compiled`` the decoder is compiled in place, for sampling too: faster than the trainer's
+``torch_compile``. Two things are left as TRL has them: the old log-probabilities come from one more
 forward, because ``generate`` returns none, and dead groups are trained.
 """
 
@@ -28,7 +29,9 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-PARTS = {  # by the trainer's methods; the first contains the others and the forward for the old log-probabilities
+# By the trainer's methods; the first contains the others and the forward for the old
+# log-probabilities.
+PARTS = {
     "rollout": "_generate_and_score_completions",
     "sample": "_generate_single_turn",
     "score": "_calculate_rewards",
@@ -36,8 +39,12 @@ PARTS = {  # by the trainer's methods; the first contains the others and the for
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One character a token; the ids that TRL wants for padding and for the end are beyond the model's vocabulary."""
-    characters = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ALPHABET)}))
+    """Return a tokenizer of one character a token.
+
+    The ids that TRL wants for padding and for the end are beyond the model's vocabulary.
+    """
+    ids = {character: i for i, character in enumerate(ALPHABET)}
+    characters = Tokenizer(models.WordLevel(ids))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -46,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(*, compiled: bool) -> Qwen2ForCausalLM:
-    """A transformers Qwen2 of ``rl_loop.SHAPE``, with the attention that is faster at eleven tokens."""
+    """Return a Qwen2 of ``rl_loop.SHAPE``, with the attention that is faster at eleven tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=SHAPE["vocab_size"],
@@ -66,20 +73,25 @@ def build_model(*, compiled: bool) -> Qwen2ForCausalLM:
 
 
 def reward(completions: list[str], completion_ids: list[list[int]], **_) -> list[float]:
-    """The coin, after a look at what was sampled."""
-    assert [len(ids) for ids in completion_ids] == [ANSWER_TOKENS] * NUM_PROMPTS * GROUP_SIZE
-    return [float(bool(re.fullmatch(coin(0.5), completion))) for completion in completions]
+    """Return the coin's rewards, after a look that every completion has its five tokens."""
+    lengths = [len(ids) for ids in completion_ids]
+    assert lengths == [ANSWER_TOKENS] * NUM_PROMPTS * GROUP_SIZE
+    pattern = coin(0.5)
+    return [float(bool(re.fullmatch(pattern, completion))) for completion in completions]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each rollout and its updates, from the end of the last update to the end of the next rollout's."""
+    """Measures each rollout with its updates.
+
+    From the end of the last update to the end of the next rollout's last update.
+    """
 
     def __init__(self) -> None:
         self.runs: list[dict[str, float]] = []
         self._parts: dict[str, float] = {}
 
     def timed(self, part: str, method: Callable) -> Callable:
-        """The method, its seconds kept under ``part``."""
+        """Return the method, with its seconds kept under ``part``."""
 
         def call(*args, **kwargs):
             start = time.perf_counter()
@@ -90,58 +102,33 @@ class Clock(TrainerCallback):
         return call
 
     def on_train_begin(self, *_, **__) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._last = time.perf_counter()
 
     def on_step_end(self, args, state, *_, **__) -> None:
-        """Reads the clock after the last update of a rollout."""
+        """Read the clock after the last update of a rollout."""
         if state.global_step % UPDATES:
             return
         now = time.perf_counter()
         total = now - self._last
-        self.runs.append({"total": total, "update": total - self._parts["rollout"], **self._parts})
+        update = total - self._parts["rollout"]
+        self.runs.append({"total": total, "update": update, **self._parts})
         self._last = now
 
 
 def run(rollouts: int, *, compiled: bool) -> list[dict[str, float]]:
-    """Seconds by part of each rollout; the first few are a warm-up."""
+    """Return the seconds by part of each rollout; the first few are a warm-up."""
     # TRL's head takes 32,768 logits at a time: 335 MB of buffer, for 64 of them.
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = SHAPE["vocab_size"]
     prompts = Prompts()
-    dataset = Dataset.from_dict(
-        {"prompt": [prompts.next().text for _ in range(rollouts * NUM_PROMPTS)]}
-    )
+    texts = [prompts.next().text for _ in range(rollouts * NUM_PROMPTS)]
+    dataset = Dataset.from_dict({"prompt": texts})
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=NUM_PROMPTS * GROUP_SIZE,
-            gradient_checkpointing=False,
-            num_generations=GROUP_SIZE,
-            max_completion_length=ANSWER_TOKENS,
-            generation_kwargs={"eos_token_id": None},
-            num_iterations=UPDATES,
-            max_steps=UPDATES * rollouts,
-            loss_type="grpo",  # with the next, GSPO as TRL's documentation states it
-            importance_sampling_level="sequence",
-            epsilon=3e-4,
-            epsilon_high=4e-4,
-            optim="adamw_torch_fused",
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
         trainer = GRPOTrainer(
             build_model(compiled=compiled),
             reward,
-            args=config,
+            args=settings(folder, rollouts),
             train_dataset=dataset,
             processing_class=build_tokenizer(),
             callbacks=[clock],
@@ -151,3 +138,32 @@ def run(rollouts: int, *, compiled: bool) -> list[dict[str, float]]:
             setattr(trainer, method, clock.timed(part, getattr(trainer, method)))
         trainer.train()
     return [{**seconds, "live": NUM_PROMPTS * GROUP_SIZE} for seconds in clock.runs]
+
+
+def settings(folder: str, rollouts: int) -> GRPOConfig:
+    """Return TRL's settings for GSPO on a CPU, the fastest of them."""
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=NUM_PROMPTS * GROUP_SIZE,
+        gradient_checkpointing=False,
+        num_generations=GROUP_SIZE,
+        max_completion_length=ANSWER_TOKENS,
+        generation_kwargs={"eos_token_id": None},
+        num_iterations=UPDATES,
+        max_steps=UPDATES * rollouts,
+        loss_type="grpo",  # with the next, GSPO as TRL's documentation states it
+        importance_sampling_level="sequence",
+        epsilon=3e-4,
+        epsilon_high=4e-4,
+        optim="adamw_torch_fused",
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
