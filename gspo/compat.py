@@ -143,7 +143,8 @@ def join_fake_group(world_size: int) -> None:
 
 def group_size(name: str) -> int:
     """Return the number of ranks in a process group, by the name that collectives pass on."""
-    return torch._C._distributed_c10d._resolve_process_group(name).size()
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group
+    return resolve(name).size()
 
 
 def unboxed_group_size(boxed: torch.ScriptObject) -> int:

@@ -361,7 +361,6 @@ class _Step:
         self._tracker.phase = IN_UPDATE
         grad_norm = clip_gradients(self._policy, math.inf)
         step_if_finite(self._optimizer, grad_norm)
-        self._optimizer.zero_grad(set_to_none=True)
         self._transfers[UPDATE] = self._tracker.take_transfers()
 
     def _sync(self) -> None:
