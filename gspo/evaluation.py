@@ -86,7 +86,7 @@ def _draw(
 def _score(
     pool: RewardPool, prompts: list[Prompt], completions: Sequence[list[Completion]]
 ) -> _Scores:
-    groups = []
+    groups: list[Group] = []
     for prompt, group in zip(prompts, completions, strict=True):
         groups.append(Group(len(groups), prompt, group))
     result = pool.score(reward_items(groups))

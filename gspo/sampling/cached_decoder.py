@@ -184,13 +184,13 @@ class CachedDecoder:
         tables: dict[Rotary | None, Tensor] = {}
         for rotary in self.rotaries:
             tables[rotary] = rotary.table[:num_columns].repeat(num_rows, 1, 1)
-        num_layers = len(self.layers)
+        last_index = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             projected = layer.project(x, tables.get(layer.rotary))
             q, k, v = (heads.unflatten(0, (num_rows, -1)).transpose(1, 2) for heads in projected)
             cache.keys[index][rows] = k
             cache.values[index][rows] = v
-            if index + 1 < num_layers:
+            if index < last_index:
                 x = layer.finish(x, layer.attend_causally(q, k, v))
         # After the last layer's keys and values only the last token of each prompt is of use.
         last = torch.arange(num_rows, device=tokens.device), cache.positions[rows] - 1
@@ -236,7 +236,7 @@ class CachedDecoder:
         return logits if bias is None else logits + bias
 
 
-def _head_of(decoder: TransformerDecoder) -> nn.Module:
+def _head_of(decoder: TransformerDecoder) -> Any:
     """Return the module with the output weight, the token embedding where that is tied."""
     output = decoder.output
     return output.tied_module if isinstance(output, TiedLinear) else output

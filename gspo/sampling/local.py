@@ -337,7 +337,7 @@ def _choose_stops(tokenizer: Any, stop_token_ids: list[int] | None) -> set[int]:
 
 
 def _special_tokens(tokenizer: Any) -> set[int]:
-    ids = list(special_ids(tokenizer).values())
+    ids: list[int | None] = list(special_ids(tokenizer).values())
     ids += [getattr(tokenizer, name, None) for name in ("bos_id", "eos_id", "pad_id")]
     return {int(token) for token in ids if token is not None}
 

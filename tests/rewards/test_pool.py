@@ -248,8 +248,8 @@ def test_full_reward_is_what_can_be_gained():
         ({"r": {"function": "reward"}}, r"rewards\.r\.function: 'reward' is not a dotted path"),
         (
             {"r": {"function": "no_such_file.reward"}},
-            r"rewards\.r\.function: 'no_such_file.reward' .*No module named 'no_such_file'; looked in "
-            rf"{os.getcwd()}: run from the file's fo",
+            r"rewards\.r\.function: 'no_such_file.reward' .*No module named 'no_such_file'; "
+            rf"looked in {os.getcwd()}: run from the file's fo",
         ),
         (
             {"r": {"function": "gspo.rewards.exact_mach"}},
