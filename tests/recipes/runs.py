@@ -8,8 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gspo.config.checks import check_config
-from gspo.config.command_line import read_command_line
+from gspo.config import Settings, check, read_command_line
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "gspo_full_finetune.py"
@@ -54,9 +53,7 @@ def command_line(*arguments, config="gspo"):
 def build(recipe, monkeypatch, *arguments, config="gspo"):
     """A recipe object, not yet set up."""
     monkeypatch.setattr(sys, "argv", command_line(*arguments, config=config))
-    keys = {"required": recipe.REQUIRED_KEYS, "optional": recipe.OPTIONAL_KEYS}
-    cfg = check_config(read_command_line(), **keys, sections=recipe.SECTIONS, passed=recipe.PASSED)
-    return recipe.GSPOFullFinetuneRecipe(cfg)
+    return recipe.GSPOFullFinetuneRecipe(check(read_command_line(), Settings))
 
 
 def shell(*command, path, cwd, **environment):

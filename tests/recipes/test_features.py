@@ -309,7 +309,7 @@ def test_late_document_is_written_once_for_all_ppo_epochs(run, recipe, monkeypat
     monkeypatch.setattr(recipe.Microbatch, "prepare", spoil_the_first)
     code, output = run("ppo_epochs=2", "num_steps=4")
     assert [r["quarantined_documents"] for r in finish((code, output))] == [1] * 4
-    assert [r["step"] for r in lines(output / "quarantine_rank0.jsonl")] == [0, 2]
+    assert [r["step"] for r in lines(output / "quarantine_rank0.jsonl")] == [1, 3]
 
 
 def test_reference_policy_starts_where_the_policy_does(run):
@@ -400,7 +400,7 @@ def test_every_microbatch_is_divided_by_the_totals_of_the_step(run, recipe, monk
         )
         return accumulate_gradients(policy, microbatches, denominator, **options)
 
-    monkeypatch.setattr(recipe, "accumulate_gradients", spy)
+    monkeypatch.setattr(recipe.update, "accumulate_gradients", spy)
     options = [
         "docs_per_step=40",
         "packing.tokens_per_microbatch=256",

@@ -127,7 +127,7 @@ def test_copies_run_from_the_users_folder(installed, base, folder):
     arguments = overrides(base, "out", reward="my_rewards.variety")
     assert_trained(shell(TUNE, *command, *arguments, path=installed, cwd=folder), folder / "out")
 
-    line = "        self._optimizer.zero_grad(set_to_none=True)\n"
+    line = "        state.finish_step(moved, grad_norm, max_skipped=cfg.max_skipped_steps)\n"
     edited = recipe.read_text().replace(line, line + "        grad_norm = 1234.0\n")
     assert edited != recipe.read_text()
     recipe.write_text(edited)

@@ -57,7 +57,7 @@ def test_a_loss_named_beside_a_preset_stands(base, tmp_path, monkeypatch, preset
     more = () if preset_in_file else ("preset=dapo",)
     monkeypatch.setattr("sys.argv", ["recipe"])
     cfg = read_checked([str(file), *more, "loss=gspo.losses.FSPOLoss", "loss.clip_high=0.7"])
-    assert dict(cfg.loss) == {"_component_": "gspo.losses.FSPOLoss", "clip_high": 0.7}
+    assert cfg.loss == {"_component_": "gspo.losses.FSPOLoss", "clip_high": 0.7}
 
 
 def test_penalties_of_the_file_stay_with_a_preset(base, tmp_path, monkeypatch):

@@ -123,19 +123,14 @@ def test_dump_has_what_the_step_was_made_of(run):
         assert (m.batch.temperature == 1).all() and m.batch.ids[0][0].startswith("train.jsonl:")
     metadata = found.metadata
     assert metadata["config"]["loss"]["clip_low"] == 0.03 and metadata["config"]["group_size"] == 2
-    assert metadata["sampling"] == {
-        "temperature": 1.0,
-        "max_new_tokens": 10,
-        "top_p": 1.0,
-        "top_k": 0,
-    }
+    assert metadata["sampling"] == {"temperature": 1.0, "max_new_tokens": 10}
     assert metadata["seed"] == 0 and metadata["metrics"]["kl_ref"] > 0
     assert metadata["num_documents"] == sum(m.batch.num_documents for m in found.microbatches)
 
 
 @pytest.mark.parametrize("most", [10, 3])
 def test_quarantined_document_is_dumped_and_named(run, recipe, monkeypatch, capsys, most):
-    monkeypatch.setattr(recipe, "MOST_SPOILED_DUMPS", most)
+    monkeypatch.setattr("gspo.run.folder.MAX_SPOILED_DUMPS", most)
     prepare = recipe.Microbatch.prepare
 
     def spoil_the_first(batch, device, context):

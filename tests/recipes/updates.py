@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gspo import parallel
+from gspo import update as update_module
 from gspo.data.layout import Document, pack_documents
 from gspo.data.steps import StepBatches
 from gspo.errors import InputError
@@ -50,26 +51,25 @@ def update(recipe, how):
         del kept[SPOILED]
     elif how == "infinite_old_logps":
         kept[SPOILED] = replace(kept[SPOILED], logps=[*kept[SPOILED].logps[:-1], float("inf")])
-    rank, num_ranks = parallel.data_parallel_rank(recipe._mesh)
-    mine = kept[rank::num_ranks]
+    ranks = recipe._ranks
+    mine = kept[ranks.data_rank :: ranks.num_data_ranks]
     batches = [pack_documents(mine[i::2], 16) for i in (0, 1)]
     totals = [len(kept), sum(len(d.logps) for d in kept)]
     found = {}
-    step = recipe._optimizer_step
+    clip = update_module.clip_gradients
 
-    def keep_gradient():
+    def keep_gradient(policy, max_norm):
         found["grads"] = {
-            n: p.grad.full_tensor().clone().numpy()
-            for n, p in recipe._policy.decoder.named_parameters()
+            n: p.grad.full_tensor().clone().numpy() for n, p in policy.decoder.named_parameters()
         }
-        return step()
+        return clip(policy, max_norm)
 
-    recipe._optimizer_step, recipe._after_step = keep_gradient, lambda values: found.update(values)
+    update_module.clip_gradients = keep_gradient
     try:
         microbatches = [recipe._prepare(b) for b in batches]
-        recipe._update(microbatches, StepBatches(batches, *totals), [])
+        found |= recipe._update(microbatches, StepBatches(batches, *totals), [])
     finally:
-        recipe._optimizer_step = step
+        update_module.clip_gradients = clip
     return found
 
 
@@ -105,11 +105,11 @@ def skipped(base, output_dir, *more):
         if dist.get_rank() == rank:
             next(iter(recipe._policy.parameters())).grad.to_local().view(-1)[:1] = float("inf")
         try:
-            recipe._optimizer_step()
+            recipe._move_weights()
             message = None
         except InputError as error:
             message = str(error)
-    counts = {"num_skipped": recipe._num_skipped, "message": message, "pid": os.getpid()}
+    counts = {"num_skipped": recipe._state.num_skipped, "message": message, "pid": os.getpid()}
     return {
         "nan": nan["grad_norm"],
         "quarantined": nan["quarantined_documents"],
@@ -129,6 +129,8 @@ def seeds(base, output_dir):
         recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", option)
         drawn = found[option] = []
         recipe._optimizer.step = lambda drawn=drawn: drawn.append(torch.initial_seed())
+        for p in recipe._policy.parameters():
+            p.grad = torch.zeros_like(p)
         for _ in range(2):
-            recipe._optimizer_step()
+            recipe._move_weights()
     return found
