@@ -230,7 +230,7 @@ class GSPOFullFinetuneRecipe:
         if sums.has_not_finite:
             values["loss"] *= update.take_out(self._policy, sums.not_finite, step, denominator)
             self._run.write_late(self._policy, microbatches, step)
-        values["lr"] = float(training.get_lr(self._optimizer))  # of this step: the schedule moves on
+        values["lr"] = float(training.get_lr(self._optimizer))  # before the schedule moves on
         if self._run.dumps_now(spoiled=sums.has_not_finite):
             self._run.dump(self._policy, microbatches, step, values)
         values |= self._move_weights()

@@ -3,17 +3,19 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Annotated, Any, Optional
 
 import pytest
 from omegaconf import OmegaConf
+from pydantic import Field
 from torch import Tensor
 
-from gspo.config.checks import check_config, refusals, require
-from gspo.config.command_line import parse, read_command_line, show_errors
-from gspo.errors import InputError
+from gspo.config import BaseSettings, Given, Section, parse, read_command_line, show_errors
+from gspo.config import check as check_config
+from gspo.config.checks import component_problems, refusals
+from gspo.config.ranges import AboveZero, CountOrZero, OptionalComponent
+from gspo.errors import NO_VALUE, DataError, InputError, require
 
 
 class TinyOptimizer:
@@ -32,24 +34,35 @@ def annotated(
 ): ...
 
 
-@dataclass
-class Knobs:
-    temperature: float = 1.0
-    top_p: float = 1.0
+class Knobs(Section):
+    temperature: AboveZero = Field(1.0)
+    top_p: AboveZero = Field(1.0)
+
+
+class Evaluation(Section):
+    every_n_steps: CountOrZero = Field(0)
+    num_samples: CountOrZero = Field(4)
+
+
+class Depth(Section):
+    depth: Any = None
+
+
+class Small(BaseSettings):
+    seed: CountOrZero
+    group_size: CountOrZero
+    optimizer: Annotated[OptionalComponent, Given(("params",))] = None
+    readers: Any = None
+    sampling: Knobs = Field(Knobs())
+    eval: Evaluation = Field(Evaluation())
+    output_dir: Any = None
+    extra: Depth = Field(Depth())
 
 
 def any_arguments(**kwargs): ...
 
 
 ROOT = Path(__file__).parents[2]
-REQUIRED = ("seed", "group_size")
-OPTIONAL = {
-    "optimizer": None,
-    "readers": None,
-    "sampling": {},
-    "eval": {"every_n_steps": 0, "num_samples": 4},
-    "output_dir": None,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +70,8 @@ def importable_here(monkeypatch):
     monkeypatch.setitem(sys.modules, "config_components", sys.modules[__name__])
 
 
-def check(text, **kwargs):
-    options = {
-        "required": REQUIRED,
-        "optional": OPTIONAL | {"extra": None},
-        "sections": {"sampling": Knobs, "extra": ("depth",)},
-        "passed": {"optimizer": ("params",), "readers.0": ("weight",)},
-    }
-    return check_config(OmegaConf.create("seed: 1\ngroup_size: 4\n" + text), **(options | kwargs))
+def check(text):
+    return check_config(OmegaConf.create("seed: 1\ngroup_size: 4\n" + text), Small)
 
 
 def optimizer(path="config_components.TinyOptimizer", **arguments):
@@ -89,7 +96,7 @@ def optimizer(path="config_components.TinyOptimizer", **arguments):
         ),
         "sampling: {temperature: 0.7}",
         "extra: {depth: 2}",
-        "readers: [{_component_: gspo.errors.did_you_mean, name: a, choices: [b], weight: 2}]",
+        "readers: [{_component_: gspo.errors.did_you_mean, name: a, choices: [b]}]",
         "output_dir: /x/${seed}",
     ],
 )
@@ -102,71 +109,71 @@ def test_check_config_accepts_what_fits(text):
     [
         (
             "clip: 4",
-            "clip: unknown key. There are: eval, extra, group_size, optimizer, output_dir, readers, sampling, seed.",
+            "clip: unknown key; there are: eval, extra, group_size, optimizer, output_dir, readers, sampling, seed.",
         ),
         (
             "grupo_size: 8",
-            "grupo_size: unknown key. Did you mean 'group_size'?",
+            "grupo_size: unknown key; did you mean 'group_size'?",
         ),  # also where the right one is given
-        ("outputdir: x", "outputdir: unknown key. Did you mean 'output_dir'?"),
+        ("outputdir: x", "outputdir: unknown key; did you mean 'output_dir'?"),
         (
             "output_dir: ${sead}",
-            "output_dir: Interpolation key 'sead' not found; set or correct the value",
+            "output_dir: Interpolation key 'sead' not found; set or correct it",
         ),
         (
             "sampling: {temprature: 0.7}",
-            "sampling.temprature: unknown, Knobs takes no such argument. Did you mean 'temperature'?",
+            "sampling.temprature: unknown key; did you mean 'temperature'?",
         ),
-        ("sampling: 0.7", "sampling: 0.7, but it must be a mapping of keys to values"),
-        ("eval: null", "eval: None, but it must be a mapping of keys to values"),
-        ("extra: {dept: 2}", "extra.dept: unknown key. Did you mean 'depth'?"),
+        ("sampling: 0.7", "sampling: 0.7 must be a mapping of keys to values"),
+        ("eval: null", "eval: None must be a mapping of keys to values"),
+        ("extra: {dept: 2}", "extra.dept: unknown key; did you mean 'depth'?"),
         (
             "eval: {every_n_step: 2}",
-            "eval.every_n_step: unknown key. Did you mean 'every_n_steps'?",
+            "eval.every_n_step: unknown key; did you mean 'every_n_steps'?",
         ),
         (
             optimizer("config_components.TinyOptimiser"),
-            "optimizer._component_: 'config_components.TinyOptimiser', but config_components has no 'TinyOptimiser'. "
-            "Did you mean 'TinyOptimizer'?",
+            "optimizer._component_: 'config_components.TinyOptimiser' does not exist: config_components "
+            "has no 'TinyOptimiser'; did you mean 'TinyOptimizer'?",
         ),
         (
             optimizer("gspo.config_.check_config"),
-            "optimizer._component_: 'gspo.config_.check_config', but gspo has no 'config_'. Did you mean 'config'?",
+            "optimizer._component_: 'gspo.config_.check_config' does not exist: gspo has no 'config_'; did you mean 'config'?",
         ),
         (
             optimizer("torhc.optim.AdamW"),
-            "optimizer._component_: 'torhc.optim.AdamW', but there is no module 'torhc' installed or in "
-            f"{os.getcwd()}; run from its folder or set PYTHONPATH. Did you mean 'torch'?",
+            "optimizer._component_: 'torhc.optim.AdamW' does not exist: no module 'torhc' is installed or in "
+            f"{os.getcwd()}; did you mean 'torch'? Else run from its folder or set PYTHONPATH",
         ),
         (
             optimizer("my_own_file.Loss"),
-            "optimizer._component_: 'my_own_file.Loss', but there is no module 'my_own_file' installed or in "
-            f"{os.getcwd()}; run from its folder or set PYTHONPATH.",
+            "optimizer._component_: 'my_own_file.Loss' does not exist: no module 'my_own_file' is "
+            f"installed or in {os.getcwd()}; run from its folder or set PYTHONPATH",
         ),
         (
             optimizer("torch.optim"),
-            "optimizer._component_: 'torch.optim' is a module, but it must be a class or a function.",
+            "optimizer._component_: 'torch.optim' is a module, but it must be a class or a function;",
         ),
         (
             optimizer(""),
-            "optimizer._component_: '', but it must be a dotted path such as gspo.losses.GSPOLoss",
+            "optimizer._component_: '' must be a dotted path such as gspo.losses.GSPOLoss",
         ),
         (
             optimizer(".a"),
-            "optimizer._component_: '.a', but it must be a dotted path such as gspo.losses.GSPOLoss",
+            "optimizer._component_: '.a' must be a dotted path such as gspo.losses.GSPOLoss",
         ),
         (
             optimizer(3),
-            "optimizer._component_: 3, but it must be a dotted path such as gspo.losses.GSPOLoss",
+            "optimizer._component_: 3 must be a dotted path such as gspo.losses.GSPOLoss",
         ),
         (
             optimizer(weight_decya=0.1),
-            "optimizer.weight_decya: unknown, TinyOptimizer takes no such argument. Did you mean 'weight_decay'?",
+            "optimizer.weight_decya: unknown, TinyOptimizer takes no such argument; did you mean 'weight_decay'?",
         ),
         *(
             (
                 optimizer("config_components.annotated", **{name: value}),
-                f"optimizer.{name}: {value!r}, but annotated takes a number; write one like 1e-5, unquoted",
+                f"optimizer.{name}: {value!r} is no number, as annotated takes; write one like 1e-5, unq",
             )
             for name, value in (
                 ("whole", "1"),
@@ -178,9 +185,9 @@ def test_check_config_accepts_what_fits(text):
         ),
         (
             optimizer(weight_decay="1e-5"),
-            "optimizer.weight_decay: '1e-5', but TinyOptimizer takes a number;",
+            "optimizer.weight_decay: '1e-5' is no number, as TinyOptimizer takes;",
         ),
-        ("sampling: {temperature: hot}", "sampling.temperature: 'hot', but Knobs takes a number;"),
+        ("sampling: {temperature: hot}", "sampling.temperature: 'hot' must be a number above 0;"),
         (
             "optimizer: {_component_: config_components.TinyOptimizer}",
             "optimizer.lr: missing, but TinyOptimizer needs it; set it in the config",
@@ -202,18 +209,28 @@ def test_check_config_fills_in_defaults_key_by_key():
     given = OmegaConf.create(
         {"seed": 1, "group_size": 4, "eval": {"num_samples": 9}, "output_dir": "/x/${seed}"}
     )
-    merged = check_config(given, required=REQUIRED, optional=OPTIONAL)
-    assert merged.eval == {"every_n_steps": 0, "num_samples": 9}
-    assert merged.optimizer is None
-    assert OmegaConf.to_container(merged)["output_dir"] == "/x/${seed}"
+    settings = check_config(given, Small)
+    assert settings.eval == Evaluation(every_n_steps=0, num_samples=9)
+    assert settings.optimizer is None
+    assert settings.output_dir == "/x/1"
     assert "optimizer" not in given
 
 
-def test_check_config_leaves_missing_arguments_alone_unless_told_which_are_passed():
-    text = "optimizer: {_component_: config_components.TinyOptimizer}"
-    check(text, passed=None)
-    with pytest.raises(InputError, match=r"optimizer\.params: missing, .*\noptimizer\.lr: missing"):
-        check(text, passed={})
+def test_missing_arguments_are_left_alone_unless_told_which_are_passed():
+    values = {"optimizer": {"_component_": "config_components.TinyOptimizer"}}
+    assert not list(component_problems(values, None))
+    keys = [problem.key for problem in component_problems(values, {})]
+    assert keys == ["optimizer.params", "optimizer.lr"]
+
+
+def test_settings_of_a_copied_recipe_add_keys():
+    class Mine(Small):
+        floor: CountOrZero = Field(3)
+
+    text = OmegaConf.create({"seed": 1, "group_size": 4, "floor": 5})
+    assert check_config(text, Mine).floor == 5
+    with pytest.raises(InputError, match="^floor: unknown key"):
+        check_config(text, Small)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +243,14 @@ def test_check_config_leaves_missing_arguments_alone_unless_told_which_are_passe
         ),
         (
             {"group_size": "???"},
-            "group_size: Missing mandatory value: group_size; set or correct the value",
+            "group_size: Missing mandatory value: group_size; set or correct it",
         ),
     ],
     ids=["absent", "null", "mandatory"],
 )
 def test_check_config_names_a_required_key_without_a_value(values, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        check_config(OmegaConf.create({"seed": 1, **values}), required=REQUIRED)
+        check_config(OmegaConf.create({"seed": 1, **values}), Small)
 
 
 def test_check_config_tells_a_broken_module_from_a_wrong_path(tmp_path, monkeypatch):
@@ -267,12 +284,11 @@ def test_require_says_key_value_rule_and_remedy():
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (InputError("source: a does not exist"), "prompts.source: a does not exist"),
-        (InputError("train.jsonl:2: not JSON"), "train.jsonl:2: not JSON"),
-        (InputError("loss.kl_coef is -1: it must"), "loss.kl_coef is -1: it must"),
+        (InputError("source", "a", "does not exist"), "prompts.source: 'a' does not exist"),
+        (DataError("train.jsonl:2", "{", "is not JSON"), "train.jsonl:2: '{' is not JSON"),
         (KeyError("a"), "prompts: KeyError: 'a'; correct it"),
     ],
-    ids=["argument", "file", "key", "library"],
+    ids=["argument", "place", "library"],
 )
 def test_refusals_name_the_key(error, message):
     with pytest.raises(InputError) as caught, refusals("prompts", "correct it"):
@@ -314,27 +330,27 @@ TEXT_WITH_A_VARIABLE = "seed: 1\ngroup_size: 4\ndata_dir: /x\noutput_dir: ${data
 @pytest.mark.parametrize("override", ["output_dir=/z", "output_dir=null", "~output_dir"])
 def test_variable_whose_last_use_is_overridden_is_known(command_line, override):
     command_line(TEXT_WITH_A_VARIABLE, override)
-    check_config(read_command_line(), required=REQUIRED, optional=OPTIONAL)
+    check_config(read_command_line(), Small)
     command_line(TEXT_WITH_A_VARIABLE, override, "data_dri=/z")
-    with pytest.raises(InputError, match=r"^data_dri: unknown key\.[^\n]*$"):
-        check_config(read_command_line(), required=REQUIRED, optional=OPTIONAL)
+    with pytest.raises(InputError, match=r"^data_dri: unknown key;[^\n]*$"):
+        check_config(read_command_line(), Small)
 
 
 @pytest.mark.parametrize(
     ("text", "override", "message"),
     [
-        ("a: [1", "a=1", "cannot read the config: while parsing a flow sequence"),
-        ("- 1", "a=1", "cannot read the config: "),
+        ("a: [1", "a=1", "--config: cannot be read: while parsing a flow sequence"),
+        ("- 1", "a=1", "--config: cannot be read: "),
         (
             "a: 1",
             "a",
-            "cannot read the config: Command-line overrides must be in the form of key=value, got a",
+            "--config: cannot be read: Command-line overrides must be in the form of key=value, got a",
         ),
-        ("a: 1", "~b", "cannot read the config: Could not find key b in yaml config to remove"),
+        ("a: 1", "~b", "--config: cannot be read: Could not find key b in yaml config to remove"),
         (
             "a: 1",
             "--a=1",
-            "cannot read the config: Additional flag arguments not supported: ['--a=1']",
+            "--config: cannot be read: Additional flag arguments not supported: ['--a=1']",
         ),
     ],
 )
@@ -347,7 +363,7 @@ def test_read_command_line_explains_bad_input(command_line, text, override, mess
 def test_read_command_line_names_a_missing_file(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", "tiny/gpso"])
     with pytest.raises(
-        InputError, match="no such file or registered config: .*tiny/gpso; see `tune ls`"
+        InputError, match="tiny/gpso' is no file and no registered config; see `tune ls`"
     ):
         read_command_line()
 
@@ -365,7 +381,7 @@ def test_show_errors_prints_the_message_and_exits_with_1(
 
     @show_errors
     def main():
-        raise InputError("a: 1\nsecond line")
+        raise InputError("a", NO_VALUE, "1\nsecond line")
 
     with pytest.raises(SystemExit) as caught:
         main()
@@ -383,17 +399,23 @@ def test_show_errors_lets_other_exceptions_and_results_pass():
         show_errors(lambda: 1 / 0)()
 
 
-def test_parse_gives_main_its_config_and_exits_with_its_result(command_line):
-    command_line("a: 1", "a=5")
+def test_parse_gives_main_its_settings_and_exits_with_its_result(command_line):
+    command_line("seed: 1\ngroup_size: 4", "group_size=5")
+    main = parse(Small)(lambda cfg: cfg.group_size + 1)
+    assert main.settings is Small
     with pytest.raises(SystemExit) as caught:
-        parse(lambda cfg: cfg.a + 1)()
+        main()
     assert caught.value.code == 6
 
 
 RECIPE = """
-from gspo.config import parse, require
+from gspo.config import BaseSettings, parse
+from gspo.errors import require
 
-@parse
+class Settings(BaseSettings):
+    group_size: int
+
+@parse(Settings)
 def main(cfg):
     require(cfg.group_size > 1, "group_size", cfg.group_size, "must be at least 2", "set it to 8")
 
