@@ -63,8 +63,7 @@ def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
         if units and sizes.groups[units[-1].documents[-1]] == sizes.groups[document]:
             unit = units[-1]
             together = unit.num_slots + alone - sizes.shareable[document]
-            is_cheap = together <= SHORT_BIN or together**2 <= square_apart + alone**2
-            if is_cheap and together <= max_slots:
+            if together <= max_slots and _is_cheap(together, square_apart + alone**2):
                 unit.documents.append(document)
                 unit.num_slots = together
                 square_apart += alone**2
@@ -72,6 +71,10 @@ def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
         units.append(Unit([document], alone))
         square_apart = alone**2
     return units
+
+
+def _is_cheap(num_slots: int, square_apart: int) -> bool:
+    return num_slots <= SHORT_BIN or num_slots**2 <= square_apart
 
 
 def best_fit(slots: list[int], bin_length: int) -> list[int]:
@@ -195,8 +198,9 @@ class _Waiting:
     """Documents that wait for a long bin, the oldest first."""
 
     def __init__(self, sizes: DocumentSizes) -> None:
+        shareable = np.array(sizes.shareable, dtype=np.int64)
         self._alone = np.array(sizes.slots, dtype=np.int64)
-        self._behind = self._alone - np.array(sizes.shareable, dtype=np.int64)  # a shared prefix
+        self._behind = self._alone - shareable  # slots behind a shared prefix
         self._group = np.array(sizes.groups, dtype=np.int64)
         self._waits = np.ones(self._alone.size, dtype=np.bool_)
 

@@ -143,7 +143,7 @@ def build_batch(
     lengths = _Lengths.of(documents)
     prefixes = _find_prefixes(bins[order], groups[order])
     pieces = _find_pieces(lengths, prefixes, bins[order])
-    slots = _find_slots(lengths, pieces, num_bins, bin_length)
+    slots = _find_slots(pieces, num_bins, bin_length)
     num_used, num_slots = slots.at.size, num_bins * bin_length
     return PackedBatch(
         num_bins=num_bins,
@@ -196,16 +196,19 @@ def _find_prefixes(
     """Find the groups with several documents in a bin."""
     num_documents = bins.size
     is_first = np.ones(num_documents, dtype=np.bool_)  # of its group in its bin
-    is_first[1:] = (bins[1:] != bins[:-1]) | (groups[1:] != groups[:-1])
+    is_new_bin = bins[1:] != bins[:-1]
+    is_new_group = groups[1:] != groups[:-1]
+    is_first[1:] = is_new_bin | is_new_group
     run = np.cumsum(is_first) - 1
     run_lengths = np.bincount(run, minlength=1)
     shares = run_lengths[run] > 1
     leads = is_first & shares
     leaders = np.flatnonzero(leads)
 
-    index = np.arange(num_documents + leaders.size + 1)
     prefix_numbers = num_documents - 1 + np.cumsum(leads)
-    index[:num_documents][shares] = prefix_numbers[shares]
+    index = np.arange(num_documents + leaders.size + 1)
+    of_documents = index[:num_documents]
+    of_documents[shares] = prefix_numbers[shares]
     return _Prefixes(shares, leaders, index)
 
 
@@ -215,8 +218,10 @@ class _Pieces:
 
     number: IntArray  # [P] in the batch
     document: IntArray  # [P] the document whose tokens the piece has
-    is_prefix: BoolArray  # [P]
     start: IntArray  # [P] its first token in the document; earlier ones stand in the prefix
+    first_labelled: (
+        IntArray  # [P] the token whose label is the completion's first; prefixes end here
+    )
     num_slots: IntArray  # [P]
     bins: IntArray  # [P], ascending
 
@@ -230,11 +235,12 @@ def _find_pieces(lengths: _Lengths, prefixes: _Prefixes, bins: IntArray) -> _Pie
     document = document[order]
     is_prefix = order >= num_documents
 
-    prompts = lengths.prompts[document]
+    last_of_prompt = lengths.prompts[document] - 1
+    last = lengths.tokens[document] - 1
     goes_on = prefixes.shares[document] & ~is_prefix
-    start = np.where(goes_on, prompts - 1, 0)
-    end = np.where(is_prefix, prompts, lengths.tokens[document])
-    return _Pieces(order, document, is_prefix, start, end - start - 1, bins[document])
+    start = np.where(goes_on, last_of_prompt, 0)
+    end = np.where(is_prefix, last_of_prompt, last)  # a last token is only a label
+    return _Pieces(order, document, start, last_of_prompt, end - start, bins[document])
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,16 +250,16 @@ class _Slots:
     at: IntArray  # [U] the slot in the batch
     piece: IntArray  # [U] the piece in it
     positions: IntArray  # [U] of its token in the document
-    is_sampled: BoolArray  # [U] its label is a token of the completion
+    is_labelled: BoolArray  # [U] its label is a token of the completion
     padding_positions: IntArray  # [T] for every slot: counted from the end of its bin's pieces
 
     def fill(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:  # [U] -> [T]
         """Spread the values of used slots; the others have ``default``."""
         return self._spread(values, self.at, default, dtype)
 
-    def fill_sampled(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:
+    def fill_labelled(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:
         """Spread the values of labelled slots; the others have ``default``."""
-        return self._spread(values, self.at[self.is_sampled], default, dtype)
+        return self._spread(values, self.at[self.is_labelled], default, dtype)
 
     def _spread(self, values: Any, at: IntArray, default: Any, dtype: Any) -> torch.Tensor:
         filled = np.empty(self.padding_positions.size, dtype)
@@ -262,21 +268,30 @@ class _Slots:
         return torch.from_numpy(filled)
 
 
-def _find_slots(lengths: _Lengths, pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
+def _find_slots(pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
     """Put the pieces of each bin one after another."""
-    before = np.cumsum(pieces.num_slots) - pieces.num_slots  # slots of earlier pieces
-    used = np.bincount(pieces.bins, weights=pieces.num_slots, minlength=num_bins).astype(np.int64)
-    used_before = np.cumsum(used) - used  # slots of earlier bins' pieces
-    first_slots = before + pieces.bins * bin_length - used_before[pieces.bins]
+    sizes, bins = pieces.num_slots, pieces.bins
+    used = np.bincount(bins, weights=sizes, minlength=num_bins).astype(np.int64)
+    first_used = _sum_before(sizes)  # as if there were no padding
+    padding_before = bins * bin_length - _sum_before(used)[bins]
+    first_slot = first_used + padding_before
 
-    piece = np.repeat(np.arange(pieces.num_slots.size), pieces.num_slots)
-    offsets = np.arange(piece.size) - before[piece]
+    piece = np.repeat(np.arange(sizes.size), sizes)
+    offsets = np.arange(piece.size) - first_used[piece]
     positions = offsets + pieces.start[piece]
-    first_sampled = lengths.prompts[pieces.document] - 1
-    is_sampled = ~pieces.is_prefix[piece] & (positions >= first_sampled[piece])
     padding_positions = np.arange(bin_length) - used[:, None]
-    at = first_slots[piece] + offsets
-    return _Slots(at, piece, positions, is_sampled, padding_positions.reshape(-1))
+    return _Slots(
+        at=first_slot[piece] + offsets,
+        piece=piece,
+        positions=positions,
+        is_labelled=positions >= pieces.first_labelled[piece],
+        padding_positions=padding_positions.reshape(-1),
+    )
+
+
+def _sum_before(sizes: IntArray) -> IntArray:
+    """Return the sum of all earlier sizes for each."""
+    return np.cumsum(sizes) - sizes
 
 
 def _slot_tensors(
@@ -288,16 +303,17 @@ def _slot_tensors(
     all_logps = chain.from_iterable(document.logps for document in documents)
     logps = np.fromiter(all_logps, np.float64)
 
-    first_tokens = np.cumsum(lengths.tokens) - lengths.tokens
-    token = first_tokens[pieces.document[slots.piece]] + slots.positions
+    first_token = _sum_before(lengths.tokens)[pieces.document]
+    token = first_token[slots.piece] + slots.positions
+    number = pieces.number[slots.piece]
     padding_document = pieces.number.size
     return {
         "tokens": slots.fill(tokens[token], 0, np.int64),
         "labels": slots.fill(tokens[token + 1], 0, np.int64),
         "positions": slots.fill(slots.positions, slots.padding_positions, np.int64),
-        "document_index": slots.fill(pieces.number[slots.piece], padding_document, np.int64),
-        "loss_mask": slots.fill(slots.is_sampled, False, np.bool_),
-        "old_logps": slots.fill_sampled(logps, 0.0, np.float32),
+        "document_index": slots.fill(number, padding_document, np.int64),
+        "loss_mask": slots.fill(slots.is_labelled, False, np.bool_),
+        "old_logps": slots.fill_labelled(logps, 0.0, np.float32),
     }
 
 
@@ -310,12 +326,13 @@ def _segment_tensors(documents: list[Document], lengths: _Lengths, slots: _Slots
     if not any(document.segments for document in documents):
         return {}
     counts = [max(document.segments, default=0) + 1 for document in documents]
-    first_numbers = np.cumsum(counts) - counts
+    first_numbers = _sum_before(np.array(counts, np.int64))
     all_segments: list[int] = []
     for document in documents:
         all_segments += document.segments or [0] * len(document.logps)
-    index = np.array(all_segments, np.int64) + np.repeat(first_numbers, lengths.labels)
-    tensors = {"segment_index": slots.fill_sampled(index, 0, np.int64)}
+    in_document = np.array(all_segments, np.int64)
+    index = in_document + np.repeat(first_numbers, lengths.labels)
+    tensors = {"segment_index": slots.fill_labelled(index, 0, np.int64)}
     if any(document.segment_advantages for document in documents):
         advantages: list[float] = []
         for document, count in zip(documents, counts, strict=True):

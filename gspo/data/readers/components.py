@@ -29,9 +29,8 @@ def _component(name: str, make_rows: Callable[..., Rows]) -> Callable[..., Promp
 
     def component(tokenizer: Encoder, **options: Any) -> PromptReader:
         _check_options(name, options, of_rows, of_reader)
-        for_rows = {key: value for key, value in options.items() if key in of_rows}
-        for_reader = {key: value for key, value in options.items() if key in of_reader}
-        return PromptReader(make_rows(**for_rows), tokenizer, **for_reader)
+        rows = make_rows(**_pick(options, of_rows))
+        return PromptReader(rows, tokenizer, **_pick(options, of_reader))
 
     component.__name__ = component.__qualname__ = name
     component.__signature__ = _joint_signature(of_rows, of_reader)  # type: ignore[attr-defined]
@@ -39,6 +38,11 @@ def _component(name: str, make_rows: Callable[..., Rows]) -> Callable[..., Promp
         f"{make_rows.__doc__}\n\nThe other keywords are those of :class:`PromptReader`."
     )
     return component
+
+
+def _pick(options: Mapping[str, Any], parameters: _Parameters) -> dict[str, Any]:
+    """Return the options that are named among ``parameters``."""
+    return {key: value for key, value in options.items() if key in parameters}
 
 
 def _check_options(
