@@ -376,14 +376,14 @@ def test_command_prints_one_json_object(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "gpso"], "preset: 'gpso' is not known. Did you mean"),
-        (["--against", "gpso"], "preset: 'gpso' is not known. Did you mean"),
+        (["--preset", "gpso"], "preset: 'gpso' is not known; did you mean"),
+        (["--against", "gpso"], "preset: 'gpso' is not known; did you mean"),
         (
             ["loss.clip_hihg=3"],
-            "loss.clip_hihg: unknown, GSPOLoss takes no such argument. Did you mean 'clip_high'",
+            "loss.clip_hihg: unknown, GSPOLoss takes no such argument; did you mean 'clip_high'",
         ),
-        (["loss.clip_high=wide"], "loss.clip_high: 'wide', but GSPOLoss takes a number"),
-        (["loss.clip_low=3"], "loss.clip_low is 3: it must lie in [0, 1], or be null"),
+        (["loss.clip_high=wide"], "loss.clip_high: 'wide' is no number, as GSPOLoss takes"),
+        (["loss.clip_low=3"], "loss.clip_low: 3 must lie in [0, 1], or be null"),
         (
             ["loss.clip_low"],
             "overrides: ValueError: Command-line overrides must be in the form of key=value",
@@ -394,7 +394,7 @@ def test_command_prints_one_json_object(path):
         ),
         (
             ["loss=gspo.losses.SegmentLoss"],
-            "loss._component_ names an objective with a ratio per segment, but",
+            "segments: the objective has a ratio per segment, but the documents have none",
         ),
         (
             ["loss.kl_coef=0.1"],

@@ -11,16 +11,11 @@ import torch
 from gspo.commands.plan import main, parse_memory, report
 from gspo.commands.validate import read_checked
 from gspo.errors import InputError
-from gspo.plan import dry_run as rehearsal
-from gspo.plan import memory_tracker as ledger
-from gspo.plan.estimate import (
-    DEFAULT_RATES,
-    IN_SAMPLING,
-    SAMPLER_CACHE,
-    SAMPLER_COPY,
-    Machine,
-    Planner,
-)
+from gspo.plan import dry_run
+from gspo.plan import memory_tracker as labels
+from gspo.plan.estimate import IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Planner
+from gspo.plan.machine import DEFAULT_RATES, Machine
+from gspo.plan.remedies import remedies
 
 # tiny/gspo by hand: tied embedding, final norm, and in each layer q, k, v with bias, the output, the MLP and two norms.
 VOCAB, LAYERS, WIDTH, KV_WIDTH, INNER = 272, 3, 128, 64, 256
@@ -50,14 +45,14 @@ def test_parameters_gradients_and_adamw_state_are_those_by_hand():
     found = plan(1)
     always = found["memory"]["always"]
     assert found["layout"]["parameters"] == PARAMETERS == 478_848
-    assert always[ledger.WEIGHTS] == always[ledger.GRADIENTS] == 4 * PARAMETERS
+    assert always[labels.WEIGHTS] == always[labels.GRADIENTS] == 4 * PARAMETERS
     num_tensors = 2 + 12 * LAYERS  # each with a float32 count of its steps
-    assert always[ledger.OPTIMIZER] == 8 * PARAMETERS + 4 * num_tensors
+    assert always[labels.OPTIMIZER] == 8 * PARAMETERS + 4 * num_tensors
 
 
 def test_gradients_of_bf16_weights_are_bf16():
     always = plan(1, "device=cuda", "dtype=bf16")["memory"]["always"]
-    assert always[ledger.WEIGHTS] == always[ledger.GRADIENTS] == 2 * PARAMETERS
+    assert always[labels.WEIGHTS] == always[labels.GRADIENTS] == 2 * PARAMETERS
 
 
 def test_8bit_state_is_that_by_hand():
@@ -72,20 +67,20 @@ def test_8bit_state_is_that_by_hand():
         large + 4 * large // 256 + 4 * 256 * num_matrices
     )  # codes, a scale a block of 256, a table each
     num_tensors = 2 + 12 * LAYERS
-    assert always[ledger.OPTIMIZER] == moments + 8 * small + 4 * num_tensors
+    assert always[labels.OPTIMIZER] == moments + 8 * small + 4 * num_tensors
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_shards_are_a_rank_s_part(world_size):
     alone, shared = (plan(n)["memory"]["always"] for n in (1, world_size))
-    for label in (ledger.WEIGHTS, ledger.GRADIENTS):
+    for label in (labels.WEIGHTS, labels.GRADIENTS):
         assert shared[label] == alone[label] / world_size
     assert shared[SAMPLER_COPY] == alone[SAMPLER_COPY]
 
 
 def test_replicas_do_not_shard():
     always = plan(4, "data_parallel_replicate_size=2")["memory"]["always"]
-    assert always[ledger.WEIGHTS] == 4 * PARAMETERS / 2
+    assert always[labels.WEIGHTS] == 4 * PARAMETERS / 2
 
 
 def test_context_parallelism_halves_activations_and_gathers_keys_and_values():
@@ -106,7 +101,7 @@ def test_context_parallelism_halves_activations_and_gathers_keys_and_values():
 def test_checkpointing_keeps_one_hidden_state_a_layer():
     plans = [plan(1, f"enable_activation_checkpointing={on}")["memory"] for on in ("true", "false")]
     checkpointed, plain = (
-        memory["moments"]["the loss head"][ledger.ACTIVATIONS] for memory in plans
+        memory["moments"]["the loss head"][labels.ACTIVATIONS] for memory in plans
     )
     hidden = 128 * WIDTH * 4
     assert LAYERS * hidden <= checkpointed <= (LAYERS + 5) * hidden
@@ -117,14 +112,14 @@ def test_checkpointing_keeps_one_hidden_state_a_layer():
 def test_head_holds_a_chunk_of_logits_and_its_gradients():
     head = plan(1)["memory"]["moments"]["the loss head"]
     num_rows = 20  # of a document, as two do not fit into a chunk of 32
-    assert num_rows * VOCAB * 4 <= head[ledger.HEAD_LOGITS] <= num_rows * (VOCAB + 64) * 4
-    assert head[ledger.HEAD_WEIGHT] == VOCAB * WIDTH * 4
+    assert num_rows * VOCAB * 4 <= head[labels.HEAD_LOGITS] <= num_rows * (VOCAB + 64) * 4
+    assert head[labels.HEAD_WEIGHT] == VOCAB * WIDTH * 4
 
 
 def test_operations_are_those_by_hand():
     work = plan(1)["work"]
-    per_place = 2 * (LAYER - (WIDTH + 2 * KV_WIDTH) - 2 * WIDTH) * LAYERS
-    assert work["operations"]["decoder forward"] == 128 * per_place * work["microbatches"]
+    per_slot = 2 * (LAYER - (WIDTH + 2 * KV_WIDTH) - 2 * WIDTH) * LAYERS
+    assert work["operations"]["decoder forward"] == 128 * per_slot * work["microbatches"]
     assert work["operations"]["decoder backward"] == 2 * work["operations"]["decoder forward"]
     assert work["head_units"] == pytest.approx(3)
     spanning = plan(2, "context_parallel_size=2")["work"]
@@ -149,7 +144,7 @@ def test_more_layers_are_worked_out_from_few(monkeypatch):
         "model.tie_word_embeddings=true",
     ]
     few = plan(2, *options)
-    monkeypatch.setattr(rehearsal, "_FEW", 7)
+    monkeypatch.setattr(dry_run, "_MAX_LAYERS", 7)
     plan.cache_clear()
     every = plan(2, *options)
     assert few["memory"]["always"] == every["memory"]["always"]
@@ -184,12 +179,12 @@ def test_what_does_not_fit_comes_with_remedies_that_were_planned():
     planner = Planner(cfg, machine(small))
     assert planner.plan(1)["memory"]["fits"] is False
     assert Planner(cfg, machine(small + 1)).plan(1)["memory"]["fits"] is True
-    remedies = {remedy["change"]: remedy for remedy in planner.remedies(1)}
-    found = remedies["enable_activation_checkpointing=true"]
+    by_change = {remedy["change"]: remedy for remedy in remedies(planner, 1)}
+    found = by_change["enable_activation_checkpointing=true"]
     again = plan(1, few, "enable_activation_checkpointing=true")["memory"]["peak"]["bytes"]
     assert found["peak"] == again == small + 1 - found["saves"]
     assert found["fits"] is True
-    assert "--world-size 2" in remedies
+    assert "--world-size 2" in by_change
 
 
 def test_command_prints_one_json_object_alone():
@@ -234,7 +229,7 @@ def test_shipped_config_for_80_gb_fits(name, world_size, parameters, capsys):
     always = found["memory"]["always"]
     assert found["layout"]["parameters"] == parameters
     assert found["memory"]["fits"] is True
-    assert always[ledger.WEIGHTS] == pytest.approx(2 * parameters / world_size, rel=1e-3)
+    assert always[labels.WEIGHTS] == pytest.approx(2 * parameters / world_size, rel=1e-3)
     assert always[SAMPLER_COPY] > 2 * parameters
     text = report(found)
     assert f"{name} on {world_size} ranks: fits. Expected, nothing here is measured." in text

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from gspo.data.layout import pack_documents
 from gspo.errors import InputError
+from gspo.metrics import Max, Mean, Min, Sum, Time
 from gspo.run import dump
 from gspo.run.dump import Dump, DumpedMicrobatch
-from gspo.types import PackedBatch
+from gspo.types import Axis, PackedBatch, field_specs
 from tests import tiny_policy
 
 METADATA = {
@@ -33,8 +34,14 @@ def microbatches():
     batches[0] = replace(
         first,
         num_documents=11,  # five dropped ones
-        rollout_continues=True,
-        stats={"reward/mean": (1.5, 3.0)},
+        continues=True,
+        stats={
+            "reward/mean": Mean(1.5, 3.0),
+            "reward_failures": Sum(2.0),
+            "length/max": Max(9.0),
+            "shortest": Min(1.0),
+            "time/sample": Time(0.5),
+        },
         segment_index=torch.arange(first.tokens.numel()) // 2,
         segment_advantages=torch.randn(first.tokens.numel() // 2 + 1),
     )
@@ -123,10 +130,15 @@ def test_numbers_are_unique_in_the_file(path):
     assert found["segment_index"].max() < found["segment_advantages"].numel()
 
 
-def test_every_tensor_of_a_batch_is_dumped():
-    tensors = {field.name for field in fields(PackedBatch) if "Tensor" in field.type}
-    assert dump._AXES.keys() == tensors
-    assert {*dump._PLAIN, *tensors} == {field.name for field in fields(PackedBatch)}
+def test_every_declared_field_is_dumped(path):
+    batch = microbatches()[0].batch
+    dump.write(path, Dump([DumpedMicrobatch(0, batch, batch.old_logps)], METADATA))
+    assert load_file(path).keys() == {*field_specs(PackedBatch), "new_logps"}
+    with dump.safe_open(path, framework="pt") as file:
+        (row,) = json.loads(file.metadata()[dump._KEY])["microbatches"]
+    plain = {field.name for field in fields(PackedBatch)} - field_specs(PackedBatch).keys()
+    assert row["fields"].keys() == plain
+    assert row.keys() == {"rank", "fields", *Axis}
 
 
 def test_file_is_there_whole_or_not_at_all(path, monkeypatch):
@@ -154,11 +166,22 @@ def model(path):
 
 
 def of_another_version(path):
-    rewrite(path, {}, {"version": 2, "gspo": "9.9"})
+    rewrite(path, {}, {"version": 1, "gspo": "0.9"})
 
 
 def without_labels(path):
     rewrite(path, {"labels": None}, {})
+
+
+def with_another_tensor(path):
+    rewrite(path, {"weights": load_file(path)["tokens"]}, {})
+
+
+def with_an_unknown_reduction(path):
+    with dump.safe_open(path, framework="pt") as file:
+        rows = json.loads(file.metadata()[dump._KEY])["microbatches"]
+    rows[0]["fields"]["stats"]["reward/mean"][0] = "Median"
+    rewrite(path, {}, {"microbatches": rows})
 
 
 def shorter(path):
@@ -204,9 +227,11 @@ def rewrite(path, tensors, metadata):
         ),
         (
             of_another_version,
-            "is a dump of version 2, and this gspo reads version 1; replay it with gspo 9.9, which",
+            "is a dump of version 1, and this gspo reads version 2; replay it with gspo 0.9, which",
         ),
         (without_labels, "is damaged: "),
+        (with_another_tensor, "is damaged: TypeError("),
+        (with_an_unknown_reduction, "is damaged: KeyError('Median')"),
         (beyond, "is damaged: ValueError('document_index has a number beyond its "),
         (of_floats, "is damaged: "),
         (miscounted, "is damaged: ValueError('label_counts are not those of loss_mask')"),
