@@ -70,9 +70,7 @@ def test_own_keys_are_checked_as_all_are(folder, capsys):
     recipe = write(folder, RECIPE)
     with pytest.raises(SystemExit):
         validate.main(["tiny/gspo", "--recipe", recipe, "floor=0"])
-    assert capsys.readouterr().err.startswith(
-        "error: floor: 0 must be a whole number of 1 or more"
-    )
+    assert capsys.readouterr().err.startswith("error: floor: 0 must be a whole number of 1 or more")
     with pytest.raises(SystemExit):
         validate.main(["tiny/gspo", "floor=4"])
     assert "floor: unknown key" in capsys.readouterr().err
