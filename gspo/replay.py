@@ -91,18 +91,7 @@ def loss_section(
     if preset is not None and preset not in PRESETS:
         raise InputError("preset", preset, "is not known", did_you_mean(preset, PRESETS))
     _check_overrides(overrides)
-    absent = {"loss", "advantages", *_CONTEXT} - run.keys()
-    require(
-        not absent,
-        "config",
-        sorted(run),
-        f"of the file lacks {', '.join(sorted(absent))}",
-        _DUMP_AGAIN,
-    )
-    keys: dict[str, Any] = {name: run[name] for name in _CONTEXT}
-    if preset is None:
-        keys["loss"] = _loss_in_file(run["loss"], overrides)
-    _check_plain(keys)
+    keys = _keys_of_file(run, None if preset is not None else overrides)
     if preset is not None:
         keys["loss"] = dict(PRESETS[preset].config["loss"])
     with refusals("overrides", "write key=value, as loss.clip_high=0.3"):
@@ -113,6 +102,22 @@ def loss_section(
     if problems:
         raise InputErrors(problems)
     return merged["loss"]
+
+
+def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Return the keys that presets refer to, and the loss where there are ``overrides`` for it.
+
+    Raises:
+        InputError: One is absent, or is more than data.
+    """
+    absent = {"loss", "advantages", *_CONTEXT} - run.keys()
+    problem = f"of the file lacks {', '.join(sorted(absent))}"
+    require(not absent, "config", sorted(run), problem, _DUMP_AGAIN)
+    keys: dict[str, Any] = {name: run[name] for name in _CONTEXT}
+    if overrides is not None:
+        keys["loss"] = _loss_in_file(run["loss"], overrides)
+    _check_plain(keys)
+    return keys
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -238,16 +243,17 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     surrogates = _listen(loss)
     backwards = [_backward(loss, microbatch) for microbatch in dump.microbatches]
     totals = _Totals.of(loss, dump, backwards)
-    gradient = torch.cat([backward.document_gradient for backward in backwards])
-    smallest = torch.finfo(torch.float64).tiny
     clipped = _all_clipped(surrogates, dump) if surrogates else None
+    estimator = None
+    if preset is not None:
+        estimator = PRESETS[preset].config["advantages"]["estimator"]
     return Score(
         name=" ".join((preset or "run", *overrides)),
         loss=section,
-        advantages=None if preset is None else PRESETS[preset].config["advantages"]["estimator"],
+        advantages=estimator,
         denominator=totals.denominator,
         metrics=totals.metrics,
-        gradient=gradient / gradient.sum().clamp(min=smallest),
+        gradient=_gradient_shares(backwards),
         clipped=None if clipped is None else clipped.tokens,
         ratio=None if clipped is None else clipped.ratio,
     )
@@ -275,8 +281,21 @@ class _Backward(NamedTuple):
 
 def _backward(loss: Any, microbatch: DumpedMicrobatch) -> _Backward:
     batch = microbatch.batch
+    whole = _whole_microbatch(batch)
+    rows = whole.label_rows
+    logps = microbatch.new_logps[rows].requires_grad_()
+    entropy = torch.zeros_like(logps)
+    output = LossOutput(*loss(logps, entropy, row_inputs(whole, None)))
+    (gradient,) = torch.autograd.grad(output.loss, logps, materialize_grads=True)
+    of_slots = torch.zeros_like(microbatch.new_logps).index_put((rows,), gradient)
+    of_documents = _sums(of_slots.abs(), batch)[: len(batch.ids)]
+    return _Backward(output._replace(loss=output.loss.detach()), of_documents)
+
+
+def _whole_microbatch(batch: PackedBatch) -> Microbatch:
+    """Return what an objective's inputs are taken from."""
     rows = batch.loss_mask.nonzero().squeeze(-1)
-    whole = Microbatch(
+    return Microbatch(
         shard=split(batch, None),
         batch=batch,
         label_rows=rows,
@@ -285,13 +304,12 @@ def _backward(loss: Any, microbatch: DumpedMicrobatch) -> _Backward:
         attention_mask=None,  # which only a model asks for
         segments=batch_segments(batch, batch, rows, _CPU),
     )
-    logps = microbatch.new_logps[rows].requires_grad_()
-    entropy = torch.zeros_like(logps)
-    output = LossOutput(*loss(logps, entropy, row_inputs(whole, None)))
-    (gradient,) = torch.autograd.grad(output.loss, logps, materialize_grads=True)
-    of_slots = torch.zeros_like(microbatch.new_logps).index_put((rows,), gradient)
-    of_documents = _sums(of_slots.abs(), batch)[: len(batch.ids)]
-    return _Backward(output._replace(loss=output.loss.detach()), of_documents)
+
+
+def _gradient_shares(backwards: list[_Backward]) -> Tensor:  # [D]
+    gradient = torch.cat([backward.document_gradient for backward in backwards])
+    smallest = torch.finfo(torch.float64).tiny
+    return gradient / gradient.sum().clamp(min=smallest)
 
 
 class _Totals(NamedTuple):
@@ -388,11 +406,6 @@ def result(
     """
     metadata = dump.metadata
     estimator = metadata["config"]["advantages"]["estimator"]
-    order = scores[0].gradient.argsort(descending=True, stable=True)[:top].tolist()
-    rows = []
-    for document in order:
-        objectives = [_of_document(documents, score, document) for score in scores]
-        rows.append(documents.rows[document] | {"objectives": objectives})
     return {
         "file": str(file),
         "step": metadata["step"],
@@ -406,8 +419,15 @@ def result(
         "logged": metadata["metrics"],
         "quarantined": [row for row in documents.rows if row["not_finite"]],
         "objectives": [_of_objective(documents, score, estimator) for score in scores],
-        "documents": rows,
+        "documents": list(_top_rows(documents, scores, top)),
     }
+
+
+def _top_rows(documents: Documents, scores: list[Score], top: int) -> Iterator[dict[str, Any]]:
+    order = scores[0].gradient.argsort(descending=True, stable=True)
+    for document in order[:top].tolist():
+        objectives = [_of_document(documents, score, document) for score in scores]
+        yield documents.rows[document] | {"objectives": objectives}
 
 
 def _of_objective(documents: Documents, score: Score, estimator: str) -> dict[str, Any]:

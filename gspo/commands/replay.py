@@ -86,15 +86,19 @@ def _head_lines(replayed: dict[str, Any]) -> Iterator[str]:
             f"not finite: {', '.join(row['not_finite'])}"
         )
     for objective in replayed["objectives"]:
-        arguments = dict(objective["loss"])
-        component = arguments.pop("_component_")
-        in_words = ", ".join(f"{key} {value}" for key, value in arguments.items())
-        yield f"{objective['name']}: {component}, {in_words}; over {objective['denominator']:g}"
+        yield _objective_line(objective)
         if objective["advantages"] != replayed["advantages"]:
             yield (
                 f"  with the file's advantages ({replayed['advantages']}), "
                 f"not its own ({objective['advantages']})"
             )
+
+
+def _objective_line(objective: dict[str, Any]) -> str:
+    arguments = dict(objective["loss"])
+    component = arguments.pop("_component_")
+    in_words = ", ".join(f"{key} {value}" for key, value in arguments.items())
+    return f"{objective['name']}: {component}, {in_words}; over {objective['denominator']:g}"
 
 
 def _metric_rows(replayed: dict[str, Any]) -> Iterator[list[str]]:
@@ -142,12 +146,15 @@ def _document_rows(replayed: dict[str, Any]) -> Iterator[list[str]]:
         cells = [row["prompt_id"], str(row["group_id"]), str(row["length"])]
         cells += [_number(row[key]) for key in ("advantage", "reward", "mean_log_ratio")]
         for objective in row["objectives"]:
-            clipped = "quarantined"
-            if not row["not_finite"]:
-                clipped = _clipped(objective["clipped_tokens"], row["length"])
-            gradient = _share(objective["gradient"], 4)
-            cells += [_number(objective["ratio"]), clipped, gradient]
+            cells += _cells_of_objective(objective, row)
         yield cells
+
+
+def _cells_of_objective(objective: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    clipped = "quarantined"
+    if not row["not_finite"]:
+        clipped = _clipped(objective["clipped_tokens"], row["length"])
+    return [_number(objective["ratio"]), clipped, _share(objective["gradient"], 4)]
 
 
 def _clipped(tokens: dict[str, int] | None, length: int) -> str:

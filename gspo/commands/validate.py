@@ -123,22 +123,28 @@ def settings_of(recipe: str) -> type[BaseSettings]:
         InputError: The file cannot be imported, or not exactly one function is decorated with
             :func:`gspo.config.parse`.
     """
+    mains = _functions_with_settings(recipe)
+    if not mains:
+        raise InputError("--recipe", recipe, "has no function with settings", _REMEDY)
+    if len(mains) > 1:
+        functions = ", ".join(decorated.__name__ for decorated in mains)
+        problem = f"has several functions with settings: {functions}"
+        raise InputError("--recipe", recipe, problem, "decorate one alone with @parse")
+    return mains[0].settings
+
+
+def _functions_with_settings(recipe: str) -> list[Any]:
+    """Import a recipe's file, and return the functions that carry settings, each once."""
     if not Path(recipe).is_file():
         raise InputError("--recipe", recipe, "is no file", "name the file of a recipe")
     with refusals("--recipe", f"correct {recipe}"):
         names = runpy.run_path(recipe, run_name=_RUN_NAME)
-    mains: dict[int, Any] = {}
+    functions = []
     for value in names.values():
-        if callable(value) and _is_settings(getattr(value, "settings", None)):
-            mains[id(value)] = value
-    if not mains:
-        raise InputError("--recipe", recipe, "has no function with settings", _REMEDY)
-    if len(mains) > 1:
-        functions = ", ".join(main.__name__ for main in mains.values())
-        problem = f"has several functions with settings: {functions}"
-        raise InputError("--recipe", recipe, problem, "decorate one alone with @parse")
-    (decorated,) = mains.values()
-    return decorated.settings
+        has_settings = callable(value) and _is_settings(getattr(value, "settings", None))
+        if has_settings and value not in functions:
+            functions.append(value)
+    return functions
 
 
 def _is_settings(value: Any) -> bool:

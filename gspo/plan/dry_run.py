@@ -447,10 +447,10 @@ def _block_mask(shard: Shard) -> BlockMask:
 
 def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int:
     """Return the bytes that a layer keeps for its backward, without parameters and the mask."""
-    layer, batch = decoder.layers[0], microbatch.batch
+    layer, mask = decoder.layers[0], microbatch.attention_mask
     shared = [*layer.parameters(), *decoder.buffers()]
-    if isinstance(microbatch.attention_mask, Tensor):
-        shared.append(microbatch.attention_mask)
+    if isinstance(mask, Tensor):
+        shared.append(mask)
     known = {tensor.untyped_storage()._cdata for tensor in shared}
     kept: dict[int, torch.UntypedStorage] = {}  # each storage once
 
@@ -460,10 +460,11 @@ def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int
             kept[storage._cdata] = storage
         return tensor
 
+    batch = microbatch.batch
+    positions = batch.positions.view(batch.num_bins, -1)
     hidden_size = decoder.tok_embeddings.weight.shape[1]
     weight = next(layer.parameters())
-    hidden = weight.new_empty(batch.num_bins, batch.bin_length, hidden_size).requires_grad_()
-    positions = batch.positions.view(batch.num_bins, -1)
+    hidden = weight.new_empty(*positions.shape, hidden_size).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(hidden, mask=microbatch.attention_mask, input_pos=positions)
+        layer(hidden, mask=mask, input_pos=positions)
     return sum(storage.nbytes() for storage in kept.values())

@@ -97,31 +97,47 @@ def collect(
         return []
     dumped = []
     for rank, of_rank in enumerate(ranks[:: context.size]):
-        dumped += [DumpedMicrobatch(rank, batch, new_logps) for batch, new_logps in of_rank]
+        for batch, new_logps in of_rank:
+            dumped.append(DumpedMicrobatch(rank, batch, new_logps))
     return dumped
 
 
 def write(path: Path, dump: Dump) -> None:
     """Write a dump; a file of that name is there whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    batches = _alike([m.batch for m in dump.microbatches])
+    batches = _alike([microbatch.batch for microbatch in dump.microbatches])
     sizes = [_sizes(batch) for batch in batches]
-    tensors = {name: _join(name, batches, sizes) for name in batches[0].tensors()}
-    tensors[_NEW_LOGPS] = torch.cat([m.new_logps for m in dump.microbatches])
+    tensors = {}
+    for name in batches[0].tensors():
+        tensors[name] = _join(name, batches, sizes)
+    tensors[_NEW_LOGPS] = torch.cat([microbatch.new_logps for microbatch in dump.microbatches])
+    header = json.dumps(_header(dump, sizes))
+    temporary = path.with_name(f"{path.name}.tmp")
+    # save_file would let no one else read it.
+    temporary.write_bytes(save(tensors, {_KEY: header}))
+    temporary.replace(path)
+
+
+def _header(dump: Dump, sizes: list[Sizes]) -> dict[str, Any]:
+    """Return what stands in the file beside its tensors."""
     rows = []
     for microbatch, of_batch in zip(dump.microbatches, sizes, strict=True):
         plain = _plain_fields(microbatch.batch)
         rows.append({"rank": microbatch.rank, **of_batch, "fields": plain})
-    header = {"version": VERSION, "gspo": __version__, **dump.metadata, "microbatches": rows}
-    temporary = path.with_name(f"{path.name}.tmp")
-    # save_file would let no one else read it.
-    temporary.write_bytes(save(tensors, {_KEY: json.dumps(header)}))
-    temporary.replace(path)
+    return {
+        "version": VERSION,
+        "gspo": __version__,
+        **dump.metadata,
+        "microbatches": rows,
+    }
 
 
 def _plain_fields(batch: PackedBatch) -> dict[str, Any]:
     """Return the fields that are no tensors, as JSON takes them."""
-    plain = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in _SPECS}
+    plain = {}
+    for field in fields(batch):
+        if field.name not in _SPECS:
+            plain[field.name] = getattr(batch, field.name)
     stats = {}
     for name, metric in batch.stats.items():
         stats[name] = [type(metric).__name__, float(metric.value), float(metric.weight)]
@@ -152,7 +168,8 @@ def _alike(batches: list[PackedBatch]) -> list[PackedBatch]:
     for batch in batches:
         defaults = _defaults(batch)
         absent = names & defaults.keys() - batch.tensors().keys()
-        filled.append(replace(batch, **{name: defaults[name] for name in absent}))
+        added = {name: defaults[name] for name in absent}
+        filled.append(replace(batch, **added))
     return filled
 
 
@@ -241,7 +258,8 @@ def _split(tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> list[Dumpe
     for i, row in enumerate(rows):
         values = {name: of_rows[i] for name, of_rows in pieces.items()}
         new_logps = values.pop(_NEW_LOGPS)
-        batch = PackedBatch(**_without_own_prefixes(values), **_read_fields(row["fields"]))
+        plain = _read_fields(row["fields"])
+        batch = PackedBatch(**_without_own_prefixes(values), **plain)
         _check(batch, new_logps)
         microbatches.append(DumpedMicrobatch(row["rank"], batch, new_logps))
     return microbatches
@@ -283,9 +301,7 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
     sizes = _sizes(batch)
     for name, values in batch.tensors().items():
         axis = _SPECS[name].numbers
-        if axis is None or not values.numel():
-            continue
-        if int(values.min()) < 0 or int(values.max()) >= sizes[axis]:
+        if axis is not None and not _are_numbers(values, sizes[axis]):
             raise ValueError(f"{name} has a number beyond its {sizes[axis]} {axis}")
     if batch.loss_mask.dtype != torch.bool or not new_logps.is_floating_point():
         raise ValueError(f"loss_mask is {batch.loss_mask.dtype}, new_logps is {new_logps.dtype}")
@@ -293,3 +309,10 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
     counts = torch.bincount(labelled, minlength=sizes[Axis.DOCUMENT])
     if not torch.equal(counts, batch.label_counts):
         raise ValueError("label_counts are not those of loss_mask")
+
+
+def _are_numbers(values: Tensor, count: int) -> bool:
+    """Whether all values lie in [0, count)."""
+    if not values.numel():
+        return True
+    return int(values.min()) >= 0 and int(values.max()) < count

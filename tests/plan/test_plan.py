@@ -1,4 +1,4 @@
-"""The plan of a step that is not run: against arithmetic by hand, over ranks, and its command line."""
+"""A plan against arithmetic by hand, over ranks, and its command line."""
 
 import json
 import subprocess
@@ -17,14 +17,20 @@ from gspo.plan.estimate import IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Planner
 from gspo.plan.machine import DEFAULT_RATES, Machine
 from gspo.plan.remedies import remedies
 
-# tiny/gspo by hand: tied embedding, final norm, and in each layer q, k, v with bias, the output, the MLP and two norms.
+# tiny/gspo by hand: tied embedding, final norm, and in each layer q, k, v with bias, the output,
+# the MLP and two norms.
 VOCAB, LAYERS, WIDTH, KV_WIDTH, INNER = 272, 3, 128, 64, 256
 LAYER = (WIDTH + 1) * (WIDTH + 2 * KV_WIDTH) + WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH
 PARAMETERS = VOCAB * WIDTH + WIDTH + LAYERS * LAYER
 SMALL = (
-    "packing.tokens_per_microbatch=128", "packing.bin_length=64", "docs_per_step=32", "prompts_per_rollout=8",
-    "sampling.max_new_tokens=40", "head_chunk_size=32", "kernel=compile",
-)  # fmt: skip
+    "packing.tokens_per_microbatch=128",
+    "packing.bin_length=64",
+    "docs_per_step=32",
+    "prompts_per_rollout=8",
+    "sampling.max_new_tokens=40",
+    "head_chunk_size=32",
+    "kernel=compile",
+)
 
 
 def machine(memory=2**33):
@@ -207,9 +213,9 @@ def test_command_prints_one_json_object_alone():
     )
     found = json.loads(done.stdout)
     assert set(found) == {
-        "config", "world_size", "device", "layout", "memory", "work", "transfers", "time", "machine", "assumptions",
-        "remedies",
-    }  # fmt: skip
+        *("config", "world_size", "device", "layout", "memory", "work", "transfers", "time"),
+        *("machine", "assumptions", "remedies"),
+    }
     assert found["world_size"] == 2
     assert found["memory"]["fits"] is True
     assert found["memory"]["peak"]["bytes"] == sum(found["memory"]["peak"]["parts"].values())
@@ -255,7 +261,7 @@ def test_memory_without_a_unit_is_refused(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nowhere.yaml"], "nowhere.yaml; see `tune ls`"),
+        (["--config", "nowhere.yaml"], "'nowhere.yaml' is no file and no registered config; see `tune ls`"),
         (["--config", "tiny/sft"], "--config: 'tiny/sft' is for a recipe of torchtune's own"),
         (["--config", "tiny/gspo", "--world-size", "0"], "--world-size: 0 must be at least 1"),
         (

@@ -1,4 +1,4 @@
-"""The file of a dumped step: every field comes back, numbers stay unique, and a bad file is one message."""
+"""The file of a dumped step: every field comes back, and a bad file is one message."""
 
 import json
 from dataclasses import fields, replace
@@ -22,7 +22,7 @@ METADATA = {
 
 
 def microbatches():
-    """With prefixes and without, one of padding alone; other fields that are there only sometimes in the first."""
+    """Make one with prefixes, one without, and one of padding; the first has all fields."""
     documents = tiny_policy.documents(9)
     batches = [
         pack_documents(documents[:6], 64),
