@@ -25,7 +25,6 @@ from torchtune import config, training, utils
 from torchtune.modules import TransformerDecoder
 
 from gspo import evaluation, parallel, update
-from gspo.advantages import check_group_size
 from gspo.compat import patch_stochastic_rounding
 from gspo.config import Settings, build, build_loss, parse, refusals
 from gspo.data import (
@@ -141,7 +140,6 @@ class GSPOFullFinetuneRecipe:
     def _build_prompts(self) -> BaseNode[Prompt]:
         """Build this rank's prompts to train on, and read those to evaluate on."""
         cfg, ranks = self._cfg, self._ranks
-        check_group_size(cfg.advantages.estimator, cfg.group_size)
         cfg.check_data_ranks(ranks.num_data_ranks)
         held_out = build(
             cfg, "eval_prompts", self._tokenizer, shuffle=False, num_epochs=1, **ranks.share

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Self
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 
+from gspo.advantages import check_group_size, get_estimator
 from gspo.config.ranges import (
     AboveZero,
     Component,
@@ -345,6 +346,14 @@ class Settings(BaseSettings):
                 "uses the sampler's weights",
                 f"use {_round_up(self.eval.every_n_steps, self.sync_every_steps)}",
             )
+        if self.advantages.refill_dead_groups and not self.advantages.drop_dead_groups:
+            yield InputError(
+                "advantages.refill_dead_groups",
+                True,
+                "needs drop_dead_groups: true; kept groups cannot be replaced",
+                "set it",
+            )
+        yield from self._estimator_problems()
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:
             yield InputError(
@@ -354,6 +363,18 @@ class Settings(BaseSettings):
                 "which splits every bin",
                 f"use {_round_up(length, self.context_parallel_size)}",
             )
+
+    def _estimator_problems(self) -> Iterator[InputError]:
+        estimator = self.advantages.estimator
+        try:
+            get_estimator(estimator)
+        except InputError as error:
+            yield error.within("advantages")
+            return
+        try:
+            check_group_size(estimator, self.group_size)
+        except InputError as error:
+            yield error
 
 
 def _round_up(value: int, multiple: int) -> int:

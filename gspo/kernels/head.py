@@ -99,7 +99,6 @@ def linear_loss(
     :func:`gspo.kernels.linear_loss`. A weight that needs no gradient costs no product for it.
     """
     needs = _needs_gradient(hidden, weight)
-    needs_any = any(needs)
     chunks = _even_chunks(label_counts, chunk_size)
     longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     head = _Head(
@@ -115,23 +114,36 @@ def linear_loss(
     results = []
     for chunk in chunks:
         spans = _spans(chunk.start, chunk.stop, chunk_size)
-        with torch.no_grad():
-            logps, log_z, entropy = head.statistics(spans)
-        with torch.set_grad_enabled(needs_any):
-            logps.requires_grad_(needs_any)
-            entropy.requires_grad_(needs_any and entropy_grad)
-            loss_sum, result = loss_function(logps, entropy, chunk.first, chunk.last)
+        loss_sum, result = _run_chunk(head, chunk, spans, loss_function, entropy_grad)
+        total += loss_sum
         results.append(result)
-        total += loss_sum.detach()
-        # It has none where none is asked for, or if the objective is constant on these documents.
-        if loss_sum.requires_grad:
-            d_logps, d_entropy = _differentiate(loss_sum, logps, entropy)
-            head.add_gradients(spans, _Coefficients(log_z, entropy, d_logps, d_entropy))
     if not chunks:
         results.append(_result_without_rows(loss_function, total, len(label_counts)))
-    if not needs_any:
+    if not any(needs):
         return total, results
     return _AttachGradients.apply(hidden, weight, total, *head.gradients()), results
+
+
+def _run_chunk(
+    head: _Head,
+    chunk: _Chunk,
+    spans: list[slice],  # of the chunk's rows
+    loss_function: LossFunction[Result],
+    entropy_grad: bool,
+) -> tuple[Tensor, Result]:  # []
+    """Call the loss function on a chunk, and add the chunk's gradients to the head's."""
+    needs_gradient = any(head.needs)
+    with torch.no_grad():
+        logps, log_z, entropy = head.statistics(spans)
+    with torch.set_grad_enabled(needs_gradient):
+        logps.requires_grad_(needs_gradient)
+        entropy.requires_grad_(needs_gradient and entropy_grad)
+        loss_sum, result = loss_function(logps, entropy, chunk.first, chunk.last)
+    # It has no graph where none is asked for, or if the objective is constant on these documents.
+    if loss_sum.requires_grad:
+        d_logps, d_entropy = _differentiate(loss_sum, logps, entropy)
+        head.add_gradients(spans, _Coefficients(log_z, entropy, d_logps, d_entropy))
+    return loss_sum.detach(), result
 
 
 def _needs_gradient(hidden: Tensor, weight: Tensor) -> _NeedsGradient:
@@ -159,7 +171,7 @@ def _differentiate(
 def _result_without_rows(
     loss_function: LossFunction[Result], like: Tensor, num_documents: int
 ) -> Result:
-    """Return the result for no rows: the names of metrics must be those of the other ranks."""
+    """Return the second result for no rows, so that a rank without any has one as others do."""
     empty = like.new_zeros(0)
     _, result = loss_function(empty, empty, 0, num_documents)
     return result
@@ -224,6 +236,7 @@ class _Head:
         buffer_rows: int,
         needs: _NeedsGradient,
     ) -> None:
+        self.needs = needs
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # In float32 whatever the operands are: summed over chunks, and rounded once, after the
         # loss's own factor.
@@ -355,7 +368,7 @@ def _move_to_front(
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that are known already."""
+    """An autograd op that gives a loss the gradients known already."""
 
     @staticmethod
     def forward(

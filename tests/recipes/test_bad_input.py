@@ -14,19 +14,19 @@ from tests.recipes.runs import ROOT, lines, overrides, shell, steps
 REFUSED = {
     "misspelt_key": (
         ["docs_per_stepp=3"],
-        "docs_per_stepp: unknown key. Did you mean 'docs_per_step'?",
+        "docs_per_stepp: unknown key; did you mean 'docs_per_step'?",
     ),
     "misspelt_argument": (
         ["loss.clip_hihg=3"],
-        "loss.clip_hihg: unknown, GSPOLoss takes no such argument.",
+        "loss.clip_hihg: unknown, GSPOLoss takes no such argument; did",
     ),
     "wrong_component": (
         ["loss=gspo.losses.GSPOLos"],
-        "gspo.losses has no 'GSPOLos'. Did you mean 'GSPOLoss'",
+        "gspo.losses has no 'GSPOLos'; did you mean 'GSPOLoss'",
     ),
     "wrong_model": (
         ["model=torchtune.models.qwen2.qwen2_0_5b"],
-        "model: layers.0.attn.k_proj.bias is [128] in the model and [64] in the",
+        "model: 'layers.0.attn.k_proj.bias' is [128] in the model and [64] in the",
     ),
     "wrong_model_type": (["checkpointer.model_type=QWEN3"], "checkpointer: "),
     "no_checkpoint_folder": (
@@ -51,11 +51,11 @@ REFUSED = {
     ),
     "no_new_tokens": (
         ["sampling.max_new_tokens=null"],
-        "sampling.max_new_tokens: None, but SamplingParams takes a nu",
+        "sampling.max_new_tokens: None must be a whole number of 1",
     ),
     "temperature_not_a_number": (
         ["sampling.temperature=hot"],
-        "sampling.temperature: 'hot', but SamplingParams takes",
+        "sampling.temperature: 'hot' must be a number above 0",
     ),
     "true_for_a_number": (
         ["group_size=true"],
@@ -71,7 +71,7 @@ REFUSED = {
     ),
     "no_tokens_per_microbatch": (
         ["~packing.tokens_per_microbatch"],
-        "packing.tokens_per_microbatch: None must be a whole number of 1 or more",
+        "packing.tokens_per_microbatch: missing, but the recipe needs a value; set it",
     ),
     "true_for_new_tokens": (
         ["sampling.max_new_tokens=true"],
@@ -85,15 +85,15 @@ REFUSED = {
     "misspelt_dtype": (["dtype=fp16"], "dtype: 'fp16' must be fp32 or bf16"),
     "rate_not_a_number": (
         ["optimizer.lr=1e-5x"],
-        "optimizer.lr: '1e-5x', but AdamW takes a number; write one like",
+        "optimizer.lr: '1e-5x' is no number, as AdamW takes; write one like",
     ),
     "kl_not_a_number": (
         ["loss.kl_coef=little"],
-        "loss.kl_coef: 'little', but GSPOLoss takes a number; write one",
+        "loss.kl_coef: 'little' is no number, as GSPOLoss takes; write one",
     ),
     "timeout_not_a_number": (
         ["reward_pool.timeout=long"],
-        "reward_pool.timeout: 'long', but RewardPool takes a numb",
+        "reward_pool.timeout: 'long' must be a number of seconds above 0",
     ),
     "no_reward_workers": (
         ["reward_pool.num_workers=0"],
@@ -101,14 +101,14 @@ REFUSED = {
     ),
     "misspelt_estimator": (
         ["advantages.estimator=mean"],
-        "advantages.estimator: 'mean' is not known. Use one of",
+        "advantages.estimator: 'mean' is not known; use one of",
     ),
     "no_model": (["~model"], "model: missing, but the recipe needs a value; set it in the config"),
     "eval_every_not_a_number": (
         ["eval.every_n_steps=two"],
         "eval.every_n_steps: 'two' must be a whole number",
     ),
-    "negative_kl": (["loss.kl_coef=-0.1"], "loss.kl_coef is -0.1: it must be 0 or more"),
+    "negative_kl": (["loss.kl_coef=-0.1"], "loss.kl_coef: -0.1 must be 0 or more"),
     "no_reference": (
         ["loss.kl_coef=0.1", "advantages.drop_dead_groups=false"],
         "loss.kl_coef: 0.1 needs a reference policy; set reference_checkpointer",
@@ -119,7 +119,7 @@ REFUSED = {
     ),
     "no_prompts_file": (
         ["prompts.source=nowhere.jsonl"],
-        "prompts.source: nowhere.jsonl does not exist (looked for",
+        "prompts.source: 'nowhere.jsonl' does not exist (looked for",
     ),
     "group_of_one": (["group_size=1"], "group_size: 1 "),
     "no_documents": (["docs_per_step=0"], "docs_per_step: 0 must be a whole number of 1 or more"),
@@ -133,24 +133,27 @@ REFUSED = {
         ["sync_every_steps=2", "eval.every_n_steps=3"],
         "eval.every_n_steps: 3 must be a multiple of",
     ),
-    "greedy_sampling": (["sampling.temperature=0"], "sampling.temperature is 0, needed: above 0"),
+    "greedy_sampling": (
+        ["sampling.temperature=0"],
+        "sampling.temperature: 0 must be a number above 0",
+    ),
     "long_bins": (
         ["packing.bin_length=8192"],
         "packing.bin_length: 8192 is more than the model's max_seq_len 128",
     ),
     "short_bins": (
         ["packing.tokens_per_microbatch=16"],
-        "is more than the 17 that one bin takes. Raise tokens_per",
+        "is more than the 17 that one bin takes; raise tokens_per",
     ),
     "long_completions": (["sampling.max_new_tokens=120"], "in the model's max_seq_len 128"),
     "negative_rate": (["optimizer.lr=-1"], "optimizer: ValueError: Invalid learning rate: -1"),
     "odd_replicas": (
         ["data_parallel_replicate_size=3"],
-        "data_parallel_replicate_size 3 x context_parallel_size 1 = 3, which does not divide the 1 ranks",
+        "data_parallel_replicate_size: 3 x context_parallel_size 1 = 3, which does not divide the 1 ranks",
     ),
     "too_few_ranks": (
         ["context_parallel_size=4"],
-        "= 4, which does not divide the 1 ranks of this run: change one of them, or start a multiple of 4 ranks",
+        "= 4, which does not divide the 1 ranks of this run; change one of them, or start a multiple of 4 ranks",
     ),
     "bins_that_cannot_be_split": (
         ["context_parallel_size=3", "packing.bin_length=64"],
@@ -158,7 +161,7 @@ REFUSED = {
     ),
     "segments_without_a_component": (
         ["segments=gspo.data.segments.AtDelimiter"],
-        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_; write segments._component_=",
+        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_, or null; write segments._comp",
     ),
     "old_logps_of_nobody": (["old_logps=mine"], "old_logps: 'mine' must be sampler or recompute"),
     "correction_of_nothing": (
@@ -181,8 +184,8 @@ REFUSED = {
         ["output_dir=${data_dir}/train.jsonl/out"],
         "output_dir: NotADirectoryError: [Errno 20]",
     ),
-    "no_gpu": (["device=xpu"], "device: 'xpu' is not on this machine. Set device to cpu"),
-    "no_device": (["device=gpu"], "device: 'gpu': Expected one of cpu, cuda"),
+    "no_gpu": (["device=xpu"], "device: 'xpu' is not on this machine; set device to cpu"),
+    "no_device": (["device=gpu"], "device: 'gpu' is refused: Expected one of cpu, cuda"),
     "unknown_reward": (
         ["rewards.correct.function=gspo.rewards.mathh"],
         "gspo.rewards has no 'mathh'",
@@ -206,7 +209,7 @@ def test_mistake_is_one_message(run, capsys, changes, message):
             '{"expression": "1 + 1", "answer": "2"}\n{"expression": \n',
             "train.jsonl:2: not JSON: Expecting value",
         ),
-        ("", "train.jsonl is empty; a run needs at least one prompt"),
+        ("", "train.jsonl' is empty; a run needs at least one prompt"),
         (
             '{"question": "1 + 1", "answer": "2"}\n',
             "train.jsonl:1 has no field 'expression'; it has 'question', 'answer'",
@@ -271,9 +274,9 @@ def test_port_in_use_names_the_address(base, tmp_path):
     assert result.returncode == 1
     error = result.stderr.split("error: ")[-1]
     assert error.startswith(
-        f"The ranks could not meet at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}: "
+        f"MASTER_ADDR:MASTER_PORT: '127.0.0.1:{port}' is where the ranks could not meet: "
     )
-    assert "Choose a free port" in error and "Traceback" not in error
+    assert "choose a free port" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("reward", ["raises", "hangs", "nan"])
@@ -337,7 +340,7 @@ def test_refilling_dead_groups_for_ever_ends_with_a_message(run, capsys, monkeyp
     assert code == 1
     error = capsys.readouterr().err.split("error: ")[-1]
     assert error.startswith(
-        "docs_per_step: 32 is out of reach, 5 microbatches in a row brought no document. With adv"
+        "docs_per_step: 32 is out of reach, 5 microbatches in a row brought no document; with adv"
     )
 
 
