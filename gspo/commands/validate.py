@@ -86,7 +86,10 @@ def add_recipe_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_checked(arguments: Sequence[str], settings: type[S] = Settings) -> S:  # type: ignore[assignment]
+def read_checked(
+    arguments: Sequence[str],
+    settings: type[S] = Settings,  # type: ignore[assignment]  # S is Settings then
+) -> S:
     """Return the settings that the recipe would start with.
 
     Args:
