@@ -263,7 +263,7 @@ def test_memory_without_a_unit_is_refused(text):
     [
         (
             ["--config", "nowhere.yaml"],
-            "'nowhere.yaml' is no file and no registered config; see `tune ls`",
+            "nowhere.yaml' is no file and no registered config; see `tune ls`",
         ),
         (["--config", "tiny/sft"], "--config: 'tiny/sft' is for a recipe of torchtune's own"),
         (["--config", "tiny/gspo", "--world-size", "0"], "--world-size: 0 must be at least 1"),
