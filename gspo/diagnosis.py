@@ -1,4 +1,4 @@
-"""What a step's numbers say about a run's settings: warnings that name the cure, each given once.
+"""Warnings about a run's settings, read off a step's numbers; each names the cure, once.
 
 Not here: the metrics themselves (:mod:`gspo.metrics`, :mod:`gspo.losses.accounting`).
 """

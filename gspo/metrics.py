@@ -120,7 +120,7 @@ class NotFinite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a metric is per, its unit, and what it shows, with the range that is healthy."""
+    """A metric told: per what it is, its unit, and what it shows with its healthy range."""
 
     per: str
     unit: str

@@ -336,7 +336,7 @@ class _Totals(NamedTuple):
 
 
 class _Surrogate(NamedTuple):
-    """What a surrogate got and gave."""
+    """The input and the output of a surrogate."""
 
     terms: RatioTerms
     result: SurrogateTerms
@@ -362,7 +362,7 @@ def _listen(loss: Any) -> list[_Surrogate]:
 
 
 class _Clipped(NamedTuple):
-    """What the clip does to documents."""
+    """The effect of the clip on documents."""
 
     tokens: Tensor  # [D, 6] in clipped ratios, see _Clips
     ratio: Tensor  # [D] mean over the document's tokens

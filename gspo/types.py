@@ -83,7 +83,7 @@ class GroupBatch:
 
 
 class Axis(StrEnum):
-    """What a tensor of a batch has one value for."""
+    """The things of which a tensor of a batch has one value each."""
 
     SLOT = "slots"  # a position in a bin
     DOCUMENT = "documents"

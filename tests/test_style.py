@@ -21,7 +21,7 @@ MEDIAN_LINES, P90_LINES = 11, 35
 # First words that make a fragment, which needs the name of the function to be understood.
 FRAGMENTS = {
     *("as", "at", "by", "for", "from", "if", "in", "it", "its", "of", "on", "so", "than", "that"),
-    *("their", "they", "this", "those", "to", "under", "what", "when", "where", "which", "whose"),
+    *("their", "they", "those", "to", "under", "what", "when", "where", "which", "whose"),
     *("why", "with", "without"),
 }
 EMPTY_NAMES = {"found", "given", "own"}

@@ -1,4 +1,4 @@
-"""What the value of a config key must be, in a form that checks it and that documents it."""
+"""Conditions on the values of config keys, in a form that checks and documents them."""
 
 from __future__ import annotations
 

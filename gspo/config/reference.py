@@ -29,8 +29,8 @@ def page(settings: type[BaseModel] = Settings) -> str:
     lines = [_HEAD, "| key | must be | default | meaning |", "|---|---|---|---|"]
     for key, field in settings.model_fields.items():
         lines.append(_row(key, field))
-        if given := _given(field):
-            lines[-1] = lines[-1].removesuffix(" |") + f" The recipe passes {given}. |"
+        if passed := _passed(field):
+            lines[-1] = lines[-1].removesuffix(" |") + f" The recipe passes {passed}. |"
     for key, section in _sections(settings):
         title = f"## {key}"
         summary = (section.__doc__ or "").strip().splitlines()[0]
@@ -79,7 +79,7 @@ def _as_yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _given(field: FieldInfo) -> str:
+def _passed(field: FieldInfo) -> str:
     for item in field.metadata:
         if isinstance(item, Given):
             return ", ".join(f"`{name}`" for name in item.names)

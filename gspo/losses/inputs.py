@@ -1,4 +1,4 @@
-"""What a loss sees of a microbatch, what it returns, and what it declares about itself.
+"""The interface of a loss: its inputs, its output, and what it declares about itself.
 
 T tokens, D documents, K segments. The recipe, the policy and the replay ask a loss nothing but what
 :class:`Loss` and :class:`LossTraits` say.
@@ -50,7 +50,9 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What an objective needs beside the new log-probabilities; ``label_counts`` 0 marks padding.
+    """The tensors that an objective takes beside the new log-probabilities.
+
+    A ``label_counts`` of 0 marks padding.
 
     Under context parallelism the tokens are those of this rank, and the documents all those that it
     may hold a part of, the same on the ranks of a context group. An objective's value and metrics
@@ -109,7 +111,7 @@ class LossInputs:
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns; a plain ``(loss, metrics)`` of the user's will do too."""
+    """The result of a loss; a plain ``(loss, metrics)`` of the user's will do too."""
 
     loss: Tensor  # [] undivided sum
     metrics: Metrics
@@ -118,7 +120,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LossTraits:
-    """What steers the code around a loss, which has them as its attribute ``traits``."""
+    """Facts about a loss that steer the code around it; a loss has them as ``traits``."""
 
     ratio_unit: Axis | None = None  # what has one ratio: a slot (token), a document or a segment
     entropy_grad: bool = False  # the loss has a gradient by the entropy

@@ -68,7 +68,7 @@ _BLOCK = 128  # slots of a block of FlexAttention's mask
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What an optimizer step does on rank 0, which has the largest shard where they are uneven."""
+    """The work of an optimizer step on rank 0, which has the largest shard if they are uneven."""
 
     always: dict[str, int]  # bytes that are held all the time, by what they are
     peaks: dict[str, dict[str, int]]  # moment -> bytes by what they are, when the sum was largest
@@ -82,7 +82,7 @@ class DryRun:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run takes from its config for an optimizer step."""
+    """The part of a config that an optimizer step depends on."""
 
     world_size: int
     device_type: str

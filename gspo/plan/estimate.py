@@ -1,4 +1,4 @@
-"""From a config and a machine to memory, operations and expected times of an optimizer step.
+"""Memory, operations and expected times of an optimizer step, from a config and a machine.
 
 All are those of one rank. Not here: what the training step itself holds and does, which
 :mod:`gspo.plan.dry_run` finds by going through it.
@@ -132,7 +132,7 @@ def _plain_options(options: Options) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """What a run holds beside its training step."""
+    """The bytes that a run holds beside its training step."""
 
     always: Parts
     sampling: Parts  # while the in-process sampler draws

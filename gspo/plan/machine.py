@@ -10,7 +10,7 @@ RESERVE = 2 * GIB  # of a GPU: context, NCCL's buffers, what the caching allocat
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a rank has and what it reaches; a link is counted in one direction."""
+    """The memory of a rank and the rates it reaches; a link is counted in one direction."""
 
     memory: int  # bytes
     tflops: float  # 1e12 operations a second that products of matrices reach

@@ -87,13 +87,13 @@ class Transfer:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What two transfers have in common that can be added up."""
+        """The facts that two transfers share if they can be added up."""
         return self.purpose, self.kind, self.group_size
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """What was held when the most was."""
+    """The bytes that were held when the most were."""
 
     num_bytes: int
     parts: dict[str, int]  # bytes by label

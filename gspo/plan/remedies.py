@@ -1,4 +1,4 @@
-"""What would save memory where a plan does not fit: every change is planned."""
+"""Changes that would save memory where a plan does not fit; each is planned."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def mask_mod(
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where this rank's queries and all keys lie, on the device."""
+    """The slots and documents of this rank's queries and of all keys, on the device."""
 
     q_slot: Tensor  # [R, S / C]
     q_document: Tensor  # [R, S / C]

@@ -25,7 +25,7 @@ from gspo.policy.model import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """What a config says about how a policy computes and where its weights lie."""
+    """The settings of how a policy computes and where its weights lie."""
 
     kernel: str = "auto"
     head_chunk_size: int | None = None

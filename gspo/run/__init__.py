@@ -1,4 +1,4 @@
-"""What a run writes, and how far it has come."""
+"""The folder that a run writes, and the state that it has reached."""
 
 from gspo.run.folder import RunFolder
 from gspo.run.progress import Progress, build_profiler

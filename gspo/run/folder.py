@@ -40,7 +40,7 @@ MAX_SPOILED_DUMPS = 10  # a run of steps that are not finite must not fill the d
 
 
 class RunFolder:
-    """What one rank writes of a run.
+    """The files that one rank writes of a run.
 
     Args:
         cfg: the settings.
