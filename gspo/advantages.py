@@ -35,7 +35,8 @@ def group_mean_std(rewards: Sequence[float], *, std_floor: float = 1e-4) -> list
     """
     deviations = group_mean(rewards)
     sum_of_squares = sum(d * d for d in deviations)
-    std = (sum_of_squares / (len(deviations) - 1)) ** 0.5
+    variance = sum_of_squares / (len(deviations) - 1)
+    std = variance**0.5
     scale = max(std, std_floor)
     return [d / scale for d in deviations]
 
@@ -49,10 +50,11 @@ def group_mean(rewards: Sequence[float]) -> list[float]:
         InputError: The group has fewer than two rewards; the advantage would always be 0.
     """
     values = [float(reward) for reward in rewards]
-    check_group_size(group_mean, len(values))
+    group_size = len(values)
+    check_group_size(group_mean, group_size)
     if all_equal(values):
-        return [0.0] * len(values)
-    mean = sum(values) / len(values)
+        return [0.0] * group_size
+    mean = sum(values) / group_size
     return [value - mean for value in values]
 
 
@@ -65,7 +67,8 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
         InputError: The group has fewer than two rewards.
     """
     deviations = group_mean(rewards)
-    scale = len(deviations) / (len(deviations) - 1)
+    group_size = len(deviations)
+    scale = group_size / (group_size - 1)
     return [d * scale for d in deviations]
 
 
@@ -115,4 +118,7 @@ def all_equal(rewards: Sequence[float]) -> bool:
 
     Its rewards are exactly equal, or there are fewer than two.
     """
-    return len(rewards) < 2 or all(reward == rewards[0] for reward in rewards)
+    if len(rewards) < 2:
+        return True
+    first = rewards[0]
+    return all(reward == first for reward in rewards)

@@ -45,10 +45,12 @@ def ratio_metrics(
     stops. Collective over a context group where units are tokens.
     """
     units = terms.units
-    flags = torch.stack((units.valid, terms.bounded, result.outside, result.low | result.high))
-    hits = _documents_with(flags, units, inputs)
+    binding = result.low | result.high
+    flags = torch.stack((units.valid, terms.bounded, result.outside, binding))
+    hits = _documents_with(flags, units, inputs)  # [4, D]
+    num_hits = hits.sum(-1)
     documents = _DocumentFlags(*hits)
-    counts = _DocumentFlags(*hits.sum(-1))
+    counts = _DocumentFlags(*num_hits)
     return {
         **_ratios(terms),
         "bounded_documents": Sum(counts.bounded),
@@ -62,13 +64,17 @@ def ratio_metrics(
 
 def _ratios(terms: RatioTerms) -> Metrics:
     units = terms.units
-    ratio = terms.log_ratio.detach().exp()
+    log_ratio = terms.log_ratio.detach()
+    ratio = log_ratio.exp()
+    smallest = -_largest(-ratio, units.valid)
     num_units = units.counted.sum()
+    sum_of_ratios = _sum_where(units.counted, ratio)
+    sum_of_squares = _sum_where(units.counted, ratio.square())
     return {
-        "ratio/mean": Mean(_sum_where(units.counted, ratio), num_units),
-        "_ratio_sq": Mean(_sum_where(units.counted, ratio.square()), num_units),
+        "ratio/mean": Mean(sum_of_ratios, num_units),
+        "_ratio_sq": Mean(sum_of_squares, num_units),
         "ratio/max": Max(_largest(ratio, units.valid)),
-        "ratio/min": Min(-_largest(-ratio, units.valid)),
+        "ratio/min": Min(smallest),
     }
 
 
@@ -76,14 +82,25 @@ def _drift_since_sampling(drift: Drift, num_documents: Tensor, inputs: LossInput
     log_ratio = drift.log_ratio.detach()
     bounded = log_ratio.clamp(-20, 20)
     k3_nats = torch.expm1(bounded) - log_ratio
+    sum_of_squares = log_ratio.square().sum()
+    num_tokens = inputs.loss_mask.sum()
     sums = drift.documents.log_ratio.detach()
-    means = per_label(sums, inputs.label_counts)
-    sum_of_absolutes = _counted(means.abs(), inputs).sum()
+    sum_of_means = _sum_of_absolute_means(sums, inputs)
     return {
         "kl_new_old": Mean(k3_nats.sum(), num_documents),
-        "_log_ratio_sq": Mean(log_ratio.square().sum(), inputs.loss_mask.sum()),
-        "log_ratio/abs_document": Mean(sum_of_absolutes, num_documents),
+        "_log_ratio_sq": Mean(sum_of_squares, num_tokens),
+        "log_ratio/abs_document": Mean(sum_of_means, num_documents),
     }
+
+
+def _sum_of_absolute_means(
+    sums: Tensor,  # [D] over labelled tokens
+    inputs: LossInputs,
+) -> Tensor:  # []
+    means = per_label(sums, inputs.label_counts)
+    absolutes = means.abs()
+    counted = _counted(absolutes, inputs)
+    return counted.sum()
 
 
 def _clipped_units(units: Units, result: SurrogateTerms, inputs: LossInputs) -> Metrics:
@@ -91,9 +108,11 @@ def _clipped_units(units: Units, result: SurrogateTerms, inputs: LossInputs) -> 
     outside = result.outside & units.counted
     low = result.low & units.counted
     high = result.high & units.counted
+    num_outside = _sum_where(outside, units.num_tokens)
+    num_binding = _sum_where(low | high, units.num_tokens)
     return {
-        "clip/any_token": Mean(_sum_where(outside, units.num_tokens), num_tokens),
-        "clip/binding_token": Mean(_sum_where(low | high, units.num_tokens), num_tokens),
+        "clip/any_token": Mean(num_outside, num_tokens),
+        "clip/binding_token": Mean(num_binding, num_tokens),
         "clip/low": _share(low, units.counted),
         "clip/high": _share(high, units.counted),
     }
@@ -111,7 +130,8 @@ def _clip_by_length(
     remaining = documents.valid
     for length in LENGTH_BINS:
         inside = remaining & (label_counts <= length)
-        metrics[f"clip/binding_document_to_{length}"] = _share(documents.binding, inside)
+        name = f"clip/binding_document_to_{length}"
+        metrics[name] = _share(documents.binding, inside)
         remaining = remaining & ~inside
     metrics["clip/binding_document_longer"] = _share(documents.binding, remaining)
     return metrics
@@ -119,19 +139,22 @@ def _clip_by_length(
 
 def _share(flags: Tensor, among: Tensor) -> Mean:
     """Return the share of those in ``among`` that have a flag."""
-    return Mean((flags & among).sum(), among.sum())
+    flagged = flags & among
+    num_flagged = flagged.sum()
+    return Mean(num_flagged, among.sum())
 
 
 def mismatch_metrics(drift: Drift, inputs: LossInputs) -> Metrics:
     """Return what trainer and sampler disagree by at the same weights, in nats."""
     mismatch = drift.mismatch.detach()
+    squares = mismatch.square()
+    num_tokens = inputs.loss_mask.sum()
     sums = drift.documents.mismatch.detach()
-    means = per_label(sums, inputs.label_counts)
-    sum_of_absolutes = _counted(means.abs(), inputs).sum()
-    num_documents = _counted(drift.valid, inputs).sum()
+    sum_of_means = _sum_of_absolute_means(sums, inputs)
+    documents = _counted(drift.valid, inputs)
     return {
-        "_mismatch_sq": Mean(mismatch.square().sum(), inputs.loss_mask.sum()),
-        "mismatch/abs_document": Mean(sum_of_absolutes, num_documents),
+        "_mismatch_sq": Mean(squares.sum(), num_tokens),
+        "mismatch/abs_document": Mean(sum_of_means, documents.sum()),
     }
 
 
@@ -140,11 +163,13 @@ def correction_metrics(corrected: Corrected, units: Units) -> Metrics:
     num_units = units.counted.sum()
 
     def mean(values: Tensor) -> Mean:
-        return Mean(_sum_where(units.counted, values), num_units)
+        total = _sum_where(units.counted, values)
+        return Mean(total, num_units)
 
+    largest = _largest(corrected.ratio, units.valid)
     return {
         "correction/ratio_mean": mean(corrected.ratio),
-        "correction/ratio_max": Max(_largest(corrected.ratio, units.valid)),
+        "correction/ratio_max": Max(largest),
         "correction/weight_mean": mean(corrected.weights),
         "_correction_ratio_sq": mean(corrected.ratio.square()),
         "_correction_weight_sq": mean(corrected.weights.square()),
@@ -155,11 +180,26 @@ def correction_metrics(corrected: Corrected, units: Units) -> Metrics:
 def token_metrics(logps: Tensor, entropy: Tensor, inputs: LossInputs) -> Metrics:
     """Return means per labelled token, in nats."""
     num_tokens = inputs.loss_mask.sum()
-    values = {"new_logps": logps, "old_logps": inputs.old_logps, "entropy": entropy}
-    metrics: Metrics = {}
-    for name, value in values.items():
-        metrics[name] = Mean(_sum_where(inputs.loss_mask, value), num_tokens)
-    return metrics
+
+    def mean(values: Tensor) -> Mean:
+        total = _sum_where(inputs.loss_mask, values)
+        return Mean(total, num_tokens)
+
+    return {
+        "new_logps": mean(logps),
+        "old_logps": mean(inputs.old_logps),
+        "entropy": mean(entropy),
+    }
+
+
+def kl_metrics(
+    divergence: Tensor,  # [T] nats, 0 where not valid
+    drift: Drift,
+) -> Metrics:
+    """Return the KL to the reference policy per labelled token."""
+    total = divergence.sum()
+    num_tokens = drift.token_valid.sum()
+    return {"kl_ref": Mean(total, num_tokens)}
 
 
 def count_not_finite(
@@ -168,8 +208,11 @@ def count_not_finite(
 ) -> NotFinite:
     """Count the documents taken out because a value of theirs is not finite, and their labels."""
     has_labels = inputs.label_counts > 0
-    taken_out = _counted(has_labels & ~valid, inputs)
-    return NotFinite(taken_out.sum(), _sum_where(taken_out, inputs.label_counts))
+    is_taken_out = has_labels & ~valid
+    taken_out = _counted(is_taken_out, inputs)
+    num_documents = taken_out.sum()
+    num_tokens = _sum_where(taken_out, inputs.label_counts)
+    return NotFinite(num_documents, num_tokens)
 
 
 def quarantine_metrics(not_finite: NotFinite) -> Metrics:
@@ -179,7 +222,8 @@ def quarantine_metrics(not_finite: NotFinite) -> Metrics:
 
 def _sum_where(flags: Tensor, values: Tensor) -> Tensor:  # []
     """Add up the values that have a flag; no product, since 0 * inf is nan."""
-    return torch.where(flags, values, 0).sum()
+    picked = torch.where(flags, values, 0)
+    return picked.sum()
 
 
 def _documents_with(
@@ -188,10 +232,12 @@ def _documents_with(
     inputs: LossInputs,
 ) -> Tensor:  # [N, D] bool
     """Return which documents counted here have a valid unit with each of N flags."""
-    flagged = (flags & units.valid).to(units.weights.dtype)
+    flagged = flags & units.valid
+    amounts = flagged.to(units.weights.dtype)
     num_documents = inputs.label_counts.numel()
-    hits = sums_at(flagged, units.document, num_documents)
-    is_hit = units.complete(hits) > 0
+    hits_here = sums_at(amounts, units.document, num_documents)
+    hits = units.complete(hits_here)
+    is_hit = hits > 0
     return _counted(is_hit, inputs)
 
 
@@ -199,7 +245,8 @@ def _counted(values: Tensor, inputs: LossInputs) -> Tensor:  # [..., D]
     """Return a value per document, False or 0 where another rank counts it."""
     if inputs.counted is None:
         return values
-    return torch.where(inputs.counted, values, torch.zeros_like(values))
+    zeros = torch.zeros_like(values)
+    return torch.where(inputs.counted, values, zeros)
 
 
 def _largest(
@@ -207,6 +254,8 @@ def _largest(
     valid: Tensor,  # [K] bool
 ) -> Tensor:  # []
     """Return the largest valid value, -inf without any: a microbatch without labels."""
-    picked = torch.where(valid, values, -torch.inf)
-    none = picked.new_full((1,), -torch.inf)
-    return torch.cat((picked, none)).max()
+    lowest = -torch.inf
+    picked = torch.where(valid, values, lowest)
+    none = picked.new_full((1,), lowest)
+    at_least_one = torch.cat((picked, none))
+    return at_least_one.max()

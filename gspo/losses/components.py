@@ -100,13 +100,15 @@ class _PolicyLoss(nn.Module):
     def _check_types(self) -> None:
         for field in fields(self):
             kinds = str(field.type).split(" | ")
-            _check_type(field.name, getattr(self, field.name), kinds)
+            value = getattr(self, field.name)
+            _check_type(field.name, value, kinds)
 
     def _check_shared_arguments(self) -> None:
         _check_choice("aggregation", self.aggregation, F.AGGREGATIONS)
         _check_choice("kl_estimator", self.kl_estimator, F.KL_ESTIMATORS)
-        require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "must be 0 or more")
-        require(self.entropy_coef >= 0, "entropy_coef", self.entropy_coef, "must be 0 or more")
+        for key in ("kl_coef", "entropy_coef"):
+            value = getattr(self, key)
+            require(value >= 0, key, value, "must be 0 or more")
         bound = self.log_ratio_bound
         require(bound > 0, "log_ratio_bound", bound, "must be positive")
         if self.normalize_by_documents and self.aggregation in _DIVISORS:
@@ -121,7 +123,8 @@ class _PolicyLoss(nn.Module):
         value = getattr(self, key)
         if value is None:
             must = f"divides by {key}, which is null"
-            raise InputError("aggregation", self.aggregation, must, f"set {key}")
+            remedy = f"set {key}"
+            raise InputError("aggregation", self.aggregation, must, remedy)
         require(value > 0, key, value, "must be positive")
         return {key: value}
 
@@ -134,14 +137,16 @@ class _PolicyLoss(nn.Module):
         require(0 <= low <= 1, "correction_low", low, "must lie in [0, 1]")
         require(high >= 1, "correction_high", high, "must be 1 or more")
         weighs_tokens = self.correction in F.TOKEN_CORRECTIONS
+        has_token_terms = self.ratio_unit == Axis.SLOT
         require(
-            not weighs_tokens or self.ratio_unit == Axis.SLOT,
+            not weighs_tokens or has_token_terms,
             "correction",
             self.correction,
             f"weighs tokens, but the terms of {type(self).__name__} are {self.ratio_unit}",
             "set it to sequence_geometric, or name gspo.losses.GSPOTokenLoss",
         )
-        return partial(F.CORRECTIONS[self.correction], low=low, high=high)
+        correction = F.CORRECTIONS[self.correction]
+        return partial(correction, low=low, high=high)
 
     def _needs(self) -> dict[str, str]:
         """Return the inputs that the options which are on need, by option."""
@@ -392,7 +397,8 @@ def _check_type(key: str, value: Any, kinds: list[str]) -> None:
         return
     is_number = type(value) is int
     if type(value) is float:
-        is_number = "float" in kinds and math.isfinite(value)
+        takes_float = "float" in kinds
+        is_number = takes_float and math.isfinite(value)
     whole = " whole" if "int" in kinds else ""
     ending = ", or null" if is_optional else ""
     require(is_number, key, value, f"must be a finite{whole} number{ending}")
@@ -400,7 +406,8 @@ def _check_type(key: str, value: Any, kinds: list[str]) -> None:
 
 def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     is_known = isinstance(value, str) and value in choices
-    require(is_known, key, value, f"must be one of {', '.join(choices)}")
+    names = ", ".join(choices)
+    require(is_known, key, value, f"must be one of {names}")
 
 
 def _clip_width(key: str, value: float | None, largest: float = math.inf) -> float:

@@ -26,6 +26,7 @@ from gspo.errors import NO_VALUE, InputError
 from gspo.losses.accounting import (
     correction_metrics,
     count_not_finite,
+    kl_metrics,
     mismatch_metrics,
     quarantine_metrics,
     ratio_metrics,
@@ -45,7 +46,7 @@ from gspo.losses.units import (
     segment_units,
     token_units,
 )
-from gspo.metrics import Mean, Metrics
+from gspo.metrics import Metrics
 
 RatioLevel = Callable[[Drift, Tensor, LossInputs], RatioTerms]  # the tensor: document weights [D]
 Surrogate = Callable[[RatioTerms], SurrogateTerms]
@@ -81,7 +82,8 @@ def over_constant_length(
 
     Dr. GRPO, arXiv 2503.20783, appendix.
     """
-    return float(num_documents * constant_length)
+    num_tokens = num_documents * constant_length
+    return float(num_tokens)
 
 
 def over_batch_size(num_documents: int, num_label_tokens: int, *, batch_size: int) -> float:
@@ -118,8 +120,9 @@ def document_ratio(
     At g = 1 it is ``s``, the geometric mean of the token ratios (GSPO, arXiv 2507.18071, eq. 7).
     """
     units = document_units(drift, weights, inputs)
-    num_tokens = units.num_tokens.clamp(min=1).to(units.log_ratio.dtype)
-    exponent = units.log_ratio * num_tokens ** (1 - length_exponent)
+    num_tokens = _num_tokens(units)
+    mean_to_sum = num_tokens ** (1 - length_exponent)  # to sum / N^g
+    exponent = units.log_ratio * mean_to_sum
     return _bounded(units, exponent, -bound, bound)
 
 
@@ -199,20 +202,34 @@ def mixed_ratio(
     """
     units = token_units(drift, weights, inputs)
     of_document = _sequence_exponent(units, drift, inputs)
-    exponent = token_share * units.log_ratio + (1 - token_share) * of_document
+    document_share = 1 - token_share
+    token_term = token_share * units.log_ratio
+    document_term = document_share * of_document
+    exponent = token_term + document_term
     return _bounded(units, exponent, -bound, bound)
 
 
 def _sequence_exponent(units: Units, drift: Drift, inputs: LossInputs) -> Tensor:  # [T]
     """Return ``sg(mean l) + l_t - sg(l_t)``: the document's mean, with the token's own gradient."""
-    means = per_label(drift.documents.log_ratio.detach(), inputs.label_counts)
-    gradient_alone = units.log_ratio - units.log_ratio.detach()
-    return means[units.document] + gradient_alone
+    sums = drift.documents.log_ratio.detach()
+    means = per_label(sums, inputs.label_counts)
+    log_ratio = units.log_ratio
+    gradient_alone = log_ratio - log_ratio.detach()
+    values = means[units.document]
+    return values + gradient_alone
+
+
+def _num_tokens(units: Units) -> Tensor:  # [K] of the ratio's dtype, at least 1
+    num_tokens = units.num_tokens.clamp(min=1)
+    return num_tokens.to(units.log_ratio.dtype)
 
 
 def _bounded(units: Units, exponent: Tensor, low: float, high: float) -> RatioTerms:
-    is_outside = (exponent < low) | (exponent > high)
-    return RatioTerms(units, exponent.clamp(low, high), is_outside)
+    is_below = exponent < low
+    is_above = exponent > high
+    is_outside = is_below | is_above
+    bounded = exponent.clamp(low, high)
+    return RatioTerms(units, bounded, is_outside)
 
 
 def token_truncated(
@@ -222,7 +239,8 @@ def token_truncated(
 
     Truncated importance sampling, Ionides 2008, doi 10.1198/106186008X320456.
     """
-    return _truncated(_exp(units.mismatch), high)
+    ratio = _exp(units.mismatch)
+    return _truncated(ratio, high)
 
 
 def token_masked(
@@ -233,8 +251,11 @@ def token_masked(
     Units must be tokens.
     """
     ratio = _exp(units.mismatch)
-    outside = (ratio < low) | (ratio > high)
-    return Corrected(ratio, torch.where(outside, 0.0, ratio), outside)
+    is_below = ratio < low
+    is_above = ratio > high
+    is_outside = is_below | is_above
+    weights = torch.where(is_outside, 0.0, ratio)
+    return Corrected(ratio, weights, is_outside)
 
 
 def sequence_product(
@@ -244,7 +265,10 @@ def sequence_product(
 
     It is unbiased but for the bound, and varies widely for long documents.
     """
-    return _truncated(_exp(drift.documents.mismatch[units.document]), high)
+    sums = drift.documents.mismatch
+    unit_sums = sums[units.document]
+    ratio = _exp(unit_sums)
+    return _truncated(ratio, high)
 
 
 def sequence_geometric(
@@ -254,16 +278,23 @@ def sequence_geometric(
 
     This is GSPO's ratio, of the mismatch.
     """
-    means = per_label(drift.documents.mismatch, inputs.label_counts)
-    return _truncated(_exp(means[units.document]), high)
+    sums = drift.documents.mismatch
+    means = per_label(sums, inputs.label_counts)
+    unit_means = means[units.document]
+    ratio = _exp(unit_means)
+    return _truncated(ratio, high)
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.detach().clamp(-20.0, 20.0).exp()
+    fixed = log_ratio.detach()
+    bounded = fixed.clamp(-20.0, 20.0)
+    return bounded.exp()
 
 
 def _truncated(ratio: Tensor, high: float) -> Corrected:
-    return Corrected(ratio, ratio.clamp(max=high), ratio > high)
+    weights = ratio.clamp(max=high)
+    is_changed = ratio > high
+    return Corrected(ratio, weights, is_changed)
 
 
 CORRECTIONS: dict[str, Callable[..., Corrected]] = {
@@ -277,7 +308,9 @@ TOKEN_CORRECTIONS = frozenset({"token_tis", "token_mask"})  # their units must b
 
 def unclipped_surrogate(terms: RatioTerms) -> SurrogateTerms:
     """Return ``-r A``: importance sampling, with nothing clipped."""
-    loss = -terms.log_ratio.exp() * terms.units.advantages
+    ratio = terms.log_ratio.exp()
+    advantages = terms.units.advantages
+    loss = -ratio * advantages
     nowhere = torch.zeros_like(terms.bounded)
     return SurrogateTerms(loss, outside=nowhere, low=nowhere, high=nowhere)
 
@@ -287,16 +320,33 @@ def clipped_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -
 
     An infinite width does not clip.
     """
+    lowest = 1 - clip_low
+    highest = 1 + clip_high
     ratio = terms.log_ratio.exp()
-    advantages = terms.units.advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    below = ratio < 1 - clip_low
-    above = ratio > 1 + clip_high
+    clipped = ratio.clamp(lowest, highest)
+    below = ratio < lowest
+    above = ratio > highest
+    return _pessimistic(ratio, clipped, terms.units.advantages, below, above)
+
+
+def _pessimistic(
+    ratio: Tensor,  # [K]
+    clipped: Tensor,  # [K] the ratio inside the clip range
+    advantages: Tensor,  # [K]
+    below: Tensor,  # [K] bool, ratio below the clip range
+    above: Tensor,  # [K] bool
+) -> SurrogateTerms:
+    """Return ``-min(r A, clipped A)``, whose gradient vanishes where the clipped term is less."""
+    free_term = ratio * advantages
+    clipped_term = clipped * advantages
+    smaller = torch.minimum(free_term, clipped_term)
+    is_negative = advantages < 0
+    is_positive = advantages > 0
     return SurrogateTerms(
-        loss=-torch.minimum(ratio * advantages, clipped * advantages),
+        loss=-smaller,
         outside=below | above,
-        low=below & (advantages < 0),
-        high=above & (advantages > 0),
+        low=below & is_negative,
+        high=above & is_positive,
     )
 
 
@@ -309,9 +359,13 @@ def dual_clipped_surrogate(
     """
     clipped = clipped_surrogate(terms, clip_low=clip_low, clip_high=clip_high)
     advantages = terms.units.advantages
-    capped = (terms.log_ratio > math.log(dual_clip)) & (advantages < 0)
+    log_cap = math.log(dual_clip)
+    is_above_cap = terms.log_ratio > log_cap
+    is_negative = advantages < 0
+    capped = is_above_cap & is_negative
+    largest_loss = -dual_clip * advantages
     return SurrogateTerms(
-        loss=torch.where(capped, -dual_clip * advantages, clipped.loss),
+        loss=torch.where(capped, largest_loss, clipped.loss),
         outside=clipped.outside | capped,
         low=clipped.low,
         high=clipped.high | capped,
@@ -323,12 +377,17 @@ def cispo_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> 
 
     No gradient vanishes.
     """
-    ratio = terms.log_ratio.detach().exp()
-    truncated = ratio.clamp(1 - clip_low, 1 + clip_high)
+    lowest = 1 - clip_low
+    highest = 1 + clip_high
+    log_ratio = terms.log_ratio.detach()
+    ratio = log_ratio.exp()
+    truncated = ratio.clamp(lowest, highest)
     units = terms.units
-    loss = -truncated * units.advantages * units.logps
+    coefficients = -truncated * units.advantages
+    loss = coefficients * units.logps
+    outside = ratio != truncated
     nowhere = torch.zeros_like(terms.bounded)
-    return SurrogateTerms(loss, outside=ratio != truncated, low=nowhere, high=nowhere)
+    return SurrogateTerms(loss, outside, low=nowhere, high=nowhere)
 
 
 def length_fair_surrogate(
@@ -340,19 +399,17 @@ def length_fair_surrogate(
     lengths are then clipped alike.
     """
     log_ratio = terms.log_ratio
-    advantages = terms.units.advantages
-    root = terms.units.num_tokens.clamp(min=1).to(log_ratio.dtype).sqrt()
+    num_tokens = _num_tokens(terms.units)
+    root = num_tokens.sqrt()
     lowest = -clip_low * root
     highest = clip_high * root
     below = log_ratio < lowest
     above = log_ratio > highest
-    clipped = torch.minimum(torch.maximum(log_ratio, lowest), highest)
-    return SurrogateTerms(
-        loss=-torch.minimum(log_ratio.exp() * advantages, clipped.exp() * advantages),
-        outside=below | above,
-        low=below & (advantages < 0),
-        high=above & (advantages > 0),
-    )
+    bounded_below = torch.maximum(log_ratio, lowest)
+    bounded = torch.minimum(bounded_below, highest)
+    ratio = log_ratio.exp()
+    clipped = bounded.exp()
+    return _pessimistic(ratio, clipped, terms.units.advantages, below, above)
 
 
 def k1(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -365,7 +422,8 @@ def k1(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 def k2(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Return ``log(new / ref)^2 / 2``, biased, whose gradient is the KL's."""
-    return 0.5 * (new_logps - ref_logps).square()
+    delta = new_logps - ref_logps
+    return 0.5 * delta.square()
 
 
 def k3(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -398,7 +456,9 @@ def policy_objective(
     """
     drift = measure_drift(logps, inputs)
     trained = _valid_inputs(inputs, drift)
-    document_weights = torch.where(drift.valid, weights(inputs.label_counts), 0).to(logps.dtype)
+    all_weights = weights(inputs.label_counts)
+    valid_weights = torch.where(drift.valid, all_weights, 0)
+    document_weights = valid_weights.to(logps.dtype)
 
     terms = ratio(drift, document_weights, trained)
     result = surrogate(terms)
@@ -417,14 +477,16 @@ def policy_objective(
     metrics |= token_metrics(logps.detach(), entropy.detach(), trained)
     metrics |= quarantine_metrics(not_finite)
 
-    per_token = per_label(document_weights, inputs.label_counts)[inputs.document_index]
+    token_weights = _spread_over_tokens(document_weights, inputs)
     if inputs.ref_logps is not None:
         divergence = _reference_kl(logps, inputs.ref_logps, drift.token_valid, kl)
-        metrics["kl_ref"] = Mean(divergence.detach().sum(), drift.token_valid.sum())
-        loss = loss + kl_coef * (per_token * divergence).sum()
+        penalty = _weighted_sum(divergence, token_weights)
+        loss = loss + kl_coef * penalty
+        metrics |= kl_metrics(divergence.detach(), drift)
     if entropy_coef:
         valid_entropy = torch.where(drift.token_valid, entropy, 0.0)
-        loss = loss - entropy_coef * (per_token * valid_entropy).sum()
+        bonus = _weighted_sum(valid_entropy, token_weights)
+        loss = loss - entropy_coef * bonus
     return LossOutput(loss, metrics, not_finite)
 
 
@@ -432,6 +494,23 @@ def _valid_inputs(inputs: LossInputs, drift: Drift) -> LossInputs:
     """Return the inputs with nothing to train in documents that are not valid."""
     advantages = torch.where(drift.valid, inputs.advantages, 0.0)
     return replace(inputs, loss_mask=drift.token_valid, advantages=advantages)
+
+
+def _spread_over_tokens(
+    weights: Tensor,  # [D]
+    inputs: LossInputs,
+) -> Tensor:  # [T]
+    """Spread each document's weight evenly over its tokens."""
+    token_weights = per_label(weights, inputs.label_counts)
+    return token_weights[inputs.document_index]
+
+
+def _weighted_sum(
+    values: Tensor,  # [T]
+    weights: Tensor,  # [T]
+) -> Tensor:  # []
+    weighted = weights * values
+    return weighted.sum()
 
 
 def _reference_kl(

@@ -148,7 +148,8 @@ def effective_weights(loss: Any, lengths: Sequence[int] = LENGTHS) -> list[float
 
     See :func:`token_gradient`. In the paper's GSPO all weigh 1 over the number of documents.
     """
-    by_document = token_gradient(loss, lengths).split(list(lengths))
+    gradient = token_gradient(loss, lengths)
+    by_document = gradient.split(list(lengths))
     return [float(coefficients.abs().sum()) for coefficients in by_document]
 
 
@@ -157,7 +158,8 @@ def rows() -> list[dict[str, Any]]:
 
     A fixed batch size is that of :data:`LENGTHS`, a fixed length the longest of them.
     """
-    gspo_gradient = token_gradient(_build(PRESETS["gspo"]))
+    gspo_loss = _build(PRESETS["gspo"])
+    gspo_gradient = token_gradient(gspo_loss)
     return [_row(name, preset, gspo_gradient) for name, preset in PRESETS.items()]
 
 

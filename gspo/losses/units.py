@@ -122,7 +122,8 @@ def document_means(
     inputs: LossInputs,
 ) -> Tensor:  # [..., D]
     """Average ``values`` over each document's labelled tokens; 0 without any. Collective."""
-    return per_label(document_sums(values, inputs), inputs.label_counts)
+    sums = document_sums(values, inputs)
+    return per_label(sums, inputs.label_counts)
 
 
 def per_label(
@@ -130,7 +131,8 @@ def per_label(
     label_counts: Tensor,  # [D]
 ) -> Tensor:  # [..., D]
     """Divide amounts per document by their label counts (at least 1)."""
-    return amounts / label_counts.clamp(min=1)
+    at_least_one = label_counts.clamp(min=1)
+    return amounts / at_least_one
 
 
 def sums_at(
@@ -139,7 +141,8 @@ def sums_at(
     size: int,
 ) -> Tensor:  # [..., size]
     """Add up the values that have the same index."""
-    zeros = values.new_zeros(*values.shape[:-1], size)
+    leading = values.shape[:-1]
+    zeros = values.new_zeros(*leading, size)
     return zeros.index_add(-1, index, values)
 
 
@@ -148,7 +151,9 @@ def count_once(
     counted: Tensor,  # [K] bool
 ) -> Tensor:  # []
     """Add up the terms that are counted here, with the gradient of all of them."""
-    return torch.where(counted, terms, terms - terms.detach()).sum()
+    gradient_alone = terms - terms.detach()
+    summands = torch.where(counted, terms, gradient_alone)
+    return summands.sum()
 
 
 def measure_drift(logps: Tensor, inputs: LossInputs) -> Drift:
@@ -158,19 +163,23 @@ def measure_drift(logps: Tensor, inputs: LossInputs) -> Drift:
     """
     log_ratio = logps - inputs.old_logps
     finite = _finite_tokens(log_ratio, inputs)
-    trained = inputs.loss_mask & finite
-    values = (log_ratio, logps, *_advantages_and_mismatch(log_ratio, inputs))
-    tokens = [torch.where(trained, value, 0.0) for value in values]
-    is_bad = (inputs.loss_mask & ~finite).to(log_ratio.dtype)
-    segments, documents = _sums(torch.stack((*tokens, is_bad)), inputs)
+    is_trained = inputs.loss_mask & finite
+    is_bad = inputs.loss_mask & ~finite
+    advantages, mismatch = _advantages_and_mismatch(log_ratio, inputs)
+    trained = []
+    for values in (log_ratio, logps, advantages, mismatch):
+        trained.append(torch.where(is_trained, values, 0.0))
+    tokens = torch.stack((*trained, is_bad.to(log_ratio.dtype)))
+    segments, documents = _sums(tokens, inputs)
 
     valid = _valid_documents(documents, inputs)
     token_valid = inputs.loss_mask & valid[inputs.document_index]
+    document_rows = torch.where(valid, documents[:4], 0.0)
     return Drift(
-        log_ratio=torch.where(token_valid, tokens[0], 0.0),
-        logps=torch.where(token_valid, tokens[1], 0.0),
-        mismatch=torch.where(token_valid, tokens[3], 0.0),
-        documents=DriftTable(torch.where(valid, documents[:4], 0.0)),
+        log_ratio=torch.where(token_valid, trained[0], 0.0),
+        logps=torch.where(token_valid, trained[1], 0.0),
+        mismatch=torch.where(token_valid, trained[3], 0.0),
+        documents=DriftTable(document_rows),
         segments=None if segments is None else DriftTable(segments[:4]),
         valid=valid,
         token_valid=token_valid,
@@ -216,13 +225,17 @@ def _valid_documents(
     inputs: LossInputs,
 ) -> Tensor:  # [D] bool
     has_labels = inputs.label_counts > 0
-    is_finite = (sums[-1] == 0) & sums.isfinite().all(0)  # a sum may overflow
-    return has_labels & is_finite & inputs.advantages.isfinite()
+    tokens_are_finite = sums[-1] == 0
+    sums_are_finite = sums.isfinite().all(0)  # they may overflow
+    is_finite = tokens_are_finite & sums_are_finite
+    advantage_is_finite = inputs.advantages.isfinite()
+    return has_labels & is_finite & advantage_is_finite
 
 
 def document_units(drift: Drift, weights: Tensor, inputs: LossInputs) -> Units:
     """Return documents as units of the ratio; ``weights`` [D] are theirs."""
-    numbers = torch.arange(inputs.label_counts.numel(), device=weights.device)
+    num_documents = inputs.label_counts.numel()
+    numbers = torch.arange(num_documents, device=weights.device)
     documents = Segments(inputs.document_index, numbers, inputs.label_counts)
     return _whole_units(drift.documents, documents, weights, drift, inputs)
 
@@ -239,18 +252,22 @@ def _whole_units(
     """Return units that every rank of a context group has."""
     counts = segments.label_counts
     document = segments.document
-    valid = drift.valid[document] & (counts > 0)
-    means = DriftTable(per_label(torch.where(valid, sums.rows, 0.0), counts))
+    has_labels = counts > 0
+    valid = drift.valid[document] & has_labels
+    valid_sums = torch.where(valid, sums.rows, 0.0)
+    means = DriftTable(per_label(valid_sums, counts))
     advantages = means.advantages
     if inputs.token_advantages is None:
         advantages = inputs.advantages[document]
-    share = per_label(counts.to(weights.dtype), inputs.label_counts[document])
+    num_tokens = counts.to(weights.dtype)
+    share = per_label(num_tokens, inputs.label_counts[document])
+    unit_weights = weights[document] * share
     return Units(
         log_ratio=means.log_ratio,
         logps=means.logps,
         mismatch=means.mismatch,
         advantages=advantages,
-        weights=torch.where(valid, weights[document] * share, 0.0),
+        weights=torch.where(valid, unit_weights, 0.0),
         valid=valid,
         counted=valid if inputs.counted is None else valid & inputs.counted[document],
         document=document,
