@@ -2,11 +2,14 @@
 
     python benchmarks/rl_loop.py --json benchmarks/results/DATE-rl_loop.json [--trl]
 
-The shape is fixed: a 0.46 M-parameter Qwen2 in fp32, 32 prompts of 6 tokens x 8 completions of 5 tokens a rollout, two
-updates of the whole rollout (``ppo_epochs`` 2), then a weight sync. It runs the recipe's own objects through the
-recipe's own loop. The reward is a weighted coin, so that the share of dead groups is known: where they are not dropped,
-every one of the 256 completions goes through both updates. ``--trl`` runs TRL's trainer on the same shape as well
-(``rl_loop_trl.py``; it needs ``pip install 'gspo[bench]'``).
+The shape is fixed: a 0.46 M-parameter Qwen2 in fp32, 32 prompts of 6 tokens x 8 completions of 5
+tokens a rollout, two updates of the whole rollout (``ppo_epochs`` 2), then a weight sync. The loop
+is made of the package's own nodes and of the functions in ``gspo.update``, as the recipe's is. The
+reward is a weighted coin, so that the share of dead groups is known: where they are not dropped,
+every one of the 256 completions goes through both updates. ``--trl`` runs TRL's trainer on the same
+shape as well (``rl_loop_trl.py``; it needs ``pip install 'gspo[bench]'``).
+
+Not here: logs, evaluation, the audit of the weights, more than one rank.
 """
 
 from __future__ import annotations
@@ -17,29 +20,30 @@ import json
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from hardware import hardware
+from torch import Tensor
 from torchdata.nodes import BaseNode
 from torchtune.models.qwen2 import qwen2
+from torchtune.modules import TransformerDecoder
 
-from gspo import metrics, parallel
-from gspo.data.graph import GraphOptions, build_graph
-from gspo.data.steps import FetchSteps, StepBatches
+from gspo import parallel, update
+from gspo.data import Advantage, FetchSteps, Pack, Sample, Score, StepBatches
 from gspo.losses import GSPOLoss
-from gspo.policy.microbatch import Microbatch
-from gspo.policy.model import Policy
-from gspo.policy.sharding import load_weights, shard_policy
+from gspo.metrics import StepMetrics, batch_metrics
+from gspo.policy import Microbatch, PolicyOptions, build_policy
 from gspo.rewards.pool import RewardPool
 from gspo.sampling.local import LocalSampler
-from gspo.types import Prompt, SamplingParams
-from gspo.update import accumulate_gradients
+from gspo.types import PackedBatch, Prompt, SamplingParams
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
 WARMUP = 5  # rollouts
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=64,
     num_layers=3,
     num_heads=4,
@@ -54,26 +58,26 @@ ALPHABET = "".join(chr(48 + i) for i in range(SHAPE["vocab_size"]))
 
 
 class CharTokenizer:
-    """One character a token, no stop token: every answer has five tokens."""
+    """A tokenizer of one character a token without a stop token: every answer has five tokens."""
 
     stop_tokens: tuple[int, ...] = ()
     special_tokens: dict[str, int] = {}
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by character."""
-        return {c: i for i, c in enumerate(ALPHABET)}
+        """Return the ids by character."""
+        return {character: i for i, character in enumerate(ALPHABET)}
 
-    def encode(self, text: str, **_) -> list[int]:
-        """Ids of the characters."""
-        return [ord(c) - 48 for c in text]
+    def encode(self, text: str, **_: Any) -> list[int]:
+        """Return the ids of the characters."""
+        return [ord(character) - 48 for character in text]
 
-    def decode(self, ids: list[int], **_) -> str:
-        """Characters of the ids."""
+    def decode(self, ids: list[int], **_: Any) -> str:
+        """Return the characters of the ids."""
         return "".join(ALPHABET[i] for i in ids)
 
 
 class Prompts(BaseNode[Prompt]):
-    """Endless random prompts, as a torchdata node."""
+    """A node of endless random prompts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,164 +85,202 @@ class Prompts(BaseNode[Prompt]):
         self._count = 0
 
     def next(self) -> Prompt:
-        """The next prompt."""
-        tokens = torch.randint(
-            0, SHAPE["vocab_size"], (PROMPT_TOKENS,), generator=self._generator
-        ).tolist()
+        """Return the next prompt."""
+        vocab_size = SHAPE["vocab_size"]
+        ids = torch.randint(0, vocab_size, (PROMPT_TOKENS,), generator=self._generator)
+        tokens = ids.tolist()
         self._count += 1
         return Prompt(f"p:{self._count}", CharTokenizer().decode(tokens), tokens)
 
 
+def build_decoder() -> TransformerDecoder:
+    """Build the model of the fixed shape."""
+    return qwen2(**SHAPE)
+
+
+def start_weights() -> dict[str, Tensor]:
+    """Return random weights that give nearly uniform answers."""
+    torch.manual_seed(0)
+    weights = build_decoder().state_dict()
+    for name, tensor in weights.items():
+        if tensor.dim() == 2:
+            weights[name] = 0.5 * tensor
+    weights["tok_embeddings.weight"] = 0.02 * weights["tok_embeddings.weight"]
+    return weights
+
+
 class Loop:
-    """The recipe's objects, wired as the recipe wires them."""
+    """Rollouts and updates, of the objects and in the order of the recipe."""
 
     def __init__(self, pool: RewardPool, *, drop_dead_groups: bool, compiled: bool) -> None:
-        torch.manual_seed(0)
-        weights = {
-            k: 0.5 * v if v.dim() == 2 else v for k, v in qwen2(**SHAPE).state_dict().items()
-        }
-        weights["tok_embeddings.weight"] = 0.02 * weights["tok_embeddings.weight"]
+        weights = start_weights()
         with torch.device("meta"):
-            decoder = qwen2(**SHAPE)
-        self.pool = pool
-        self.policy = Policy(decoder, GSPOLoss())
-        shard_policy(
-            self.policy, parallel.fsdp_mesh(parallel.build_mesh(CPU)), compile_layers=compiled
+            decoder = build_decoder()
+        self.policy = build_policy(
+            decoder,
+            weights,
+            GSPOLoss(),
+            ranks=parallel.Ranks.of(CPU),
+            device=CPU,
+            options=PolicyOptions(compile_layers=compiled),
         )
-        load_weights(self.policy, weights, CPU)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
-        self.sampler = LocalSampler(qwen2(**SHAPE), CharTokenizer(), stop_token_ids=[])
+        self.sampler = LocalSampler(build_decoder, CharTokenizer(), stop_token_ids=[])
         self.sampler.update(self.policy, 0)
-        batches = build_graph(
-            Prompts(),
-            sampler=self.sampler,
-            pool=pool,
-            options=GraphOptions(
-                prompts_per_rollout=NUM_PROMPTS,
-                group_size=GROUP_SIZE,
-                params=SamplingParams(max_new_tokens=ANSWER_TOKENS),
-                seed=0,
-                tokens_per_microbatch=8192,
-                drop_dead_groups=drop_dead_groups,
-            ),
-            rank=0,
+        self.pool = pool
+        self.steps = FetchSteps(
+            self.rollouts(drop_dead_groups), docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU
         )
-        self.steps = FetchSteps(batches, docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU)
         self.step = 0
 
+    def rollouts(self, drop_dead_groups: bool) -> BaseNode[PackedBatch]:
+        """Prompts in, microbatches out."""
+        node: BaseNode[Any] = Sample(
+            Prompts(),
+            self.sampler,
+            prompts_per_rollout=NUM_PROMPTS,
+            group_size=GROUP_SIZE,
+            params=SamplingParams(max_new_tokens=ANSWER_TOKENS),
+            seed=0,
+            rank=0,
+        )
+        node = Score(node, self.pool)
+        node = Advantage(node, drop_dead_groups=drop_dead_groups)
+        return Pack(node, tokens_per_microbatch=8192)
+
     def run(self) -> dict[str, float]:
-        """One rollout and its two updates; seconds by part."""
-        times = {"total": -time.perf_counter(), "rollout": -time.perf_counter()}
+        """Make one rollout and its two updates, and return the seconds of each part."""
+        began = time.perf_counter()
         step = next(self.steps)
         microbatches = [Microbatch.prepare(batch, CPU) for batch in step.batches]
-        times["rollout"] += time.perf_counter()
-        times["update"] = -time.perf_counter()
+        drawn = time.perf_counter()
         for _ in range(UPDATES):
             self.update(microbatches, step)
-        times["update"] += time.perf_counter()
-        times["sync"] = -time.perf_counter()
+        updated = time.perf_counter()
         self.sampler.update(self.policy, self.step)
-        times["sync"] += time.perf_counter()
-        times["total"] += time.perf_counter()
+        synced = time.perf_counter()
         stats = step.batches[0].stats
-        live = sum(int((batch.label_counts > 0).sum()) for batch in step.batches)
-        return times | {
-            "sample": stats["time/sample"][0],
-            "score": stats["time/score"][0],
-            "live": live,
+        return {
+            "total": synced - began,
+            "rollout": drawn - began,
+            "update": updated - drawn,
+            "sync": synced - updated,
+            "sample": stats["time/sample"].number(),
+            "score": stats["time/score"].number(),
+            "live": count_live(step),
         }
 
     def update(self, microbatches: list[Microbatch], step: StepBatches) -> None:
-        """What the recipe does for one optimizer step, logging excepted."""
-        sums = metrics.StepMetrics(reward.name for reward in self.pool.rewards)
-        denominator = self.policy.loss.denominator(step.num_documents, step.num_label_tokens)
-        for pairs in accumulate_gradients(self.policy, microbatches, denominator):
-            sums.add(pairs)
-        for microbatch in microbatches:
-            sums.add(metrics.batch_pairs(microbatch.batch, self.step))
-        sums.reduce(CPU)
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """Make one optimizer step, as the recipe does without its logs."""
+        sums = StepMetrics()
+        denominator = update.denominator_of(self.policy, step.num_documents, step.num_label_tokens)
+        for output in update.accumulate_gradients(self.policy, microbatches, denominator):
+            sums.add(output.metrics, output.not_finite)
+        for batch in step.batches:
+            sums.add(batch_metrics(batch, self.step))
+        sums.reduce()
+        grad_norm = update.clip_gradients(self.policy, 1.0)
+        update.step_if_finite(self.optimizer, grad_norm)
         self.step += 1
 
 
+def count_live(step: StepBatches) -> int:
+    """Return the number of documents that are trained on."""
+    return sum(int((batch.label_counts > 0).sum()) for batch in step.batches)
+
+
 def coin(solve_rate: float) -> str:
-    """The pattern of a rewarded answer: its first character decides."""
+    """Return the pattern of a rewarded answer: its first character decides."""
     return f"[{ALPHABET[0]}-{ALPHABET[round(solve_rate * len(ALPHABET)) - 1]}].*"
 
 
-def measure(
-    name: str, *, solve_rate: float, drop_dead_groups: bool, compiled: bool, rollouts: int
-) -> dict:
-    """Medians over ``rollouts`` after a warm-up."""
-    spec = {"coin": {"function": "gspo.rewards.regex_match", "pattern": coin(solve_rate)}}
-    pool = RewardPool(spec, num_workers=1)
+@dataclass(frozen=True)
+class Case:
+    """A loop to be measured."""
+
+    name: str
+    solve_rate: float
+    drop_dead_groups: bool
+    compiled: bool
+
+
+def measure(case: Case, *, rollouts: int) -> dict[str, Any]:
+    """Return the medians over ``rollouts`` after a warm-up."""
+    pattern = coin(case.solve_rate)
+    rewards = {"coin": {"function": "gspo.rewards.regex_match", "pattern": pattern}}
+    pool = RewardPool(rewards, num_workers=1)
     pool.warm()
-    loop = Loop(pool, drop_dead_groups=drop_dead_groups, compiled=compiled)
+    loop = Loop(pool, drop_dead_groups=case.drop_dead_groups, compiled=case.compiled)
     runs = [loop.run() for _ in range(WARMUP + rollouts)]
     pool.close()
+    return summarize(case.name, runs[WARMUP:])
+
+
+def measure_trl(name: str, *, compiled: bool, rollouts: int) -> dict[str, Any]:
+    """Return the same of TRL's trainer, which must not find this process's process group."""
+    import rl_loop_trl
+
+    runs = rl_loop_trl.run(WARMUP + rollouts, compiled=compiled)
     return summarize(name, runs[WARMUP:])
 
 
-def measure_trl(name: str, *, compiled: bool, rollouts: int) -> dict:
-    """The same by TRL's trainer; in a process of its own, where there is no process group for it to use."""
-    import rl_loop_trl
+def measure_trl_apart(name: str, *, compiled: bool, rollouts: int) -> dict[str, Any]:
+    """Run :func:`measure_trl` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(measure_trl, name, compiled=compiled, rollouts=rollouts).result()
 
-    return summarize(name, rl_loop_trl.run(WARMUP + rollouts, compiled=compiled)[WARMUP:])
 
-
-def summarize(name: str, runs: list[dict[str, float]]) -> dict:
-    """Medians and the spread of the rate."""
+def summarize(name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the medians and the spread of the rate."""
+    num_completions = NUM_PROMPTS * GROUP_SIZE
     median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    rate = NUM_PROMPTS * GROUP_SIZE / median["total"]
-    totals = sorted(NUM_PROMPTS * GROUP_SIZE / run["total"] for run in runs)
+    rates = sorted(num_completions / run["total"] for run in runs)
+    tenth = len(rates) // 10
     return {
         "case": name,
-        "completions_per_s": rate,
-        "p10": totals[len(totals) // 10],
-        "p90": totals[-1 - len(totals) // 10],
+        "completions_per_s": num_completions / median["total"],
+        "p10": rates[tenth],
+        "p90": rates[-1 - tenth],
         "trained_documents": median["live"],
-        "ms": {k: 1000 * v for k, v in median.items() if k != "live"},
+        "ms": {key: 1000 * seconds for key, seconds in median.items() if key != "live"},
     }
 
 
-def main() -> None:
-    """Runs the cases and prints one line each."""
+def print_row(row: dict[str, Any]) -> None:
+    """Print two lines on a case."""
+    split = ", ".join(f"{key} {ms:.1f}" for key, ms in row["ms"].items())
+    rate = f"{row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})"
+    print(f"{row['case']:44s} {rate}")
+    print(f"{'':44s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
+
+
+def read_arguments() -> argparse.Namespace:
+    """Return what the command line says."""
+    assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--trl", action="store_true", help="run TRL's trainer too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the cases and print two lines on each."""
+    args = read_arguments()
     where = hardware()
     if args.trl:
         where |= {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
     parallel.init_process_group(CPU)
     rows = []
     for suffix, compiled in (("", False), (", layers compiled", True)):
-        options = {"compiled": compiled, "rollouts": args.rollouts}
-        rows.append(
-            measure(
-                f"every group trained{suffix}", solve_rate=0.5, drop_dead_groups=False, **options
-            )
-        )
-        rows.append(
-            measure(
-                f"half of them dead, dropped{suffix}",
-                solve_rate=0.92,
-                drop_dead_groups=True,
-                **options,
-            )
-        )
+        every = Case(f"every group trained{suffix}", 0.5, False, compiled)
+        half = Case(f"half of them dead, dropped{suffix}", 0.92, True, compiled)
+        rows += [measure(case, rollouts=args.rollouts) for case in (every, half)]
         if args.trl:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                rows.append(pool.submit(measure_trl, f"TRL{suffix}", **options).result())
+            name = f"TRL{suffix}"
+            rows.append(measure_trl_apart(name, compiled=compiled, rollouts=args.rollouts))
     for row in rows:
-        split = ", ".join(f"{k} {v:.1f}" for k, v in row["ms"].items())
-        print(
-            f"{row['case']:44s} {row['completions_per_s']:7.0f} completions/s ({row['p10']:.0f} to {row['p90']:.0f})"
-        )
-        print(f"{'':44s} {row['trained_documents']:.0f} documents in each update; ms: {split}")
+        print_row(row)
     if args.json:
         args.json.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
 
