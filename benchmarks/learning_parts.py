@@ -1,4 +1,4 @@
-"""What ``learning.py`` compares with and under: PPO with a value head, a stale or noisy sampler.
+"""Parts that ``learning.py`` compares: PPO with a value head, and a stale or noisy sampler.
 
 PPO runs as a recipe of its own, ``tune run benchmarks/learning_parts.py``: the pack's recipe with
 token-level advantages by GAE from a value of the hidden states, and the clipped surrogate of a

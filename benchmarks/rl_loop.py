@@ -1,4 +1,4 @@
-"""How many completions a second the whole loop trains, and where the time goes.
+"""Measure how many completions a second the whole loop trains, and where the time goes.
 
     python benchmarks/rl_loop.py --json benchmarks/results/DATE-rl_loop.json [--trl]
 

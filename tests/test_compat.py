@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torchao.optim import adam
 
-from gspo.compat import mend_stochastic_rounding
+from gspo.compat import patch_stochastic_rounding
 from gspo.parallel.mesh import init_process_group
 
 
@@ -18,12 +18,12 @@ def mesh():
 
 @pytest.fixture
 def rounding(monkeypatch):
-    """torchao's function after the mend, which is made anew."""
+    """torchao's function after the patch, which is made anew."""
     plain = adam._fp32_to_bf16_sr
     while plain.__module__ == "gspo.compat":
         plain = plain.__closure__[0].cell_contents
     monkeypatch.setattr(adam, "_fp32_to_bf16_sr", plain)
-    mend_stochastic_rounding()
+    patch_stochastic_rounding()
     return adam._fp32_to_bf16_sr
 
 
@@ -41,6 +41,6 @@ def test_rounding_hits_either_neighbour_with_the_right_share(rounding, mesh, sha
     assert (values > 1).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
-def test_a_second_mend_changes_nothing(rounding):
-    mend_stochastic_rounding()
+def test_a_second_patch_changes_nothing(rounding):
+    patch_stochastic_rounding()
     assert adam._fp32_to_bf16_sr is rounding
