@@ -34,6 +34,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, key: str, value: Any = NO_VALUE, must: str = "", remedy: str = "") -> None:
+        assert must, "an error says what must hold"
         super().__init__(key, value, must, remedy)
         self.key = key
         self.value = value
@@ -41,11 +42,14 @@ class InputError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        if not self.must:  # TODO: until all are converted
-            return self.key
-        shown = "" if self.value is NO_VALUE else f"{_shorten(repr(self.value))} "
-        ending = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.key}: {shown}{self.must}{ending}"
+        message = f"{self.key}: "
+        if self.value is not NO_VALUE:
+            shown = _shorten(repr(self.value))
+            message += f"{shown} "
+        message += self.must
+        if self.remedy:
+            message += f"; {self.remedy}"
+        return message
 
     def within(self, section: str) -> InputError:
         """Return the same error with its key in a section of the config."""

@@ -1,9 +1,12 @@
-"""Puts the recipe and its configs into torchtune's registry, so that the unmodified ``tune`` knows them.
+"""Put the recipe and its configs into torchtune's registry, so that plain ``tune`` knows them.
 
-torchtune has no plugin hook, but torch calls the entry points of its group ``torch.backends`` at the end of its import,
-and ``tune`` imports torchtune first, which imports torch: at that moment ``torchtune`` is in ``sys.modules``. In a
-process that imports torch first it is not, and nothing is registered: call :func:`add_recipes` there. The module
-imports the standard library only, because it is a part of every ``import torch``. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``
+torchtune has no plugin hook, but torch calls the entry points of its group ``torch.backends`` at
+the end of its import, and ``tune`` imports torchtune first, which imports torch: at that moment
+``torchtune`` is in ``sys.modules``. In a process that imports torch first it is not, and nothing is
+registered: call :func:`add_recipes` there.
+
+The module imports the standard library only, because it is a part of every ``import torch``; so
+torchtune's registry is named here and not in ``gspo.compat``. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``
 switches the entry point off; ``python -m gspo`` opens the same doors without it.
 """
 
@@ -17,7 +20,10 @@ CONFIGS_OF_OTHER_RECIPES = {"tiny/sft": "full_finetune_single_device"}
 
 
 def register() -> None:
-    """Register if torchtune is being imported. Never raises: an exception here would break ``import torch``."""
+    """Register if torchtune is being imported.
+
+    Never raises: an exception here would break ``import torch``.
+    """
     if "torchtune" not in sys.modules:
         return
     try:
@@ -27,7 +33,9 @@ def register() -> None:
 
 
 def add_recipes() -> None:
-    """Add the recipe and the configs to torchtune's registry, with absolute paths. A second call changes nothing.
+    """Add the recipe and the configs to torchtune's registry; a second call changes nothing.
+
+    Paths are absolute. The registry is a private module of torchtune's, seen in 0.6.1.
 
     Raises:
         FileNotFoundError: The installation lacks the recipes or the configs.
@@ -48,7 +56,10 @@ def add_recipes() -> None:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs by name, e.g. ``tiny/gspo``: the path below the folder of configs, without its suffix."""
+    """Return the configs by name, e.g. ``tiny/gspo``.
+
+    A name is the path below the folder of configs, without its suffix.
+    """
     folder = shipped_folder("configs")
     return {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -57,7 +68,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder ``recipes`` or ``configs``: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder ``recipes`` or ``configs``.
+
+    It is inside the package in a wheel, and beside it in a checkout.
+    """
     package = Path(__file__).resolve().parent
     for folder in (package / name, package.parent / name):
         if folder.is_dir():

@@ -335,35 +335,41 @@ def _argument_problems(
     node: dict[str, Any],
     given: Mapping[str, Collection[str]] | None,
 ) -> Iterator[InputError]:
+    """Yield what is wrong with the arguments of one component."""
     try:
         parameters = inspect.signature(component).parameters
     except ValueError:  # built in, without a signature
         return
-    handled = () if given is None else given.get(path, ())
+    handled = set() if given is None else set(given.get(path, ()))
+    arguments = {name: value for name, value in node.items() if name not in handled}
+    arguments.pop("_component_")
+    named = _by_name(parameters)
     component_name = getattr(component, "__name__", path)
-    by_name = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    arguments = [name for name in node if name != "_component_" and name not in handled]
-    for name in arguments:
-        if name not in by_name and not takes_any:
-            hint = did_you_mean(name, set(by_name) - set(handled))
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in sorted(arguments.keys() - named.keys()):
             problem = f"unknown, {component_name} takes no such argument"
+            hint = did_you_mean(name, set(named) - handled)
             yield InputError(f"{path}.{name}", NO_VALUE, problem, hint)
-    for name in arguments:
-        if name in by_name and not _fits(node[name], by_name[name]):
+    for name, value in arguments.items():
+        if name in named and not _fits(value, named[name]):
             problem = f"is no number, as {component_name} takes"
-            yield InputError(f"{path}.{name}", node[name], problem, "write one like 1e-5, unquoted")
+            yield InputError(f"{path}.{name}", value, problem, "write one like 1e-5, unquoted")
     if given is None:
         return
-    for name, parameter in by_name.items():
-        is_set = name in arguments or name in handled
-        if parameter.default is parameter.empty and not is_set:
+    for name, parameter in named.items():
+        is_needed = parameter.default is parameter.empty
+        if is_needed and name not in arguments and name not in handled:
             problem = f"missing, but {component_name} needs it"
             yield InputError(f"{path}.{name}", NO_VALUE, problem, "set it in the config")
+
+
+def _by_name(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    """Return the parameters that can be passed by keyword."""
+    named = {}
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            named[name] = parameter
+    return named
 
 
 def _fits(value: Any, parameter: inspect.Parameter) -> bool:

@@ -22,21 +22,20 @@ of your own that other values refer to as `${key}` may have any name. A componen
 a `_component_`, the dotted path of a class or function, and its arguments.
 `python -m gspo validate CONFIG` checks all of it without a run.
 """
+_TABLE = ("| key | must be | default | meaning |", "|---|---|---|---|")
 
 
 def page(settings: type[BaseModel] = Settings) -> str:
     """Return the page in Markdown."""
-    lines = [_HEAD, "| key | must be | default | meaning |", "|---|---|---|---|"]
+    lines = [_HEAD, *_TABLE]
     for key, field in settings.model_fields.items():
         lines.append(_row(key, field))
-        if passed := _passed(field):
-            lines[-1] = lines[-1].removesuffix(" |") + f" The recipe passes {passed}. |"
     for key, section in _sections(settings):
-        title = f"## {key}"
-        summary = (section.__doc__ or "").strip().splitlines()[0]
-        lines += ["", title, "", summary, "", "| key | must be | default | meaning |"]
-        lines.append("|---|---|---|---|")
-        lines += [_row(f"{key}.{name}", field) for name, field in section.model_fields.items()]
+        docstring = section.__doc__ or ""
+        summary = docstring.strip().splitlines()[0]
+        lines += ["", f"## {key}", "", summary, "", *_TABLE]
+        for name, field in section.model_fields.items():
+            lines.append(_row(f"{key}.{name}", field))
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +52,10 @@ def _is_section(field: FieldInfo) -> bool:
 
 def _row(key: str, field: FieldInfo) -> str:
     words = "a mapping, see below" if _is_section(field) else _range(field)
-    cells = [f"`{key}`", words, _default(field), field.description or ""]
+    meaning = field.description or ""
+    if passed := _passed(field):
+        meaning += f" The recipe passes {passed}."
+    cells = [f"`{key}`", words, _default(field), meaning]
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
