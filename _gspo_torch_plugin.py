@@ -1,7 +1,8 @@
-"""What torch calls at the end of its own import, in every process of the environment: ``import torch`` must survive it.
+"""The function that torch calls at the end of its own import, in every process.
 
-It stands outside the package because a file ``gspo.py`` in a user's folder hides the package from the scripts there;
-were the entry point inside, their ``import torch`` would fail. What it does is told in ``gspo/plugin.py``.
+``import torch`` must survive it. It stands outside the package because a file ``gspo.py`` in a
+user's folder hides the package from the scripts there; were the entry point inside, their
+``import torch`` would fail. What it does is told in ``gspo/plugin.py``.
 """
 
 import sys

@@ -72,10 +72,12 @@ class Max(Metric):
 
     def __add__(self, other: Self) -> Self:
         """Take the larger value."""
-        if isinstance(self.value, Tensor):
+        value: Number
+        if isinstance(self.value, Tensor) and isinstance(other.value, Tensor):
             value = torch.maximum(self.value, other.value)
-            return type(self)(value, self.weight)
-        return type(self)(max(self.value, other.value), self.weight)
+        else:
+            value = max(float(self.value), float(other.value))
+        return type(self)(value, self.weight)
 
 
 class Min(Metric):
@@ -85,10 +87,12 @@ class Min(Metric):
 
     def __add__(self, other: Self) -> Self:
         """Take the smaller value."""
-        if isinstance(self.value, Tensor):
+        value: Number
+        if isinstance(self.value, Tensor) and isinstance(other.value, Tensor):
             value = torch.minimum(self.value, other.value)
-            return type(self)(value, self.weight)
-        return type(self)(min(self.value, other.value), self.weight)
+        else:
+            value = min(float(self.value), float(other.value))
+        return type(self)(value, self.weight)
 
 
 class Time(Metric):
