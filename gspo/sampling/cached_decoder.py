@@ -27,19 +27,29 @@ from gspo.errors import NO_VALUE, InputError
 from gspo.sampling.kv_cache import KVCache
 from gspo.sampling.rotary import Rotary
 
+# The table of each rotary for the tokens at hand; layers without a rotary have none.
+_Tables = dict[Rotary | None, Tensor]
+
 
 class _Layer:
     """One decoder layer in two halves, before and after attention."""
 
-    def __init__(self, layer: TransformerSelfAttentionLayer, rotary: Rotary | None) -> None:
+    def __init__(
+        self,
+        index: int,  # of the layer in the decoder and in the cache
+        layer: TransformerSelfAttentionLayer,
+        rotary: Rotary | None,
+    ) -> None:
         attn = layer.attn
+        projections = [attn.q_proj, attn.k_proj, attn.v_proj]
+        self.index = index
         self.layer = layer
         self.attn = attn
         self.rotary = rotary
         self.num_heads = attn.num_heads
         self.num_kv_heads = attn.num_kv_heads
         self.head_dim = attn.head_dim
-        self.qkv = _fuse([attn.q_proj, attn.k_proj, attn.v_proj])
+        self.qkv = _fuse(projections)
 
     def project(
         self,
@@ -47,16 +57,35 @@ class _Layer:
         table: Tensor | None,  # [N, 2, head_dim]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [N, num_heads, head_dim], keys and values [N, num_kv_heads, head_dim]."""
+        attn = self.attn
+        rotary = self.rotary
+        num_heads = self.num_heads
+        num_kv_heads = self.num_kv_heads
+        num_rotated = num_heads + num_kv_heads
         weight, bias = self.qkv
-        fused = F.linear(self.layer.sa_norm(x), weight, bias)
-        heads = fused.view(x.shape[0], -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
-        if self.rotary is not None and table is not None:
-            qk = self.rotary.rotate_(qk, table)
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        if self.attn.q_norm is not None:  # after the rotation, as torchtune has it
-            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+        normed = self.layer.sa_norm(x)
+        fused = F.linear(normed, weight, bias)
+        heads = fused.unflatten(1, (-1, self.head_dim))
+        qk, v = heads.split([num_rotated, num_kv_heads], dim=1)
+        if rotary is not None and table is not None:
+            qk = rotary.rotate_(qk, table)
+        q, k = qk.split([num_heads, num_kv_heads], dim=1)
+        if attn.q_norm is not None:  # after the rotation, as torchtune has it
+            q = attn.q_norm(q)
+            k = attn.k_norm(k)
+        return q, k, v
+
+    def project_prompts(
+        self,
+        x: Tensor,  # [N * P, H]
+        table: Tensor | None,  # [N * P, 2, head_dim]
+        num_rows: int,  # N
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [N, num_heads or num_kv_heads, P, head_dim]
+        """Return queries, keys and values of whole prompts."""
+        q, k, v = self.project(x, table)
+        q = _by_head(q, num_rows)
+        k = _by_head(k, num_rows)
+        v = _by_head(v, num_rows)
         return q, k, v
 
     def attend(
@@ -67,9 +96,10 @@ class _Layer:
         bias: Tensor | None,  # [N, 1, 1, S]
     ) -> Tensor:  # [N, num_heads * head_dim]
         """Attend over the filled columns."""
-        grouped = q.unflatten(1, (self.num_kv_heads, -1))
+        group_shape = (self.num_kv_heads, -1)
+        grouped = q.unflatten(1, group_shape)
         attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
-        return attended.reshape(q.shape[0], -1)
+        return attended.flatten(1)
 
     def attend_causally(
         self,
@@ -78,9 +108,11 @@ class _Layer:
         v: Tensor,
     ) -> Tensor:  # [N * P, num_heads * head_dim]
         """Attend over whole prompts."""
-        is_grouped = q.shape[1] != k.shape[1]
+        is_grouped = self.num_heads != self.num_kv_heads
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-        return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+        by_token = attended.transpose(1, 2)
+        tokens = by_token.flatten(0, 1)
+        return tokens.flatten(1)
 
     def finish(
         self,
@@ -88,17 +120,33 @@ class _Layer:
         attended: Tensor,  # [N, num_heads * head_dim]
     ) -> Tensor:  # [N, H]
         """Return the layer's output."""
-        x = _add_linear(x, attended, self.attn.output_proj)
-        mlp, normed = self.layer.mlp, self.layer.mlp_norm(x)
-        hidden = mlp.activation(mlp.w1(normed))
+        layer = self.layer
+        mlp = layer.mlp
+        output_proj = self.attn.output_proj
+        x = _add_linear(x, attended, output_proj)
+        normed = layer.mlp_norm(x)
+        gate = mlp.w1(normed)
+        hidden = mlp.activation(gate)
         if mlp.w3 is not None:
-            hidden = hidden.mul_(mlp.w3(normed))
+            up = mlp.w3(normed)
+            hidden = hidden.mul_(up)
         return _add_linear(x, hidden, mlp.w2)
 
 
+def _by_head(
+    heads: Tensor,  # [N * P, heads, head_dim]
+    num_rows: int,  # N
+) -> Tensor:  # [N, heads, P, head_dim]
+    by_row = heads.unflatten(0, (num_rows, -1))
+    return by_row.transpose(1, 2)
+
+
 def _add_linear(x: Tensor, inputs: Tensor, linear: nn.Linear) -> Tensor:
-    added = torch.addmm(x, inputs, linear.weight.t())
-    return added if linear.bias is None else added.add_(linear.bias)
+    weight = linear.weight.t()
+    added = torch.addmm(x, inputs, weight)
+    if linear.bias is None:
+        return added
+    return added.add_(linear.bias)
 
 
 def _fuse(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -107,17 +155,29 @@ def _fuse(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     So an in-place copy into the parameters, as ``load_state_dict`` makes, is all that an update
     needs.
     """
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    weights = []
+    biases = []
+    for linear in linears:
+        weights.append(linear.weight.detach())
+        if linear.bias is not None:
+            biases.append(linear.bias.detach())
+    weight = torch.cat(weights)
+    bias = None
+    if biases:
+        bias = torch.cat(biases)
     start = 0
     for linear in linears:
-        rows = slice(start, start + linear.out_features)
-        linear.weight = nn.Parameter(weight[rows], requires_grad=False)
+        stop = start + linear.out_features
+        linear.weight = _frozen_rows(weight, start, stop)
         if bias is not None:
-            linear.bias = nn.Parameter(bias[rows], requires_grad=False)
-        start = rows.stop
+            linear.bias = _frozen_rows(bias, start, stop)
+        start = stop
     return weight, bias
+
+
+def _frozen_rows(fused: Tensor, start: int, stop: int) -> nn.Parameter:
+    rows = fused[start:stop]
+    return nn.Parameter(rows, requires_grad=False)
 
 
 class CachedDecoder:
@@ -133,17 +193,17 @@ class CachedDecoder:
 
     def __init__(self, decoder: TransformerDecoder, *, max_prefill_tokens: int) -> None:
         _check_supported(decoder)
+        rotaries = _measure_rotaries(decoder)
         self.decoder = decoder
         self.max_prefill_tokens = max_prefill_tokens
         self.head = _head_of(decoder)
-        rotaries: dict[int, Rotary] = {}
-        self.layers = []
-        for layer in decoder.layers:
-            module = layer.attn.pos_embeddings
-            if module is not None and id(module) not in rotaries:
-                rotaries[id(module)] = _rotary_of(module, layer.attn.head_dim, decoder)
-            self.layers.append(_Layer(layer, rotaries.get(id(module))))
         self.rotaries = list(rotaries.values())
+        self.layers = []
+        for index, layer in enumerate(decoder.layers):
+            module = layer.attn.pos_embeddings
+            rotary = rotaries.get(module)
+            cached_layer = _Layer(index, layer, rotary)
+            self.layers.append(cached_layer)
 
     def prefill(self, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
         """Return logits [U, V] float32 of the token after each of U prompts, and their cache.
@@ -151,27 +211,46 @@ class CachedDecoder:
         Prompts are padded on the right, where causal attention cannot see the padding, and go
         through in chunks of at most ``max_prefill_tokens`` tokens, at least one prompt each.
         """
-        device = self.decoder.tok_embeddings.weight.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)
-        is_ragged = bool((lengths != longest).any())
-        shape = (len(prompts), longest)
-        keys, values = self._empty_columns(*shape), self._empty_columns(*shape)
-        cache = KVCache(keys, values, lengths.to(device), is_ragged)
-        size = max(self.max_prefill_tokens // longest, 1)
+        tokens, lengths = _pad_right(prompts)
+        cache = self._empty_cache(lengths)
+        num_prompts, longest = tokens.shape
+        weight = self.decoder.tok_embeddings.weight
+        tokens = tokens.to(weight.device)
+        num_at_once = self.max_prefill_tokens // longest
+        size = max(num_at_once, 1)
         logits = []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            logits.append(self._prefill(tokens[rows], cache, rows))
+        for start in range(0, num_prompts, size):
+            stop = start + size
+            rows = slice(start, stop)
+            chunk = tokens[rows]
+            chunk_logits = self._prefill(chunk, cache, rows)
+            logits.append(chunk_logits)
         return torch.cat(logits), cache
+
+    def _empty_cache(
+        self,
+        lengths: Tensor,  # [U] int64, on the CPU
+    ) -> KVCache:
+        """Return a cache with a column for each token of the longest prompt, to be filled."""
+        num_rows = lengths.numel()
+        longest = int(lengths.max())
+        is_shorter = lengths != longest
+        is_ragged = bool(is_shorter.any())
+        keys = self._empty_columns(num_rows, longest)
+        values = self._empty_columns(num_rows, longest)
+        first = keys[0]
+        lengths = lengths.to(first.device)
+        return KVCache(keys, values, lengths, is_ragged)
 
     def _empty_columns(self, num_rows: int, num_columns: int) -> list[Tensor]:
         """Return a tensor [N, num_kv_heads, columns, head_dim] for each layer."""
-        weight, first = self.decoder.tok_embeddings.weight, self.layers[0]
-        shape = (num_rows, first.num_kv_heads, num_columns, first.head_dim)
-        return [weight.new_empty(shape) for _ in self.layers]
+        weight = self.decoder.tok_embeddings.weight
+        columns = []
+        for layer in self.layers:
+            shape = (num_rows, layer.num_kv_heads, num_columns, layer.head_dim)
+            empty = weight.new_empty(shape)
+            columns.append(empty)
+        return columns
 
     def _prefill(
         self,
@@ -180,24 +259,47 @@ class CachedDecoder:
         rows: slice,  # of the cache, for these N; it may end behind the last
     ) -> Tensor:  # [N, V] float32
         num_rows, num_columns = tokens.shape
-        x = self.decoder.tok_embeddings(tokens).flatten(0, 1)
-        tables: dict[Rotary | None, Tensor] = {}
-        for rotary in self.rotaries:
-            tables[rotary] = rotary.table[:num_columns].repeat(num_rows, 1, 1)
-        last_index = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            projected = layer.project(x, tables.get(layer.rotary))
-            q, k, v = (heads.unflatten(0, (num_rows, -1)).transpose(1, 2) for heads in projected)
-            cache.keys[index][rows] = k
-            cache.values[index][rows] = v
-            if index < last_index:
-                x = layer.finish(x, layer.attend_causally(q, k, v))
+        tables = self._prompt_tables(num_rows, num_columns)
+        embedded = self.decoder.tok_embeddings(tokens)
+        x = embedded.flatten(0, 1)
+        *earlier_layers, last_layer = self.layers
+        for layer in earlier_layers:
+            table = tables.get(layer.rotary)
+            q, k, v = layer.project_prompts(x, table, num_rows)
+            cache.fill(layer.index, rows, k, v)
+            attended = layer.attend_causally(q, k, v)
+            x = layer.finish(x, attended)
+        table = tables.get(last_layer.rotary)
+        q, k, v = last_layer.project_prompts(x, table, num_rows)
+        cache.fill(last_layer.index, rows, k, v)
         # After the last layer's keys and values only the last token of each prompt is of use.
-        last = torch.arange(num_rows, device=tokens.device), cache.positions[rows] - 1
-        bias = None if cache.bias is None else cache.bias[rows]
-        attended = layer.attend(q.transpose(1, 2)[last], k, v, bias)
-        last_x = x.unflatten(0, (num_rows, -1))[last]
-        return self.logits(layer.finish(last_x, attended))
+        lengths = cache.positions[rows]
+        bias = cache.bias_of(rows)
+        by_row = x.unflatten(0, (num_rows, -1))
+        by_token = q.transpose(1, 2)
+        last_x = _pick_last(by_row, lengths)
+        last_q = _pick_last(by_token, lengths)
+        attended = last_layer.attend(last_q, k, v, bias)
+        last_x = last_layer.finish(last_x, attended)
+        return self.logits(last_x)
+
+    def _prompt_tables(self, num_rows: int, num_columns: int) -> _Tables:  # [N * P, 2, head_dim]
+        """Return the tables for whole prompts."""
+        tables: _Tables = {}
+        for rotary in self.rotaries:
+            table = rotary.table[:num_columns]
+            tables[rotary] = table.repeat(num_rows, 1, 1)
+        return tables
+
+    def _tables_at(
+        self,
+        positions: Tensor,  # [N] int64
+    ) -> _Tables:  # [N, 2, head_dim]
+        """Return the tables for one token of each row."""
+        tables: _Tables = {}
+        for rotary in self.rotaries:
+            tables[rotary] = rotary.table[positions]
+        return tables
 
     def step(
         self,
@@ -205,19 +307,15 @@ class CachedDecoder:
         cache: KVCache,
     ) -> Tensor:  # [N, V] float32
         """Append one token to every row and return the logits of the next."""
-        column = cache.next_column()
-        filled = column + 1
+        cache.add_column()
+        bias = cache.filled_bias()
+        tables = self._tables_at(cache.positions)
         x = self.decoder.tok_embeddings(tokens)
-        tables: dict[Rotary | None, Tensor] = {}
-        for rotary in self.rotaries:
-            tables[rotary] = rotary.table[cache.positions]
-        bias = None if cache.bias is None else cache.bias[..., :filled]
-        for index, layer in enumerate(self.layers):
-            keys, values = cache.keys[index], cache.values[index]
-            q, k, v = layer.project(x, tables.get(layer.rotary))
-            keys[:, :, column] = k
-            values[:, :, column] = v
-            attended = layer.attend(q, keys[:, :, :filled], values[:, :, :filled], bias)
+        for layer in self.layers:
+            table = tables.get(layer.rotary)
+            q, k, v = layer.project(x, table)
+            keys, values = cache.append(layer.index, k, v)
+            attended = layer.attend(q, keys, values, bias)
             x = layer.finish(x, attended)
         cache.positions = cache.positions + 1
         return self.logits(x)
@@ -227,24 +325,65 @@ class CachedDecoder:
         x: Tensor,  # [N, H]
     ) -> Tensor:  # [N, V] float32
         """Return logits that were never rounded to bf16: that alone would err by 1e-2 nats."""
-        x, weight = self.decoder.norm(x), self.head.weight
-        if x.dtype != torch.float32 and x.is_cuda:
+        weight = self.head.weight
+        x = self.decoder.norm(x)
+        is_16_bit = x.dtype != torch.float32
+        if is_16_bit and x.is_cuda:
             logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
         else:
-            logits = F.linear(x.float(), weight.float())
+            x = x.float()
+            weight = weight.float()
+            logits = F.linear(x, weight)
         bias = getattr(self.head, "bias", None)
-        return logits if bias is None else logits + bias
+        if bias is None:
+            return logits
+        return logits + bias
+
+
+def _pad_right(
+    prompts: list[list[int]],
+) -> tuple[Tensor, Tensor]:  # [U, P] int64, [U] int64, on the CPU
+    """Return prompts padded to the longest, and their lengths."""
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    padded = []
+    for prompt in prompts:
+        num_missing = longest - len(prompt)
+        padding = [0] * num_missing
+        padded.append(prompt + padding)
+    return torch.tensor(padded), torch.tensor(lengths)
+
+
+def _pick_last(
+    values: Tensor,  # [N, P, ...]
+    lengths: Tensor,  # [N] int64
+) -> Tensor:  # [N, ...]
+    """Return each prompt's last token."""
+    num_rows = lengths.numel()
+    rows = torch.arange(num_rows, device=lengths.device)
+    last = lengths - 1
+    return values[rows, last]
 
 
 def _head_of(decoder: TransformerDecoder) -> Any:
     """Return the module with the output weight, the token embedding where that is tied."""
     output = decoder.output
-    return output.tied_module if isinstance(output, TiedLinear) else output
+    if isinstance(output, TiedLinear):
+        return output.tied_module
+    return output
 
 
-def _rotary_of(module: nn.Module, head_dim: int, decoder: TransformerDecoder) -> Rotary:
+def _measure_rotaries(decoder: TransformerDecoder) -> dict[nn.Module, Rotary]:
+    """Measure each position embedding once, however many layers share it."""
     device = decoder.tok_embeddings.weight.device
-    return Rotary(module, head_dim, decoder.max_seq_len, device)
+    rotaries: dict[nn.Module, Rotary] = {}
+    for layer in decoder.layers:
+        attn = layer.attn
+        module = attn.pos_embeddings
+        if module is None or module in rotaries:
+            continue
+        rotaries[module] = Rotary(module, attn.head_dim, decoder.max_seq_len, device)
+    return rotaries
 
 
 def _check_supported(decoder: Any) -> None:
@@ -256,27 +395,33 @@ def _check_supported(decoder: Any) -> None:
             "TransformerDecoder",
             "give the decoder itself, unsharded and without wrappers",
         )
-    _check_part(_head_of(decoder), "output", nn.Linear, nn.Embedding)
+    head = _head_of(decoder)
+    _check_part(head, "output", nn.Linear, nn.Embedding)
     for layer in decoder.layers:
         _check_layer(layer)
 
 
 def _check_layer(layer: Any) -> None:
     _check_part(layer, "layers", TransformerSelfAttentionLayer)
-    _check_part(layer.attn, "attn", MultiHeadAttention)
+    attn = layer.attn
+    _check_part(attn, "attn", MultiHeadAttention)
     for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
-        _check_part(getattr(layer.attn, name), f"attn.{name}", nn.Linear)
-    _check_part(layer.mlp, "mlp", FeedForward)
-    _check_part(layer.mlp.w2, "mlp.w2", nn.Linear)
+        projection = getattr(attn, name)
+        _check_part(projection, f"attn.{name}", nn.Linear)
+    mlp = layer.mlp
+    _check_part(mlp, "mlp", FeedForward)
+    _check_part(mlp.w2, "mlp.w2", nn.Linear)
     for name in ("sa_scale", "mlp_scale"):
-        _check_part(getattr(layer, name), name, nn.Identity)
+        scale = getattr(layer, name)
+        _check_part(scale, name, nn.Identity)
 
 
 def _check_part(part: Any, name: str, *known: type) -> None:
     # A subclass of an embedding only looks up in its own way; one of a projection computes
     # something else.
     is_embedding = nn.Embedding in known and isinstance(part, nn.Embedding)
-    if type(part) in known or is_embedding:
+    is_known = type(part) in known
+    if is_known or is_embedding:
         return
     names = " or ".join(cls.__name__ for cls in known)
     raise InputError(

@@ -30,19 +30,26 @@ class Rotary:
     ) -> None:
         self.stride = _find_stride(module, head_dim, device)
         features = torch.arange(head_dim, device=device)
-        is_first = features // self.stride % 2 == 0  # of its pair
-        turned_first = _turn_everywhere(module, is_first.float(), max_seq_len)
-        turned_second = _turn_everywhere(module, (~is_first).float(), max_seq_len)
+        halves = features // self.stride
+        is_first = halves % 2 == 0  # of its pair
+        firsts = is_first.float()
+        seconds = 1.0 - firsts
+        turned_first = _turn_everywhere(module, firsts, max_seq_len)
+        turned_second = _turn_everywhere(module, seconds, max_seq_len)
         cos = torch.where(is_first, turned_first, turned_second)
         sin = torch.where(is_first, turned_second, turned_first)  # with its sign
         self.table = torch.stack([cos, sin], 1)  # [max_seq_len, 2, head_dim] float32
         self._check(module, head_dim, max_seq_len)
 
     def _check(self, module: nn.Module, head_dim: int, max_seq_len: int) -> None:
-        probe = torch.linspace(-1.0, 1.0, head_dim, device=self.table.device)
-        expected = _turn_everywhere(module, probe, max_seq_len)[:, None]
-        turned = self.rotate_(probe.repeat(max_seq_len, 1, 1), self.table)
-        if not torch.allclose(turned, expected, atol=1e-5):
+        device = self.table.device
+        probe = torch.linspace(-1.0, 1.0, head_dim, device=device)
+        expected = _turn_everywhere(module, probe, max_seq_len)
+        probes = probe.repeat(max_seq_len, 1, 1)
+        turned = self.rotate_(probes, self.table)
+        turned = turned.squeeze(1)
+        is_rotation = torch.allclose(turned, expected, atol=1e-5)
+        if not is_rotation:
             raise InputError(
                 "build_decoder",
                 NO_VALUE,
@@ -57,18 +64,30 @@ class Rotary:
         table: Tensor,  # [N, 2, head_dim]
     ) -> Tensor:
         """Turn every head by its row of the table."""
-        swapped = heads.unflatten(-1, (-1, 2, self.stride)).roll(1, -2).flatten(-3)
-        cos, sin = table[:, :1], table[:, 1:]
-        return heads.float().mul_(cos).addcmul_(swapped.float(), sin).to(heads.dtype)
+        pair_shape = (-1, 2, self.stride)
+        pairs = heads.unflatten(-1, pair_shape)
+        swapped_pairs = pairs.roll(1, -2)
+        swapped = swapped_pairs.flatten(-3)
+        swapped = swapped.float()
+        cos = table[:, :1]
+        sin = table[:, 1:]
+        turned = heads.float()
+        turned.mul_(cos)
+        turned.addcmul_(swapped, sin)
+        return turned.to(heads.dtype)
 
 
 def _find_stride(module: nn.Module, head_dim: int, device: torch.device) -> int:
     """Return the distance between the two features of a pair."""
-    unit = torch.eye(head_dim, device=device)[None, None]
+    units = torch.eye(head_dim, device=device)
+    heads = units[None, None]
     position = torch.ones(1, 1, dtype=torch.int64, device=device)
-    turned = module(unit, input_pos=position)[0, 0]
+    turned = module(heads, input_pos=position)
+    turned_first = turned[0, 0, 0]
     # Feature 0 has the largest angle, one radian in position 1: its partner is plain to see.
-    partner = int(turned[0, 1:].abs().argmax()) + 1
+    others = turned_first[1:].abs()
+    largest = int(others.argmax())
+    partner = largest + 1
     return max(partner, 1)
 
 
@@ -78,6 +97,7 @@ def _turn_everywhere(
     max_seq_len: int,
 ) -> Tensor:  # [max_seq_len, head_dim]
     """Return what the module makes of a head in each position."""
-    positions = torch.arange(max_seq_len, device=features.device)[None]
+    positions = torch.arange(max_seq_len, device=features.device)
     heads = features.expand(1, max_seq_len, 1, -1)
-    return module(heads, input_pos=positions)[0, :, 0]
+    turned = module(heads, input_pos=positions[None])
+    return turned[0, :, 0]
