@@ -56,14 +56,16 @@ def evaluate(
     """
     num_prompts = len(prompts)
     greedy_params = replace(params, temperature=0.0)
-    greedy = _score(pool, prompts, _draw(sampler, prompts, 1, greedy_params))
+    completions = _draw(sampler, prompts, 1, greedy_params)
+    greedy = _score(pool, prompts, completions)
     num_failures = greedy.num_failures
     metrics: Metrics = {
         "eval/accuracy": Mean(greedy.num_solved, num_prompts),
         "eval/reward": Mean(greedy.total_reward, num_prompts),
     }
     if num_samples:
-        sampled = _score(pool, prompts, _draw(sampler, prompts, num_samples, params))
+        completions = _draw(sampler, prompts, num_samples, params)
+        sampled = _score(pool, prompts, completions)
         num_failures += sampled.num_failures
         num_drawn = num_prompts * num_samples
         metrics[f"eval/pass@{num_samples}"] = Mean(sampled.num_solved, num_prompts)
@@ -79,7 +81,11 @@ def _draw(
     if not prompts:
         return []
     # A seed is of the prompt, not of its place, so that the number of ranks does not matter.
-    seeds = [prompt_seed(_SEED, zlib.crc32(prompt.id.encode())) for prompt in prompts]
+    seeds = []
+    for prompt in prompts:
+        digest = zlib.crc32(prompt.id.encode())
+        seed = prompt_seed(_SEED, digest)
+        seeds.append(seed)
     return sampler.sample(prompts, group_size=group_size, params=params, seeds=seeds)
 
 
@@ -87,15 +93,24 @@ def _score(
     pool: RewardPool, prompts: list[Prompt], completions: Sequence[list[Completion]]
 ) -> _Scores:
     groups: list[Group] = []
-    for prompt, group in zip(prompts, completions, strict=True):
-        groups.append(Group(len(groups), prompt, group))
-    result = pool.score(reward_items(groups))
+    for prompt, of_prompt in zip(prompts, completions, strict=True):
+        number = len(groups)
+        group = Group(number, prompt, of_prompt)
+        groups.append(group)
+    items = reward_items(groups)
+    result = pool.score(items)
     full_reward = pool.full_reward - FULL_REWARD_TOLERANCE
     totals = iter(result.totals)
-    num_solved = num_correct = 0
-    for group in completions:
-        num_full = sum(next(totals) >= full_reward for _ in group)
+    num_solved = 0
+    num_correct = 0
+    for of_prompt in completions:
+        num_full = 0
+        for _ in of_prompt:
+            is_full = next(totals) >= full_reward
+            num_full += is_full
         num_correct += num_full
-        num_solved += num_full > 0
+        if num_full:
+            num_solved += 1
+    total_reward = sum(result.totals)
     num_failures = sum(result.failures.values())
-    return _Scores(num_solved, num_correct, sum(result.totals), num_failures)
+    return _Scores(num_solved, num_correct, total_reward, num_failures)

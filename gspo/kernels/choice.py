@@ -27,39 +27,54 @@ def choose_kernel(kernel: str, device_type: str, vocab_size: int) -> str:
     Raises:
         InputError: A name that is not known, or a backend that cannot run here.
     """
-    require(kernel in KERNELS, "kernel", kernel, f"must be one of {', '.join(KERNELS)}")
+    names = ", ".join(KERNELS)
+    is_known = kernel in KERNELS
+    require(is_known, "kernel", kernel, f"must be one of {names}")
     if kernel == "auto":
         return _choose_for_device(device_type, vocab_size)
     if kernel == "triton":
-        can_run = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        can_run = device_type == "cuda" or is_interpreted
         must = f"needs a CUDA device, not {device_type}"
         require(can_run, "kernel", kernel, must, "set it to 'auto'")
     if kernel == "compile" and device_type == "cpu":
+        can_compile = _has_cpp_compiler()
         remedy = "install g++, or set it to 'auto'"
-        require(_has_cpp_compiler(), "kernel", kernel, "needs a C++ compiler", remedy)
+        require(can_compile, "kernel", kernel, "needs a C++ compiler", remedy)
     return kernel
 
 
 def _choose_for_device(device_type: str, vocab_size: int) -> str:
     """Return what ``auto`` means, and log the reason."""
     if device_type == "cuda":
-        chosen, reason = "triton", "a CUDA device"
+        chosen = "triton"
+        reason = "a CUDA device"
     elif vocab_size < _SMALL_VOCABULARY:
-        chosen, reason = "reference", f"a vocabulary of {vocab_size}"
+        chosen = "reference"
+        reason = f"a vocabulary of {vocab_size}"
     elif device_type == "cpu" and not _has_cpp_compiler():
-        chosen, reason = "reference", "no C++ compiler; with g++ it would be compile"
+        chosen = "reference"
+        reason = "no C++ compiler; with g++ it would be compile"
     else:
-        chosen, reason = "compile", f"a {device_type} device"
+        chosen = "compile"
+        reason = f"a {device_type} device"
     logger.info("kernel: auto is %s here (%s).", chosen, reason)
     return chosen
 
 
 def _has_cpp_compiler() -> bool:
-    return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    if os.environ.get("CXX"):
+        return True
+    for name in ("g++", "clang++"):
+        if shutil.which(name):
+            return True
+    return False
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
     """Return the rows whose logits are held at a time where no ``chunk_size`` is given."""
     if device_type == "cpu":
-        return max(_CPU_BUFFER // (4 * vocab_size), 16)
+        row_bytes = 4 * vocab_size
+        num_rows = _CPU_BUFFER // row_bytes
+        return max(num_rows, 16)
     return _GPU_ROWS

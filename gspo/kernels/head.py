@@ -70,8 +70,13 @@ class _Coefficients(NamedTuple):
 
     def at(self, rows: slice | Tensor) -> _Coefficients:
         """Return the coefficients of some rows."""
-        d_entropy = None if self.d_entropy is None else self.d_entropy[rows]
-        return _Coefficients(self.log_z[rows], self.entropy[rows], self.d_logps[rows], d_entropy)
+        log_z = self.log_z[rows]
+        entropy = self.entropy[rows]
+        d_logps = self.d_logps[rows]
+        d_entropy = self.d_entropy
+        if d_entropy is not None:
+            d_entropy = d_entropy[rows]
+        return _Coefficients(log_z, entropy, d_logps, d_entropy)
 
     def is_active(self) -> Tensor:  # [N] bool
         """Return which rows have a gradient."""
@@ -100,14 +105,13 @@ def linear_loss(
     """
     needs = _needs_gradient(hidden, weight)
     chunks = _even_chunks(label_counts, chunk_size)
-    longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     head = _Head(
         hidden.detach(),
         weight.detach(),
         labels,
         temperature,
         kernels=kernels,
-        buffer_rows=min(chunk_size, longest),
+        buffer_rows=min(chunk_size, _longest(chunks)),
         needs=needs,
     )
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -118,10 +122,13 @@ def linear_loss(
         total += loss_sum
         results.append(result)
     if not chunks:
-        results.append(_result_without_rows(loss_function, total, len(label_counts)))
+        result = _result_without_rows(loss_function, total, len(label_counts))
+        results.append(result)
     if not any(needs):
         return total, results
-    return _AttachGradients.apply(hidden, weight, total, *head.gradients()), results
+    d_hidden, d_weight = head.gradients()
+    loss = _AttachGradients.apply(hidden, weight, total, d_hidden, d_weight)
+    return loss, results
 
 
 def _run_chunk(
@@ -142,13 +149,15 @@ def _run_chunk(
     # It has no graph where none is asked for, or if the objective is constant on these documents.
     if loss_sum.requires_grad:
         d_logps, d_entropy = _differentiate(loss_sum, logps, entropy)
-        head.add_gradients(spans, _Coefficients(log_z, entropy, d_logps, d_entropy))
+        coefficients = _Coefficients(log_z, entropy, d_logps, d_entropy)
+        head.add_gradients(spans, coefficients)
     return loss_sum.detach(), result
 
 
 def _needs_gradient(hidden: Tensor, weight: Tensor) -> _NeedsGradient:
-    is_enabled = torch.is_grad_enabled()
-    return _NeedsGradient(is_enabled and hidden.requires_grad, is_enabled and weight.requires_grad)
+    if not torch.is_grad_enabled():
+        return _NeedsGradient(False, False)
+    return _NeedsGradient(hidden.requires_grad, weight.requires_grad)
 
 
 def _differentiate(
@@ -182,10 +191,12 @@ def _even_chunks(label_counts: list[int], chunk_size: int) -> list[_Chunk]:
 
     Products of few rows are slow.
     """
-    fewest = len(_fill_chunks(label_counts, chunk_size))
+    largest = _fill_chunks(label_counts, chunk_size)
+    fewest = len(largest)
 
     def is_large_enough(size: int) -> bool:
-        return len(_fill_chunks(label_counts, size)) == fewest
+        chunks = _fill_chunks(label_counts, size)
+        return len(chunks) == fewest
 
     smallest = bisect_left(range(chunk_size), True, key=is_large_enough)
     return _fill_chunks(label_counts, smallest)
@@ -196,20 +207,38 @@ def _fill_chunks(label_counts: list[int], chunk_size: int) -> list[_Chunk]:
     chunks = []
     first = start = stop = 0
     for document, count in enumerate(label_counts):
-        is_too_long = stop + count - start > chunk_size
-        if count and stop > start and is_too_long:
-            chunks.append(_Chunk(first, document, start, stop))
+        num_rows = stop - start
+        is_too_long = num_rows + count > chunk_size
+        if count and num_rows and is_too_long:
+            chunk = _Chunk(first, document, start, stop)
+            chunks.append(chunk)
             first = document
             start = stop
         stop += count
     if stop > start:
-        chunks.append(_Chunk(first, len(label_counts), start, stop))
+        num_documents = len(label_counts)
+        chunk = _Chunk(first, num_documents, start, stop)
+        chunks.append(chunk)
     return chunks
+
+
+def _longest(chunks: list[_Chunk]) -> int:
+    """Return the rows of the longest chunk; 0 if there is none."""
+    longest = 0
+    for chunk in chunks:
+        num_rows = chunk.stop - chunk.start
+        longest = max(longest, num_rows)
+    return longest
 
 
 def _spans(start: int, stop: int, size: int) -> list[slice]:
     """Return rows ``start`` to ``stop - 1``, at most ``size`` at a time."""
-    return [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+    spans = []
+    for begin in range(start, stop, size):
+        end = min(begin + size, stop)
+        span = slice(begin, end)
+        spans.append(span)
+    return spans
 
 
 class _Head:
@@ -240,8 +269,12 @@ class _Head:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # In float32 whatever the operands are: summed over chunks, and rounded once, after the
         # loss's own factor.
-        self.d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None
-        self.d_weight = weight.new_empty(weight.shape, dtype=dtype) if needs.weight else None
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        if needs.hidden:
+            self.d_hidden = torch.zeros_like(hidden, dtype=dtype)
+        if needs.weight:
+            self.d_weight = weight.new_empty(weight.shape, dtype=dtype)
         self._has_products = False  # before the first, what is in d_weight is not read
         if hidden.device.type == "cpu":  # where no product of bf16 has a float32 output
             hidden = hidden.to(dtype)
@@ -255,28 +288,39 @@ class _Head:
 
     def fill(self, rows: slice) -> Tensor:  # [N, V]
         """Put the logits of ``rows`` into the buffer."""
-        logits = self._buffer[: rows.stop - rows.start]
-        self._kernels.product(self._hidden[rows], self._weight, logits)
+        num_rows = rows.stop - rows.start
+        logits = self._buffer[:num_rows]
+        hidden = self._hidden[rows]
+        self._kernels.product(hidden, self._weight, logits)
         return logits
 
     def statistics(self, spans: list[slice]) -> tuple[Tensor, Tensor, Tensor]:  # each [N]
         """Return logps, log_z and entropy; the last span's logits stay in the buffer."""
-        statistics = [self._span_statistics(rows) for rows in spans]
-        logps, log_z, entropy = zip(*statistics, strict=True)
+        logps = []
+        log_z = []
+        entropy = []
+        for rows in spans:
+            logits = self.fill(rows)
+            labels = self._labels[rows]
+            temperature = self._temperature[rows]
+            statistics = self._kernels.statistics(logits, labels, temperature)
+            span_logps, span_log_z, span_entropy = statistics
+            logps.append(span_logps)
+            log_z.append(span_log_z)
+            entropy.append(span_entropy)
         return torch.cat(logps), torch.cat(log_z), torch.cat(entropy)
-
-    def _span_statistics(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.fill(rows)
-        return self._kernels.statistics(logits, self._labels[rows], self._temperature[rows])
 
     @torch.no_grad()
     def add_gradients(self, spans: list[slice], coefficients: _Coefficients) -> None:
         """Add the gradients of successive spans, the last of which is in the buffer."""
-        start = spans[0].start
+        origin = spans[0].start
         is_in_buffer = True
         for rows in reversed(spans):
-            span = coefficients.at(slice(rows.start - start, rows.stop - start))
-            self.add_gradient(rows.start, span, is_in_buffer=is_in_buffer)
+            start = rows.start - origin
+            stop = rows.stop - origin
+            span = slice(start, stop)
+            span_coefficients = coefficients.at(span)
+            self.add_gradient(rows.start, span_coefficients, is_in_buffer=is_in_buffer)
             is_in_buffer = False
 
     def add_gradient(
@@ -293,10 +337,9 @@ class _Head:
         if is_in_buffer:
             active = _move_to_front(self._buffer, is_active)
         else:
-            active = is_active.nonzero().squeeze(-1)
-        num_active = (
-            active.numel()
-        )  # known on the host: the products take no longer than their rows
+            active = _indices(is_active)
+        # Known on the host: the products take no longer than their rows.
+        num_active = active.numel()
         if not num_active:
             return
         rows = start + active
@@ -312,9 +355,10 @@ class _Head:
         rows: Tensor,  # [N]
         coefficients: _Coefficients,
     ) -> Tensor:  # [N, V]
-        return self._kernels.gradient(
-            logits, self._labels[rows], self._temperature[rows], *coefficients, self._weight.dtype
-        )
+        labels = self._labels[rows]
+        temperature = self._temperature[rows]
+        dtype = self._weight.dtype
+        return self._kernels.gradient(logits, labels, temperature, *coefficients, dtype)
 
     def _add_products(
         self,
@@ -323,27 +367,32 @@ class _Head:
     ) -> None:
         """Go from the gradient by logits to those by hidden states and weight."""
         if self.d_hidden is not None:
-            d_rows = self.d_hidden.new_empty(rows.numel(), self._weight.shape[1])
+            num_rows = rows.numel()
+            hidden_size = self._weight.shape[1]
+            d_rows = self.d_hidden.new_empty(num_rows, hidden_size)
             self._kernels.product(gradient, self._weight.T, d_rows)
             self.d_hidden.index_copy_(0, rows, d_rows)
         if self.d_weight is not None:
-            beta = 1.0 if self._has_products else 0.0
-            self._kernels.accumulate(gradient, self._hidden[rows], self.d_weight, beta)
+            beta = float(self._has_products)
+            hidden = self._hidden[rows]
+            self._kernels.accumulate(gradient, hidden, self.d_weight, beta)
             self._has_products = True
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:  # [N, H], [V, H]
         """Return (d_hidden, d_weight) after the last chunk."""
-        if self.d_weight is not None and not self._has_products:
-            self.d_weight.zero_()
-        return self.d_hidden, self.d_weight
+        d_weight = self.d_weight
+        if d_weight is not None and not self._has_products:
+            d_weight.zero_()
+        return self.d_hidden, d_weight
 
 
 def _new_buffer(hidden: Tensor, weight: Tensor, num_rows: int) -> Tensor:
     """Return memory for the logits of ``num_rows`` rows, or of all if they are fewer."""
     num_rows = min(num_rows, hidden.shape[0])
     vocab_size = weight.shape[0]
+    width = vocab_size + _ROW_GAP
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    memory = hidden.new_empty(num_rows, vocab_size + _ROW_GAP, dtype=dtype)
+    memory = hidden.new_empty(num_rows, width, dtype=dtype)
     return memory[:, :vocab_size]
 
 
@@ -352,19 +401,42 @@ def _move_to_front(
     is_active: Tensor,  # [N] bool
 ) -> Tensor:  # [M]
     """Move the M active rows into the first M slots; return which row each slot now holds."""
-    active = is_active.nonzero().squeeze(-1)
+    num_rows = is_active.numel()
+    active = _indices(is_active)
     num_active = active.numel()
-    if not num_active or num_active == is_active.numel():
+    if num_active in (0, num_rows):
         return active
     # Active rows behind slot M are as many as there are holes before it: each fills one.
-    holes = (~is_active[:num_active]).nonzero().squeeze(-1)
-    late = active[num_active - holes.numel() :]
+    is_filled = is_active[:num_active]
+    holes = _indices(~is_filled)
+    num_in_place = num_active - holes.numel()
+    late = active[num_in_place:]
     size = max(_MIN_ROWS_MOVED, num_active // 16)
-    for slots, sources in zip(holes.split(size), late.split(size), strict=True):
-        logits.index_copy_(0, slots, logits.index_select(0, sources))
+    _move_rows(logits, late, holes, size)
     row_of_slot = torch.arange(num_active, device=active.device)
     row_of_slot[holes] = late
     return row_of_slot
+
+
+def _move_rows(
+    logits: Tensor,  # [N, V]
+    sources: Tensor,  # [M] int64
+    slots: Tensor,  # [M] int64
+    size: int,
+) -> None:
+    """Copy some rows over others, ``size`` at a time."""
+    source_parts = sources.split(size)
+    slot_parts = slots.split(size)
+    for part, into in zip(source_parts, slot_parts, strict=True):
+        logits.index_copy_(0, into, logits.index_select(0, part))
+
+
+def _indices(
+    mask: Tensor,  # [N] bool
+) -> Tensor:  # [M] int64
+    """Return where the mask is True."""
+    indices = mask.nonzero()
+    return indices.squeeze(-1)
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -388,11 +460,14 @@ class _AttachGradients(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss head's gradients are used up: call backward once")
-        scaled: list[Tensor | None] = []
-        for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True):
-            scaled.append(None if gradient is None else gradient.mul_(d_loss).to(dtype))
+        d_hidden, d_weight = ctx.gradients
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if d_hidden is not None:
+            d_hidden = d_hidden.mul_(d_loss).to(hidden_dtype)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(d_loss).to(weight_dtype)
         ctx.gradients = None
-        return *scaled, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def linear_logps(
@@ -407,7 +482,9 @@ def linear_logps(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies; see :func:`gspo.kernels.linear_logps`."""
     logps, entropy = _LinearLogps.apply(hidden, weight, labels, temperature, kernels, chunk_size)
-    return logps, entropy if entropy_grad else entropy.detach()
+    if not entropy_grad:
+        entropy = entropy.detach()
+    return logps, entropy
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -448,9 +525,12 @@ class _LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, temperature, log_z, entropy = ctx.saved_tensors
-        coefficients = _Coefficients(log_z, entropy, d_logps, _none_if_zero(d_entropy))
-        active = coefficients.is_active().nonzero().squeeze(-1)
-        coefficients = coefficients.at(active)
+        all_coefficients = _Coefficients(log_z, entropy, d_logps, _none_if_zero(d_entropy))
+        is_active = all_coefficients.is_active()
+        active = _indices(is_active)
+        num_active = active.numel()
+        coefficients = all_coefficients.at(active)
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         head = _Head(
             hidden[active],
             weight,
@@ -458,13 +538,15 @@ class _LinearLogps(torch.autograd.Function):
             temperature[active],
             kernels=ctx.kernels,
             buffer_rows=ctx.chunk_size,
-            needs=_NeedsGradient(*ctx.needs_input_grad[:2]),
+            needs=_NeedsGradient(needs_hidden, needs_weight),
         )
-        for rows in _spans(0, active.numel(), ctx.chunk_size):
+        for rows in _spans(0, num_active, ctx.chunk_size):
             head.fill(rows)
-            head.add_gradient(rows.start, coefficients.at(rows))
-        d_rows, d_weight = head.gradients()
-        d_hidden = None if d_rows is None else _spread(d_rows, active, hidden)
+            span_coefficients = coefficients.at(rows)
+            head.add_gradient(rows.start, span_coefficients)
+        d_hidden, d_weight = head.gradients()
+        if d_hidden is not None:
+            d_hidden = _spread(d_hidden, active, hidden)
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
@@ -476,12 +558,17 @@ def _spread(
     hidden: Tensor,  # [N, H]
 ) -> Tensor:  # [N, H]
     """Put the gradients of some rows among zeros for the others."""
-    return torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype))
+    d_hidden = torch.zeros_like(hidden)
+    d_rows = d_rows.to(hidden.dtype)
+    return d_hidden.index_copy_(0, rows, d_rows)
 
 
 def _none_if_zero(d_entropy: Tensor) -> Tensor | None:
     """Return no gradient for zeros: without one, the gradient kernel does less."""
-    return d_entropy if bool((d_entropy != 0).any()) else None
+    is_nonzero = d_entropy != 0
+    if is_nonzero.any():
+        return d_entropy
+    return None
 
 
 def logits_logps(
@@ -494,7 +581,9 @@ def logits_logps(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies; see :func:`gspo.kernels.logits_logps`."""
     logps, entropy = _LogitsLogps.apply(logits, labels, temperature, kernels)
-    return logps, entropy if entropy_grad else entropy.detach()
+    if not entropy_grad:
+        entropy = entropy.detach()
+    return logps, entropy
 
 
 class _LogitsLogps(torch.autograd.Function):
@@ -504,7 +593,8 @@ class _LogitsLogps(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, temperature: Tensor, kernels: RowKernels
     ) -> tuple[Tensor, Tensor]:
-        logps, log_z, entropy = kernels.statistics(logits.detach(), labels, temperature)
+        values = logits.detach()
+        logps, log_z, entropy = kernels.statistics(values, labels, temperature)
         ctx.save_for_backward(logits, labels, temperature, log_z, entropy)
         ctx.kernels = kernels
         return logps, entropy
@@ -513,8 +603,11 @@ class _LogitsLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, temperature, log_z, entropy = ctx.saved_tensors
-        coefficients = _Coefficients(log_z, entropy.detach(), d_logps, _none_if_zero(d_entropy))
-        gradient = ctx.kernels.gradient(
-            logits.detach(), labels, temperature, *coefficients, logits.dtype
-        )
+        entropy = entropy.detach()
+        d_entropy_or_none = _none_if_zero(d_entropy)
+        coefficients = _Coefficients(log_z, entropy, d_logps, d_entropy_or_none)
+        values = logits.detach()
+        dtype = logits.dtype
+        kernels = ctx.kernels
+        gradient = kernels.gradient(values, labels, temperature, *coefficients, dtype)
         return gradient, None, None, None

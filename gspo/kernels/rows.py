@@ -41,10 +41,12 @@ class RowKernels:
 
 def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write ``hidden @ weight.T``, see :class:`RowKernels`."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
+    columns = weight.T
+    dtype = out.dtype
+    if hidden.dtype == dtype:
+        torch.mm(hidden, columns, out=out)
     else:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        torch.mm(hidden, columns, out_dtype=dtype, out=out)
 
 
 def statistics(
@@ -54,7 +56,8 @@ def statistics(
     logits = at_least_float32(logits)
     inverse = temperature.reciprocal()
     largest = logits.amax(-1)
-    shifted = (logits - largest[:, None]) * inverse[:, None]
+    inverse_columns = inverse[:, None]
+    shifted = (logits - largest[:, None]) * inverse_columns
     # A floor of 1e-38 changes no sum of 1 or more; 0 * -inf would be nan, and subnormal numbers
     # are slow.
     shifted = shifted.clamp(min=-87.0)
@@ -62,10 +65,14 @@ def statistics(
     total = exponentials.sum(-1)
     weighted = (exponentials * shifted).sum(-1)
     log_total = total.log()
-    label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
-    logps = (label_logits - largest) * inverse - log_total
-    log_z = largest * inverse + log_total
-    entropy = log_total - weighted / total
+    label_columns = labels[:, None]
+    label_logits = logits.gather(-1, label_columns)
+    below_largest = label_logits.squeeze(-1) - largest
+    logps = below_largest * inverse - log_total
+    largest_scaled = largest * inverse
+    log_z = largest_scaled + log_total
+    mean_shifted = weighted / total
+    entropy = log_total - mean_shifted
     return logps, log_z, entropy
 
 
@@ -89,13 +96,17 @@ def gradient(
     scale = d_logps * inverse
     vectors: tuple[Tensor, ...] = (inverse, log_z, scale)
     if d_entropy is not None:
-        vectors += (entropy, d_entropy * inverse)
+        entropy_scale = d_entropy * inverse
+        vectors += (entropy, entropy_scale)
     # The label's entry by itself and before anything is rounded: near a probability of 1 it is a
     # small difference.
-    label_logits = logits.gather(-1, labels[:, None])
-    label_entries = _entries(label_logits, *vectors) + scale[:, None]
+    label_columns = labels[:, None]
+    label_logits = logits.gather(-1, label_columns)
+    common_entries = _entries(label_logits, *vectors)
+    label_entries = common_entries + scale[:, None]
+    label_entries = label_entries.to(logits.dtype)
     overwrite(logits, *vectors)
-    logits.scatter_(-1, labels[:, None], label_entries.to(logits.dtype))
+    logits.scatter_(-1, label_columns, label_entries)
     return logits.to(dtype)
 
 
@@ -114,29 +125,36 @@ def _entries(
     """Return the part of the gradient that all entries of a row have: the label's has one more."""
     # What is below 1e-26 adds nothing; times its coefficient it could be subnormal, and products
     # slow down at these.
-    all_logps = at_least_float32(logits) * inverse[:, None] - log_z[:, None]
+    inverse = inverse[:, None]
+    log_z = log_z[:, None]
+    scale = scale[:, None]
+    all_logps = at_least_float32(logits) * inverse - log_z
     all_logps = all_logps.clamp(min=-60.0)
     p = all_logps.exp()
-    scale = scale[:, None]
     entries = torch.where(scale == 0, 0.0, -scale * p)  # not a product: nan * 0 is nan
     if entropy is None or entropy_scale is None:
         return entries
+    entropy = entropy[:, None]
     entropy_scale = entropy_scale[:, None]
-    surprise = all_logps + entropy[:, None]
+    surprise = all_logps + entropy
     return entries - torch.where(entropy_scale == 0, 0.0, entropy_scale * p * surprise)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Return 16-bit values as float32, and others as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.float()
 
 
 def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor, beta: float) -> None:
     """Add ``gradient.T @ hidden`` to ``beta * total``, see :class:`RowKernels`."""
-    if gradient.dtype == total.dtype:
-        torch.addmm(total, gradient.T, hidden, beta=beta, out=total)
+    columns = gradient.T
+    dtype = total.dtype
+    if gradient.dtype == dtype:
+        torch.addmm(total, columns, hidden, beta=beta, out=total)
     else:
-        torch.addmm(total, gradient.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
+        torch.addmm(total, columns, hidden, beta=beta, out_dtype=dtype, out=total)
 
 
 @cache

@@ -25,8 +25,7 @@ def plot_run(output: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = _read_records(output)
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
         _draw_panel(axis, records, title, names)
@@ -36,11 +35,25 @@ def plot_run(output: Path) -> Path:
     return path
 
 
+def _read_records(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    text = path.read_text()
+    records = []
+    for line in text.splitlines():
+        record = json.loads(line)
+        records.append(record)
+    return records
+
+
 def _draw_panel(axis: Any, records: list[dict[str, Any]], title: str, names: list[str]) -> None:
     for color, name in zip(COLORS, names, strict=False):
-        logged = [record for record in records if record.get(name) is not None]
-        steps = [record["step"] for record in logged]
-        values = [record[name] for record in logged]
+        steps = []
+        values = []
+        for record in records:
+            value = record.get(name)
+            if value is not None:
+                steps.append(record["step"])
+                values.append(value)
         _draw(axis, steps, values, label=name, color=color)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("optimizer step")
@@ -50,20 +63,25 @@ def _draw_panel(axis: Any, records: list[dict[str, Any]], title: str, names: lis
 
 
 def _draw(axis: Any, steps: list[int], values: list[float], *, label: str, color: str) -> None:
-    if len(values) <= MAX_POINTS:
+    num_points = len(values)
+    if num_points <= MAX_POINTS:
         axis.plot(steps, values, color=color, label=label, marker="o", markersize=3)
         return
-    width = len(values) // MAX_POINTS
+    width = num_points // MAX_POINTS
     means = _running_means(values, width)
     first = width // 2
-    centers = steps[first : first + len(means)]
+    stop = first + len(means)
+    centers = steps[first:stop]
     axis.plot(steps, values, ".", color=color, alpha=0.25, markersize=3)
     axis.plot(centers, means, color=color, label=label)
 
 
 def _running_means(values: list[float], width: int) -> list[float]:
     means = []
-    for start in range(len(values) - width + 1):
-        window = values[start : start + width]
-        means.append(sum(window) / width)
+    num_windows = len(values) - width + 1
+    for start in range(num_windows):
+        stop = start + width
+        window = values[start:stop]
+        mean = sum(window) / width
+        means.append(mean)
     return means

@@ -63,8 +63,7 @@ class _Layer:
         num_kv_heads = self.num_kv_heads
         num_rotated = num_heads + num_kv_heads
         weight, bias = self.qkv
-        normed = self.layer.sa_norm(x)
-        fused = F.linear(normed, weight, bias)
+        fused = F.linear(self.layer.sa_norm(x), weight, bias)
         heads = fused.unflatten(1, (-1, self.head_dim))
         qk, v = heads.split([num_rotated, num_kv_heads], dim=1)
         if rotary is not None and table is not None:
@@ -125,11 +124,9 @@ class _Layer:
         output_proj = self.attn.output_proj
         x = _add_linear(x, attended, output_proj)
         normed = layer.mlp_norm(x)
-        gate = mlp.w1(normed)
-        hidden = mlp.activation(gate)
+        hidden = mlp.activation(mlp.w1(normed))
         if mlp.w3 is not None:
-            up = mlp.w3(normed)
-            hidden = hidden.mul_(up)
+            hidden = hidden.mul_(mlp.w3(normed))
         return _add_linear(x, hidden, mlp.w2)
 
 
@@ -260,15 +257,13 @@ class CachedDecoder:
     ) -> Tensor:  # [N, V] float32
         num_rows, num_columns = tokens.shape
         tables = self._prompt_tables(num_rows, num_columns)
-        embedded = self.decoder.tok_embeddings(tokens)
-        x = embedded.flatten(0, 1)
+        x = self.decoder.tok_embeddings(tokens).flatten(0, 1)
         *earlier_layers, last_layer = self.layers
         for layer in earlier_layers:
             table = tables.get(layer.rotary)
             q, k, v = layer.project_prompts(x, table, num_rows)
             cache.fill(layer.index, rows, k, v)
-            attended = layer.attend_causally(q, k, v)
-            x = layer.finish(x, attended)
+            x = layer.finish(x, layer.attend_causally(q, k, v))
         table = tables.get(last_layer.rotary)
         q, k, v = last_layer.project_prompts(x, table, num_rows)
         cache.fill(last_layer.index, rows, k, v)

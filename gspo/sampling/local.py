@@ -7,6 +7,7 @@ the full distribution.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,15 +41,53 @@ class _Draws:
     @classmethod
     def empty(cls, max_new_tokens: int, num_rows: int, device: torch.device) -> _Draws:
         """Return zeros to be filled."""
-        tokens = torch.zeros(max_new_tokens, num_rows, dtype=torch.int64, device=device)
-        logps = torch.zeros(max_new_tokens, num_rows, device=device)
+        shape = (max_new_tokens, num_rows)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        logps = torch.zeros(shape, device=device)
         return cls(tokens, logps)
 
     def by_row(self) -> Iterator[tuple[list[int], list[float]]]:
         """Yield each row's tokens and log-probabilities."""
-        tokens = self.tokens.t().tolist()
-        logps = self.logps.t().tolist()
-        return zip(tokens, logps, strict=True)
+        tokens = self.tokens.t()
+        logps = self.logps.t()
+        return zip(tokens.tolist(), logps.tolist(), strict=True)
+
+
+@dataclass
+class _Running:
+    """The rows of a batch that are still drawn: at first all, later those that had not ended."""
+
+    rows: Tensor  # [M] int64, their columns in the draws
+    has_ended: Tensor  # [M] bool
+    num_left: int  # that had not ended at the last count
+
+    @classmethod
+    def all_of(cls, num_rows: int, device: torch.device) -> _Running:
+        """Return all rows, none of which has ended."""
+        rows = torch.arange(num_rows, device=device)
+        has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        return cls(rows, has_ended, num_rows)
+
+    def count(self) -> int:
+        """Count the rows left and return how many have ended since the last count.
+
+        It waits for the device.
+        """
+        num_rows = self.rows.numel()
+        num_ended = int(self.has_ended.sum())
+        num_left = num_rows - num_ended
+        num_before = self.num_left
+        self.num_left = num_left
+        return num_before - num_left
+
+    def drop_ended(self) -> Tensor:  # [M] int64
+        """Drop the rows that have ended and return the indices of those kept."""
+        is_left = ~self.has_ended
+        indices = is_left.nonzero()
+        kept = indices.flatten()
+        self.rows = self.rows[kept]
+        self.has_ended = self.has_ended[kept]
+        return kept
 
 
 class LocalSampler:
@@ -86,20 +125,26 @@ class LocalSampler:
         # A prefetch thread samples while the trainer updates: a completion must not see half of the
         # new weights.
         self._lock = threading.Lock()
-        self._model = build_decoder().eval().requires_grad_(False)
+        self._model = build_decoder()
+        self._model.eval()
+        self._model.requires_grad_(False)
         self._decoder = CachedDecoder(self._model, max_prefill_tokens=max_prefill_tokens)
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._stops = _choose_stops(tokenizer, stop_token_ids)
-        outside = self._find_outside(sorted(self._stops))
+        self._is_stop = self._mark_stops()
+        self._text_tokens = _text_tokens(tokenizer) - self._stops
+
+    def _mark_stops(self) -> Tensor:  # [V] bool
+        """Return which token ids are stop tokens."""
+        stops = sorted(self._stops)
+        outside = self._find_outside(stops)
         if outside is not None:
-            raise InputError("stop_token_ids", NO_VALUE, *self._outside_words(outside))
-        # A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have
-        # no text.
-        vocabulary = vocabulary_of(tokenizer) or {}
-        self._text_tokens = set(vocabulary.values()) - self._stops - _special_tokens(tokenizer)
-        is_stop = torch.zeros(self._vocab_size, dtype=torch.bool)
-        is_stop[list(self._stops)] = True
-        self._is_stop = is_stop.to(self._device)
+            must, remedy = self._outside_words(outside)
+            raise InputError("stop_token_ids", NO_VALUE, must, remedy)
+        vocab_size = self._vocab_size
+        is_stop = torch.zeros(vocab_size, dtype=torch.bool)
+        is_stop[stops] = True
+        return is_stop.to(self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -118,13 +163,15 @@ class LocalSampler:
             InputError: The names or shapes are not those of the replica.
         """
         with self._lock, torch.no_grad():
-            missing = dict(self._model.state_dict())
+            state = self._model.state_dict()
+            missing = dict(state)
             for name, tensor in policy.full_state_dict():
                 target = missing.pop(name, None)
                 _check_same_shape(name, tensor, target)
                 target.copy_(tensor)
             if missing:
-                must = f"did not give {sorted(missing)[0]} (of {len(missing)} missing)"
+                first = min(missing)
+                must = f"did not give {first} (of {len(missing)} missing)"
                 remedy = "build policy and sampler replica with one builder"
                 raise InputError("policy", NO_VALUE, must, remedy)
             self._version = version
@@ -151,25 +198,32 @@ class LocalSampler:
                 vocabulary, or leaves no room for ``max_new_tokens`` in the model's ``max_seq_len``.
         """
         self._check(prompts, group_size, params, seeds)
-        rows = [prompt for prompt in prompts for _ in range(group_size)]
+        prompts_of_rows: list[list[int]] = []
+        for prompt in prompts:
+            prompts_of_rows += [prompt.tokens] * group_size
+        num_rows = len(prompts_of_rows)
+        temperature = params.temperature
         uniforms = _uniforms(seeds, group_size, params.max_new_tokens)
-        # Rows of like length go together: the gap between a short prompt and the longest is
-        # computed in vain.
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
+        batches = _batches(prompts_of_rows, self._max_batch_size)
         completions: dict[int, Completion] = {}
-        with self._lock, torch.inference_mode(), self._progress_bar(len(rows)) as bar:
-            for start in range(0, len(rows), self._max_batch_size):
-                batch = order[start : start + self._max_batch_size]
-                prompts_of_rows = [rows[row].tokens for row in batch]
-                draws = self._draw(prompts_of_rows, uniforms[:, batch], params.temperature, bar)
+        with self._lock, torch.inference_mode(), self._progress_bar(num_rows) as bar:
+            for batch in batches:
+                batch_prompts = [prompts_of_rows[row] for row in batch]
+                batch_uniforms = uniforms[:, batch]
+                draws = self._draw(batch_prompts, batch_uniforms, temperature, bar)
                 for row, (tokens, logps) in zip(batch, draws.by_row(), strict=True):
-                    completions[row] = self._completion(tokens, logps, params)
-        ordered = [completions[row] for row in range(len(rows))]
-        return [ordered[i : i + group_size] for i in range(0, len(rows), group_size)]
+                    completion = self._completion(tokens, logps, params)
+                    completions[row] = completion
+        return _in_groups(completions, group_size)
 
     def _progress_bar(self, num_rows: int) -> tqdm:
-        is_off = not self._progress
-        return tqdm(total=num_rows, desc="sample", unit="completion", leave=False, disable=is_off)
+        return tqdm(
+            total=num_rows,
+            desc="sample",
+            unit="completion",
+            leave=False,
+            disable=not self._progress,
+        )
 
     def _draw(
         self,
@@ -183,40 +237,46 @@ class LocalSampler:
         logits, cache = self._prefill(prompts, max_new_tokens)
         uniforms = uniforms.to(device)
         draws = _Draws.empty(max_new_tokens, num_rows, device)
-        rows = torch.arange(num_rows, device=device)  # those still in the batch
-        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        running = _Running.all_of(num_rows, device)
         check_every = _CHECK_EVERY.get(device.type, 1)
-        num_left = num_rows
         for step in range(max_new_tokens):
-            drawn, logps = draw_tokens(logits, uniforms[step, rows], temperature)
+            rows = running.rows
+            step_uniforms = uniforms[step, rows]
+            drawn, logps = draw_tokens(logits, step_uniforms, temperature)
             draws.tokens[step, rows] = drawn
             draws.logps[step, rows] = logps
-            ended |= self._is_stop[drawn]
+            running.has_ended |= self._is_stop[drawn]
             num_steps = step + 1
             if num_steps == max_new_tokens:
                 break
-            if num_steps % check_every == 0:
-                num_before = num_left
-                num_left = rows.numel() - int(ended.sum())
-                bar.update(num_before - num_left)
+            is_check_due = num_steps % check_every == 0
+            if is_check_due:
+                num_ended = running.count()
+                bar.update(num_ended)
+                num_left = running.num_left
                 if num_left == 0:
                     break
                 if num_left <= _COMPACT_BELOW * rows.numel():
-                    left = (~ended).nonzero().flatten()
-                    rows, drawn, ended = rows[left], drawn[left], ended[left]
-                    cache.select(left)
+                    kept = running.drop_ended()
+                    cache.select(kept)
+                    drawn = drawn[kept]
             logits = self._decoder.step(drawn, cache)
-        bar.update(num_left)
+        bar.update(running.num_left)
         return draws
 
     def _prefill(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Return logits [N, V] and cache of N prompts, each distinct one computed once."""
         numbers: dict[tuple[int, ...], int] = {}
         distinct = []  # each prompt's number among the distinct ones
+        distinct_prompts = []
         for tokens in prompts:
-            number = numbers.setdefault(tuple(tokens), len(numbers))
+            key = tuple(tokens)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                distinct_prompts.append(tokens)
+            number = numbers[key]
             distinct.append(number)
-        logits, cache = self._decoder.prefill([list(tokens) for tokens in numbers])
+        logits, cache = self._decoder.prefill(distinct_prompts)
         rows = torch.tensor(distinct, device=self._device)
         cache.select(rows, room=max_new_tokens)
         return logits[rows], cache
@@ -246,41 +306,51 @@ class LocalSampler:
         params: SamplingParams,
         seeds: Sequence[int],
     ) -> None:
-        temperature, max_new_tokens = params.temperature, params.max_new_tokens
-        is_in_range = 0.0 <= temperature < float("inf")
+        temperature = params.temperature
+        max_new_tokens = params.max_new_tokens
+        is_in_range = 0.0 <= temperature < math.inf
         require(is_in_range, "temperature", temperature, "must be 0 (greedy) or more")
         require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
         require(group_size >= 1, "group_size", group_size, "must be at least 1")
         for prompt in prompts:
             self._check_prompt(prompt, max_new_tokens)
-        if len(seeds) != len(prompts):
-            must = f"there are {len(seeds)} for {len(prompts)} prompts"
+        num_seeds = len(seeds)
+        num_prompts = len(prompts)
+        if num_seeds != num_prompts:
+            must = f"there are {num_seeds} for {num_prompts} prompts"
             raise InputError("seeds", NO_VALUE, must, "give one for each")
 
     def _check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
         place = f"prompt {prompt.id}"
         max_seq_len = self._model.max_seq_len
         room = max_seq_len - max_new_tokens
-        if not 0 < len(prompt.tokens) <= room:
+        num_tokens = len(prompt.tokens)
+        if not 0 < num_tokens <= room:
             raise DataError(
                 place,
                 NO_VALUE,
-                f"has {len(prompt.tokens)} tokens; from 1 to {room} fit beside max_new_tokens "
+                f"has {num_tokens} tokens; from 1 to {room} fit beside max_new_tokens "
                 f"{max_new_tokens} in the model's max_seq_len {max_seq_len}",
                 "drop the prompt, lower max_new_tokens, or raise max_seq_len",
             )
         outside = self._find_outside(prompt.tokens)
         if outside is not None:
-            raise DataError(place, NO_VALUE, *self._outside_words(outside))
+            must, remedy = self._outside_words(outside)
+            raise DataError(place, NO_VALUE, must, remedy)
 
     def _find_outside(self, tokens: list[int]) -> int | None:
         """Return the first token id that is outside the model's vocabulary; None if none is."""
         vocab_size = self._vocab_size
-        return next((token for token in tokens if not 0 <= token < vocab_size), None)
+        for token in tokens:
+            is_inside = 0 <= token < vocab_size
+            if not is_inside:
+                return token
+        return None
 
     def _outside_words(self, token: int) -> tuple[str, str]:
         """Return what is wrong with such a token id, and the remedy."""
-        must = f"token id {token} is outside the model's vocabulary of {self._vocab_size}"
+        vocab_size = self._vocab_size
+        must = f"token id {token} is outside the model's vocabulary of {vocab_size}"
         return must, "use the tokenizer that belongs to the model"
 
 
@@ -293,6 +363,7 @@ def draw_tokens(
 
     It is drawn by inversion of the distribution function. Temperature 0 is greedy.
     """
+    num_tokens = logits.shape[-1]
     if temperature == 0:
         logps = torch.log_softmax(logits, -1)
         tokens = logits.argmax(-1, keepdim=True)
@@ -300,10 +371,41 @@ def draw_tokens(
         logps = torch.log_softmax(logits / temperature, -1)
         # float64: in float32 the sum over a large vocabulary loses tokens rarer than 6e-8.
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-        targets = uniforms[:, None] * cumulative[:, -1:]
+        totals = cumulative[:, -1:]
+        shares = uniforms[:, None]
+        targets = shares * totals
         tokens = torch.searchsorted(cumulative, targets, right=True)
-        tokens.clamp_(max=logits.shape[-1] - 1)
-    return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
+        tokens.clamp_(max=num_tokens - 1)
+    token_logps = logps.gather(-1, tokens)
+    return tokens.squeeze(-1), token_logps.squeeze(-1)
+
+
+def _batches(prompts: list[list[int]], max_batch_size: int) -> list[list[int]]:
+    """Return which rows are drawn together.
+
+    They are rows of like length: the gap between a short prompt and the longest is computed in
+    vain.
+    """
+    num_rows = len(prompts)
+    lengths = [len(tokens) for tokens in prompts]
+    order = sorted(range(num_rows), key=lengths.__getitem__)
+    batches = []
+    for start in range(0, num_rows, max_batch_size):
+        stop = start + max_batch_size
+        batch = order[start:stop]
+        batches.append(batch)
+    return batches
+
+
+def _in_groups(completions: dict[int, Completion], group_size: int) -> list[list[Completion]]:
+    """Return the completions of rows 0, 1, ..., ``group_size`` at a time."""
+    groups = []
+    num_rows = len(completions)
+    for start in range(0, num_rows, group_size):
+        stop = start + group_size
+        group = [completions[row] for row in range(start, stop)]
+        groups.append(group)
+    return groups
 
 
 def _uniforms(seeds: Sequence[int], group_size: int, num_steps: int) -> Tensor:
@@ -311,11 +413,15 @@ def _uniforms(seeds: Sequence[int], group_size: int, num_steps: int) -> Tensor:
 
     They are made on the CPU so that every device gets the same.
     """
-    uniforms = torch.empty(len(seeds), group_size, num_steps, dtype=torch.float64)
+    num_prompts = len(seeds)
+    shape = (num_prompts, group_size, num_steps)
+    uniforms = torch.empty(shape, dtype=torch.float64)
     generator = torch.Generator()
-    for seed, of_prompt in zip(seeds, uniforms, strict=True):
-        of_prompt.uniform_(generator=generator.manual_seed(seed))
-    return uniforms.flatten(0, 1).t()
+    for seed, prompt_uniforms in zip(seeds, uniforms, strict=True):
+        generator.manual_seed(seed)
+        prompt_uniforms.uniform_(generator=generator)
+    by_row = uniforms.flatten(0, 1)
+    return by_row.t()
 
 
 def _length_to_stop(tokens: list[int], stops: set[int]) -> int | None:
@@ -329,17 +435,35 @@ def _length_to_stop(tokens: list[int], stops: set[int]) -> int | None:
 def _choose_stops(tokenizer: Any, stop_token_ids: list[int] | None) -> set[int]:
     if stop_token_ids is not None:
         return set(stop_token_ids)
-    named = getattr(tokenizer, "stop_tokens", None) or [getattr(tokenizer, "eos_id", None)]
+    named = getattr(tokenizer, "stop_tokens", None)
+    if not named:
+        end = getattr(tokenizer, "eos_id", None)
+        named = [end]
     stops = {int(token) for token in named if token is not None}
     must = "is not set, and the tokenizer names no stop token"
     require(bool(stops), "stop_token_ids", NO_VALUE, must, "set it; [] for none")
     return stops
 
 
+def _text_tokens(tokenizer: Any) -> set[int]:
+    """Return the ids of the vocabulary that are no special tokens.
+
+    A model's vocabulary may be padded beyond its tokenizer's: such ids do get drawn, and have no
+    text.
+    """
+    vocabulary = vocabulary_of(tokenizer) or {}
+    tokens = set(vocabulary.values())
+    return tokens - _special_tokens(tokenizer)
+
+
 def _special_tokens(tokenizer: Any) -> set[int]:
-    ids: list[int | None] = list(special_ids(tokenizer).values())
-    ids += [getattr(tokenizer, name, None) for name in ("bos_id", "eos_id", "pad_id")]
-    return {int(token) for token in ids if token is not None}
+    named = special_ids(tokenizer)
+    tokens = {int(token) for token in named.values()}
+    for name in ("bos_id", "eos_id", "pad_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            tokens.add(int(token))
+    return tokens
 
 
 def _check_same_shape(name: str, tensor: Tensor, target: Tensor | None) -> None:

@@ -68,12 +68,11 @@ class Rotary:
         pairs = heads.unflatten(-1, pair_shape)
         swapped_pairs = pairs.roll(1, -2)
         swapped = swapped_pairs.flatten(-3)
-        swapped = swapped.float()
         cos = table[:, :1]
         sin = table[:, 1:]
         turned = heads.float()
         turned.mul_(cos)
-        turned.addcmul_(swapped, sin)
+        turned.addcmul_(swapped.float(), sin)
         return turned.to(heads.dtype)
 
 
