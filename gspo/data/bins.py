@@ -5,11 +5,14 @@ Not here: documents and tensors, see :mod:`gspo.data.layout`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 # Bins as long as their longest document are rounded up to this, for fewer distinct shapes.
 MULTIPLE = 8
@@ -44,7 +47,8 @@ class Bins(NamedTuple):
     @property
     def num_slots(self) -> int:
         """The slots of all bins, empty ones included."""
-        return self.length * (max(self.bin_of, default=0) + 1)
+        num_bins = max(self.bin_of, default=0) + 1
+        return self.length * num_bins
 
 
 def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
@@ -58,23 +62,32 @@ def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
         max_slots: an upper limit for several together.
     """
     units: list[Unit] = []
+    last_group = None
     square_apart = 0  # of the last unit's documents
-    for document, alone in enumerate(sizes.slots):
-        if units and sizes.groups[units[-1].documents[-1]] == sizes.groups[document]:
+    for document, group in enumerate(sizes.groups):
+        alone = sizes.slots[document]
+        square = alone**2
+        if units and group == last_group:
             unit = units[-1]
-            together = unit.num_slots + alone - sizes.shareable[document]
-            if together <= max_slots and _is_cheap(together, square_apart + alone**2):
+            behind_prefix = alone - sizes.shareable[document]
+            together = unit.num_slots + behind_prefix
+            square_apart += square
+            if together <= max_slots and _is_cheap(together, square_apart):
                 unit.documents.append(document)
                 unit.num_slots = together
-                square_apart += alone**2
                 continue
-        units.append(Unit([document], alone))
-        square_apart = alone**2
+        unit = Unit([document], alone)
+        units.append(unit)
+        last_group = group
+        square_apart = square
     return units
 
 
 def _is_cheap(num_slots: int, square_apart: int) -> bool:
-    return num_slots <= SHORT_BIN or num_slots**2 <= square_apart
+    if num_slots <= SHORT_BIN:
+        return True
+    square_together = num_slots**2
+    return square_together <= square_apart
 
 
 def best_fit(slots: list[int], bin_length: int) -> list[int]:
@@ -94,7 +107,9 @@ def best_fit(slots: list[int], bin_length: int) -> list[int]:
         )
     bin_of = [0] * len(slots)
     bins = _OpenBins(bin_length)
-    for item in sorted(range(len(slots)), key=slots.__getitem__, reverse=True):
+    items = range(len(slots))
+    longest_first = sorted(items, key=slots.__getitem__, reverse=True)
+    for item in longest_first:
         bin_of[item] = bins.put(slots[item])
     return bin_of
 
@@ -109,15 +124,17 @@ class _OpenBins:
 
     def put(self, size: int) -> int:
         """Put an item into the fullest bin that takes it, else into a new one; return which."""
-        i = bisect_left(self.free, size)
-        if i == len(self.free):
-            free, number = self.length, len(self.numbers)
+        fullest = bisect_left(self.free, size)
+        if fullest == len(self.free):
+            free = self.length
+            number = len(self.numbers)
         else:
-            free, number = self.free.pop(i), self.numbers.pop(i)
+            free = self.free.pop(fullest)
+            number = self.numbers.pop(fullest)
         left = free - size
-        i = bisect_left(self.free, left)
-        self.free.insert(i, left)
-        self.numbers.insert(i, number)
+        rank = bisect_left(self.free, left)
+        self.free.insert(rank, left)
+        self.numbers.insert(rank, number)
         return number
 
 
@@ -134,16 +151,28 @@ def short_bins(slots: list[int], max_length: int | None = None) -> Bins:
     """
     longest = max([1, *slots])
     limit = max_length or max(SHORT_BIN, longest) + MULTIPLE
-    shortest = min(-(-longest // MULTIPLE) * MULTIPLE, limit)
-    best = Bins(shortest, best_fit(slots, shortest))
+    shortest = min(_round_up(longest), limit)
+    longest_tried = min(SHORT_BIN, limit)
     num_used = sum(slots)
-    for length in range(shortest + MULTIPLE, min(SHORT_BIN, limit) + 1, MULTIPLE):
-        if num_used >= _FULL_ENOUGH * best.num_slots:
+    best = _bins_of(slots, shortest)
+    for length in range(shortest + MULTIPLE, longest_tried + 1, MULTIPLE):
+        enough = _FULL_ENOUGH * best.num_slots
+        if num_used >= enough:
             break
-        longer = Bins(length, best_fit(slots, length))
+        longer = _bins_of(slots, length)
         if longer.num_slots < best.num_slots:
             best = longer
     return best
+
+
+def _round_up(length: int) -> int:
+    num_multiples = math.ceil(length / MULTIPLE)
+    return num_multiples * MULTIPLE
+
+
+def _bins_of(slots: list[int], length: int) -> Bins:
+    bin_of = best_fit(slots, length)
+    return Bins(length, bin_of)
 
 
 def take_short_bins(slots: list[int], max_slots: int, max_length: int) -> Bins:
@@ -157,12 +186,23 @@ def take_short_bins(slots: list[int], max_slots: int, max_length: int) -> Bins:
     Returns:
         The bins of the items taken.
     """
-    num_taken = int(np.searchsorted(np.cumsum(slots), max_slots, side="right"))
+    filled = np.cumsum(slots)
+    num_taken = _count_fitting(filled, max_slots)
     while True:
-        bins = short_bins(slots[:num_taken], max_length)
+        taken = slots[:num_taken]
+        bins = short_bins(taken, max_length)
         if bins.num_slots <= max_slots:
             return bins
-        num_taken = min(num_taken - 1, num_taken * max_slots // bins.num_slots)
+        in_proportion = num_taken * max_slots // bins.num_slots
+        num_taken = min(num_taken - 1, in_proportion)
+
+
+def _count_fitting(
+    filled: IntArray,  # [N] slots that the items up to each take
+    max_slots: int,
+) -> int:
+    num_fitting = np.searchsorted(filled, max_slots, side="right")
+    return int(num_fitting)
 
 
 def take_long_bins(
@@ -198,38 +238,54 @@ class _Waiting:
     """Documents that wait for a long bin, the oldest first."""
 
     def __init__(self, sizes: DocumentSizes) -> None:
+        alone = np.array(sizes.slots, dtype=np.int64)
         shareable = np.array(sizes.shareable, dtype=np.int64)
-        self._alone = np.array(sizes.slots, dtype=np.int64)
-        self._behind = self._alone - shareable  # slots behind a shared prefix
+        self._alone = alone
+        self._behind = alone - shareable  # slots behind a shared prefix
         self._group = np.array(sizes.groups, dtype=np.int64)
-        self._waits = np.ones(self._alone.size, dtype=np.bool_)
+        self._waits = np.ones(alone.size, dtype=np.bool_)
 
     def take_oldest(self, bin_length: int) -> tuple[list[int], int]:
         """Take the oldest documents while they fit; return them and the slots left."""
         oldest = np.flatnonzero(self._waits)
-        group = self._group[oldest]
-        follows = np.zeros(oldest.size, dtype=np.bool_)  # another document of its group
-        follows[1:] = group[1:] == group[:-1]
-        sizes = np.where(follows, self._behind[oldest], self._alone[oldest])
+        sizes = self._sizes_in_order(oldest)
         filled = np.cumsum(sizes)
-        num_taken = int(np.searchsorted(filled, bin_length, side="right"))
+        num_taken = _count_fitting(filled, bin_length)
         if num_taken == 0:
             return [], bin_length
         chosen = oldest[:num_taken]
         self._waits[chosen] = False
-        return chosen.tolist(), bin_length - int(filled[num_taken - 1])
+        num_filled = int(filled[num_taken - 1])
+        num_free = bin_length - num_filled
+        return chosen.tolist(), num_free
+
+    def _sizes_in_order(
+        self,
+        documents: IntArray,  # [N] numbers
+    ) -> IntArray:  # [N]
+        """Return the slots of each document behind those before it."""
+        group = self._group[documents]
+        behind = self._behind[documents]
+        alone = self._alone[documents]
+        follows = np.zeros(documents.size, dtype=np.bool_)  # another document of its group
+        follows[1:] = group[1:] == group[:-1]
+        return np.where(follows, behind, alone)
 
     def fill_gap(self, num_free: int, chosen: list[int]) -> list[int]:
         """Take the longest that fits, again and again, into a bin that holds ``chosen``."""
-        group_is_here = np.isin(self._group, self._group[chosen])
+        groups_here = self._group[chosen]
+        group_is_here = np.isin(self._group, groups_here)
         taken: list[int] = []
         while True:
             sizes = np.where(group_is_here, self._behind, self._alone)
-            fitting = np.where(self._waits & (sizes <= num_free), sizes, 0)
-            if not fitting.any():
+            fits = sizes <= num_free
+            can_go = self._waits & fits
+            candidates = np.where(can_go, sizes, 0)
+            if not candidates.any():
                 return taken
-            longest = int(fitting.argmax())
+            longest = int(candidates.argmax())
             taken.append(longest)
             self._waits[longest] = False
             num_free -= int(sizes[longest])
-            group_is_here |= self._group == self._group[longest]
+            group = self._group[longest]
+            group_is_here |= self._group == group

@@ -78,7 +78,8 @@ def document_sizes(documents: list[Document], share_prompts: bool) -> DocumentSi
     """
     slots = [document.num_slots for document in documents]
     shareable = [document.num_prompt_tokens - 1 for document in documents]
-    return DocumentSizes(slots, shareable, _prompt_groups(documents, share_prompts))
+    groups = _prompt_groups(documents, share_prompts)
+    return DocumentSizes(slots, shareable, groups)
 
 
 def _prompt_groups(documents: list[Document], share_prompts: bool) -> list[int]:
@@ -88,9 +89,11 @@ def _prompt_groups(documents: list[Document], share_prompts: bool) -> list[int]:
     numbers: dict[Any, int] = {}
     groups = []
     for i, document in enumerate(documents):
-        can_share = document.num_prompt_tokens > 1
-        key: Any = (document.prompt_id, document.group_id) if can_share else i
-        groups.append(numbers.setdefault(key, len(numbers)))
+        key: Any = i
+        if document.num_prompt_tokens > 1:
+            key = (document.prompt_id, document.group_id)
+        number = numbers.setdefault(key, len(numbers))
+        groups.append(number)
     return groups
 
 
@@ -109,7 +112,8 @@ def pack_documents(
         ValueError: A document is longer than a bin.
     """
     sizes = document_sizes(documents, share_prompts)
-    units = share_prefixes(sizes, bin_length or sum(sizes.slots))
+    max_slots = bin_length or sum(sizes.slots)
+    units = share_prefixes(sizes, max_slots)
     unit_slots = [unit.num_slots for unit in units]
     if bin_length is None:
         bin_length, bin_of_unit = short_bins(unit_slots)
@@ -134,27 +138,37 @@ def build_batch(
         bin_length: S, at least what the documents of each bin take.
         share_prompts: documents of one group in one bin share the slots of their prompt.
     """
-    bins = np.array(bin_of, dtype=np.int64)
-    groups = np.array(_prompt_groups(documents, share_prompts), dtype=np.int64)
+    bins = _integers(bin_of)
+    prompt_groups = _prompt_groups(documents, share_prompts)
+    groups = _integers(prompt_groups)
     order = np.lexsort((groups, bins))
+    bins = bins[order]
+    groups = groups[order]
     documents = [documents[i] for i in order]
     num_bins = max(bin_of, default=0) + 1
 
     lengths = _Lengths.of(documents)
-    prefixes = _find_prefixes(bins[order], groups[order])
-    pieces = _find_pieces(lengths, prefixes, bins[order])
+    prefixes = _find_prefixes(bins, groups)
+    pieces = _find_pieces(lengths, prefixes, bins)
     slots = _find_slots(pieces, num_bins, bin_length)
-    num_used, num_slots = slots.at.size, num_bins * bin_length
+    num_used = slots.at.size
+    num_slots = num_bins * bin_length
+    efficiency = Mean(float(num_used), float(num_slots))
+    num_labels = lengths.labels.sum()
     return PackedBatch(
         num_bins=num_bins,
         **_slot_tensors(documents, lengths, pieces, slots),
         **_document_tensors(documents, lengths, prefixes),
         **_segment_tensors(documents, lengths, slots),
         num_documents=len(documents),
-        num_label_tokens=int(lengths.labels.sum()),
+        num_label_tokens=int(num_labels),
         ids=[(document.prompt_id, document.group_id) for document in documents],
-        stats={"packing_efficiency": Mean(float(num_used), float(num_slots))},
+        stats={"packing_efficiency": efficiency},
     )
+
+
+def _integers(values: list[int]) -> IntArray:
+    return np.array(values, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +183,7 @@ class _Lengths:
         """Measure documents."""
         tokens = [len(document.tokens) for document in documents]
         prompts = [document.num_prompt_tokens for document in documents]
-        return cls(np.array(tokens, dtype=np.int64), np.array(prompts, dtype=np.int64))
+        return cls(_integers(tokens), _integers(prompts))
 
     @property
     def labels(self) -> IntArray:
@@ -199,17 +213,31 @@ def _find_prefixes(
     is_new_bin = bins[1:] != bins[:-1]
     is_new_group = groups[1:] != groups[:-1]
     is_first[1:] = is_new_bin | is_new_group
-    run = np.cumsum(is_first) - 1
+
+    num_runs = np.cumsum(is_first)  # of one group, up to each document
+    run = num_runs - 1
     run_lengths = np.bincount(run, minlength=1)
-    shares = run_lengths[run] > 1
+    num_together = run_lengths[run]
+    shares = num_together > 1
     leads = is_first & shares
     leaders = np.flatnonzero(leads)
+    index = _prefix_index(shares, leads)
+    return _Prefixes(shares, leaders, index)
 
-    prefix_numbers = num_documents - 1 + np.cumsum(leads)
-    index = np.arange(num_documents + leaders.size + 1)
+
+def _prefix_index(
+    shares: BoolArray,  # [N] the document goes on from a prefix
+    leads: BoolArray,  # [N] it is the first that does
+) -> IntArray:  # [D]
+    num_documents = shares.size
+    num_leaders = np.cumsum(leads)  # up to each document
+    prefix_numbers = num_documents - 1 + num_leaders
+    num_prefixes = np.count_nonzero(leads)
+    num_padding = 1
+    index = np.arange(num_documents + num_prefixes + num_padding)
     of_documents = index[:num_documents]
     of_documents[shares] = prefix_numbers[shares]
-    return _Prefixes(shares, leaders, index)
+    return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +247,8 @@ class _Pieces:
     number: IntArray  # [P] in the batch
     document: IntArray  # [P] the document whose tokens the piece has
     start: IntArray  # [P] its first token in the document; earlier ones stand in the prefix
-    first_labelled: (
-        IntArray  # [P] the token whose label is the completion's first; prefixes end here
-    )
+    # [P] the token whose label is the completion's first; prefixes end here
+    first_labelled: IntArray
     num_slots: IntArray  # [P]
     bins: IntArray  # [P], ascending
 
@@ -229,18 +256,28 @@ class _Pieces:
 def _find_pieces(lengths: _Lengths, prefixes: _Prefixes, bins: IntArray) -> _Pieces:
     """Put each prefix before the first document that goes on from it."""
     num_documents = bins.size
-    numbers = np.arange(num_documents + prefixes.leaders.size)
-    document = np.append(numbers[:num_documents], prefixes.leaders)
-    order = np.lexsort((numbers < num_documents, document))
-    document = document[order]
+    leaders = prefixes.leaders
+    numbers = np.arange(num_documents + leaders.size)
+    owners = np.append(numbers[:num_documents], leaders)
+    is_document = numbers < num_documents
+    order = np.lexsort((is_document, owners))
+    document = owners[order]
     is_prefix = order >= num_documents
 
     last_of_prompt = lengths.prompts[document] - 1
     last = lengths.tokens[document] - 1
-    goes_on = prefixes.shares[document] & ~is_prefix
+    shares = prefixes.shares[document]
+    goes_on = shares & ~is_prefix
     start = np.where(goes_on, last_of_prompt, 0)
     end = np.where(is_prefix, last_of_prompt, last)  # a last token is only a label
-    return _Pieces(order, document, start, last_of_prompt, end - start, bins[document])
+    return _Pieces(
+        number=order,
+        document=document,
+        start=start,
+        first_labelled=last_of_prompt,
+        num_slots=end - start,
+        bins=bins[document],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +296,12 @@ class _Slots:
 
     def fill_labelled(self, values: Any, default: Any, dtype: Any) -> torch.Tensor:
         """Spread the values of labelled slots; the others have ``default``."""
-        return self._spread(values, self.at[self.is_labelled], default, dtype)
+        labelled = self.at[self.is_labelled]
+        return self._spread(values, labelled, default, dtype)
 
     def _spread(self, values: Any, at: IntArray, default: Any, dtype: Any) -> torch.Tensor:
-        filled = np.empty(self.padding_positions.size, dtype)
+        num_slots = self.padding_positions.size
+        filled = np.empty(num_slots, dtype)
         filled[...] = default
         filled[at] = values
         return torch.from_numpy(filled)
@@ -270,51 +309,69 @@ class _Slots:
 
 def _find_slots(pieces: _Pieces, num_bins: int, bin_length: int) -> _Slots:
     """Put the pieces of each bin one after another."""
-    sizes, bins = pieces.num_slots, pieces.bins
-    used = np.bincount(bins, weights=sizes, minlength=num_bins).astype(np.int64)
+    sizes = pieces.num_slots
+    bins = pieces.bins
+    sums = np.bincount(bins, weights=sizes, minlength=num_bins)
+    used = sums.astype(np.int64)
     first_used = _sum_before(sizes)  # as if there were no padding
-    padding_before = bins * bin_length - _sum_before(used)[bins]
-    first_slot = first_used + padding_before
+    bin_start = bins * bin_length
+    used_before_bin = _sum_before(used)[bins]
+    first_slot = bin_start + first_used - used_before_bin
 
-    piece = np.repeat(np.arange(sizes.size), sizes)
-    offsets = np.arange(piece.size) - first_used[piece]
+    numbers = np.arange(sizes.size)
+    piece = np.repeat(numbers, sizes)
+    used_number = np.arange(piece.size)
+    offsets = used_number - first_used[piece]
     positions = offsets + pieces.start[piece]
-    padding_positions = np.arange(bin_length) - used[:, None]
+    first_labelled = pieces.first_labelled[piece]
+    in_bin = np.arange(bin_length)
+    padding_positions = in_bin - used[:, None]
     return _Slots(
         at=first_slot[piece] + offsets,
         piece=piece,
         positions=positions,
-        is_labelled=positions >= pieces.first_labelled[piece],
+        is_labelled=positions >= first_labelled,
         padding_positions=padding_positions.reshape(-1),
     )
 
 
 def _sum_before(sizes: IntArray) -> IntArray:
     """Return the sum of all earlier sizes for each."""
-    return np.cumsum(sizes) - sizes
+    sums = np.cumsum(sizes)
+    return sums - sizes
 
 
 def _slot_tensors(
     documents: list[Document], lengths: _Lengths, pieces: _Pieces, slots: _Slots
 ) -> dict[str, Any]:
     """Return the batch's tensors over slots, segments aside."""
-    all_tokens = chain.from_iterable(document.tokens for document in documents)
-    tokens = np.fromiter(all_tokens, np.int64, int(lengths.tokens.sum()))
+    tokens = _all_tokens(documents, lengths)
     all_logps = chain.from_iterable(document.logps for document in documents)
     logps = np.fromiter(all_logps, np.float64)
 
-    first_token = _sum_before(lengths.tokens)[pieces.document]
-    token = first_token[slots.piece] + slots.positions
+    first_of_document = _sum_before(lengths.tokens)
+    first_of_piece = first_of_document[pieces.document]
+    first = first_of_piece[slots.piece]
+    here = first + slots.positions
+    behind = here + 1
+    token = tokens[here]
+    label = tokens[behind]
     number = pieces.number[slots.piece]
     padding_document = pieces.number.size
     return {
-        "tokens": slots.fill(tokens[token], 0, np.int64),
-        "labels": slots.fill(tokens[token + 1], 0, np.int64),
+        "tokens": slots.fill(token, 0, np.int64),
+        "labels": slots.fill(label, 0, np.int64),
         "positions": slots.fill(slots.positions, slots.padding_positions, np.int64),
         "document_index": slots.fill(number, padding_document, np.int64),
         "loss_mask": slots.fill(slots.is_labelled, False, np.bool_),
         "old_logps": slots.fill_labelled(logps, 0.0, np.float32),
     }
+
+
+def _all_tokens(documents: list[Document], lengths: _Lengths) -> IntArray:
+    num_tokens = lengths.tokens.sum()
+    tokens = chain.from_iterable(document.tokens for document in documents)
+    return np.fromiter(tokens, np.int64, int(num_tokens))
 
 
 def _segment_tensors(documents: list[Document], lengths: _Lengths, slots: _Slots) -> dict[str, Any]:
@@ -326,38 +383,65 @@ def _segment_tensors(documents: list[Document], lengths: _Lengths, slots: _Slots
     if not any(document.segments for document in documents):
         return {}
     counts = [max(document.segments, default=0) + 1 for document in documents]
-    first_numbers = _sum_before(np.array(counts, np.int64))
-    all_segments: list[int] = []
-    for document in documents:
-        all_segments += document.segments or [0] * len(document.logps)
-    in_document = np.array(all_segments, np.int64)
-    index = in_document + np.repeat(first_numbers, lengths.labels)
-    tensors = {"segment_index": slots.fill_labelled(index, 0, np.int64)}
+    index = _segment_numbers(documents, counts, lengths)
+    segment_index = slots.fill_labelled(index, 0, np.int64)
+    tensors = {"segment_index": segment_index}
     if any(document.segment_advantages for document in documents):
-        advantages: list[float] = []
-        for document, count in zip(documents, counts, strict=True):
-            advantages += document.segment_advantages or [document.advantage] * count
-        tensors["segment_advantages"] = torch.tensor(advantages, dtype=torch.float32)
+        tensors["segment_advantages"] = _segment_advantages(documents, counts)
     return tensors
+
+
+def _segment_numbers(
+    documents: list[Document],
+    counts: list[int],  # segments of each document
+    lengths: _Lengths,
+) -> IntArray:  # [U] of labelled slots
+    in_document: list[int] = []
+    for document in documents:
+        segments = document.segments
+        if not segments:
+            segments = [0] * len(document.logps)
+        in_document += segments
+    first_numbers = _sum_before(_integers(counts))
+    first_of_label = np.repeat(first_numbers, lengths.labels)
+    return _integers(in_document) + first_of_label
+
+
+def _segment_advantages(
+    documents: list[Document],
+    counts: list[int],  # segments of each document
+) -> torch.Tensor:  # [K]
+    advantages: list[float] = []
+    for document, count in zip(documents, counts, strict=True):
+        values = document.segment_advantages
+        if not values:
+            values = [document.advantage] * count
+        advantages += values
+    return torch.tensor(advantages, dtype=torch.float32)
 
 
 def _document_tensors(
     documents: list[Document], lengths: _Lengths, prefixes: _Prefixes
 ) -> dict[str, Any]:
     """Return the batch's tensors over documents, prefixes and padding."""
-    num_others = prefixes.leaders.size + 1
+    num_prefixes = prefixes.leaders.size
+    num_others = num_prefixes + 1
 
     def over_documents(name: str, other: float, dtype: torch.dtype) -> torch.Tensor:
         values = [getattr(document, name) for document in documents]
-        return torch.tensor(values + [other] * num_others, dtype=dtype)
+        values += [other] * num_others
+        return torch.tensor(values, dtype=dtype)
 
-    label_counts = np.append(lengths.labels, np.zeros(num_others, dtype=np.int64))
-    has_prefixes = prefixes.leaders.size > 0
+    no_labels = np.zeros(num_others, dtype=np.int64)
+    label_counts = np.append(lengths.labels, no_labels)
+    prefix_index = None
+    if num_prefixes > 0:
+        prefix_index = torch.from_numpy(prefixes.index)
     return {
         "advantages": over_documents("advantage", 0.0, torch.float32),
         "rewards": over_documents("reward", 0.0, torch.float32),
         "label_counts": torch.from_numpy(label_counts),
         "policy_version": over_documents("policy_version", 0, torch.int64),
         "temperature": over_documents("temperature", 1.0, torch.float32),
-        "prefix_index": torch.from_numpy(prefixes.index) if has_prefixes else None,
+        "prefix_index": prefix_index,
     }

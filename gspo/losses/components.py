@@ -190,7 +190,8 @@ class _ClippedLoss(_PolicyLoss):
         if dual is not None:
             require(dual > 1, "dual_clip", dual, "must be above 1, or null for none")
             return partial(F.dual_clipped_surrogate, clip_low=low, clip_high=high, dual_clip=dual)
-        if low == high == math.inf:
+        clips_nothing = low == high == math.inf
+        if clips_nothing:
             return F.unclipped_surrogate
         return partial(F.clipped_surrogate, clip_low=low, clip_high=high)
 

@@ -121,7 +121,8 @@ def document_ratio(
     """
     units = document_units(drift, weights, inputs)
     num_tokens = _num_tokens(units)
-    mean_to_sum = num_tokens ** (1 - length_exponent)  # to sum / N^g
+    power = 1 - length_exponent
+    mean_to_sum = num_tokens**power  # to sum / N^g
     exponent = units.log_ratio * mean_to_sum
     return _bounded(units, exponent, -bound, bound)
 
@@ -383,7 +384,8 @@ def cispo_surrogate(terms: RatioTerms, *, clip_low: float, clip_high: float) -> 
     ratio = log_ratio.exp()
     truncated = ratio.clamp(lowest, highest)
     units = terms.units
-    coefficients = -truncated * units.advantages
+    advantages = units.advantages
+    coefficients = -truncated * advantages
     loss = coefficients * units.logps
     outside = ratio != truncated
     nowhere = torch.zeros_like(terms.bounded)
@@ -429,7 +431,8 @@ def k2(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
 def k3(new_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Return ``ref / new - 1 - log(ref / new)``, unbiased and never negative."""
     delta = new_logps - ref_logps
-    return torch.expm1(-delta) + delta
+    ratio_minus_one = torch.expm1(-delta)
+    return ratio_minus_one + delta
 
 
 KL_ESTIMATORS: dict[str, KLEstimator] = {"k1": k1, "k2": k2, "k3": k3}
@@ -456,9 +459,7 @@ def policy_objective(
     """
     drift = measure_drift(logps, inputs)
     trained = _valid_inputs(inputs, drift)
-    all_weights = weights(inputs.label_counts)
-    valid_weights = torch.where(drift.valid, all_weights, 0)
-    document_weights = valid_weights.to(logps.dtype)
+    document_weights = _valid_weights(weights, drift, inputs)
 
     terms = ratio(drift, document_weights, trained)
     result = surrogate(terms)
@@ -468,8 +469,8 @@ def policy_objective(
         metrics |= mismatch_metrics(drift, trained)
         if correction is not None:
             corrected = correction(terms.units, drift, trained)
-            unit_losses = corrected.weights * unit_losses
             metrics |= correction_metrics(corrected, terms.units)
+            unit_losses = corrected.weights * unit_losses
     loss = count_once(unit_losses, terms.units.counted)
 
     not_finite = count_not_finite(drift.valid, inputs)
@@ -494,6 +495,13 @@ def _valid_inputs(inputs: LossInputs, drift: Drift) -> LossInputs:
     """Return the inputs with nothing to train in documents that are not valid."""
     advantages = torch.where(drift.valid, inputs.advantages, 0.0)
     return replace(inputs, loss_mask=drift.token_valid, advantages=advantages)
+
+
+def _valid_weights(weights: DocumentWeights, drift: Drift, inputs: LossInputs) -> Tensor:  # [D]
+    """Return what each document weighs, 0 where it is not valid."""
+    all_weights = weights(inputs.label_counts)
+    valid_weights = torch.where(drift.valid, all_weights, 0)
+    return valid_weights.to(drift.logps.dtype)
 
 
 def _spread_over_tokens(
