@@ -47,8 +47,14 @@ class Bins(NamedTuple):
     @property
     def num_slots(self) -> int:
         """The slots of all bins, empty ones included."""
-        num_bins = max(self.bin_of, default=0) + 1
+        last = max(self.bin_of, default=0)
+        num_bins = last + 1
         return self.length * num_bins
+
+
+def integers(values: list[int]) -> IntArray:
+    """Return the values as an array of int64."""
+    return np.array(values, dtype=np.int64)
 
 
 def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
@@ -62,12 +68,12 @@ def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
         max_slots: an upper limit for several together.
     """
     units: list[Unit] = []
-    last_group = None
+    last_group: int | None = None
     square_apart = 0  # of the last unit's documents
     for document, group in enumerate(sizes.groups):
         alone = sizes.slots[document]
         square = alone**2
-        if units and group == last_group:
+        if group == last_group:
             unit = units[-1]
             behind_prefix = alone - sizes.shareable[document]
             together = unit.num_slots + behind_prefix
@@ -238,11 +244,11 @@ class _Waiting:
     """Documents that wait for a long bin, the oldest first."""
 
     def __init__(self, sizes: DocumentSizes) -> None:
-        alone = np.array(sizes.slots, dtype=np.int64)
-        shareable = np.array(sizes.shareable, dtype=np.int64)
+        alone = integers(sizes.slots)
+        shareable = integers(sizes.shareable)
         self._alone = alone
         self._behind = alone - shareable  # slots behind a shared prefix
-        self._group = np.array(sizes.groups, dtype=np.int64)
+        self._group = integers(sizes.groups)
         self._waits = np.ones(alone.size, dtype=np.bool_)
 
     def take_oldest(self, bin_length: int) -> tuple[list[int], int]:
@@ -255,7 +261,8 @@ class _Waiting:
             return [], bin_length
         chosen = oldest[:num_taken]
         self._waits[chosen] = False
-        num_filled = int(filled[num_taken - 1])
+        last = num_taken - 1
+        num_filled = int(filled[last])
         num_free = bin_length - num_filled
         return chosen.tolist(), num_free
 
@@ -268,7 +275,8 @@ class _Waiting:
         behind = self._behind[documents]
         alone = self._alone[documents]
         follows = np.zeros(documents.size, dtype=np.bool_)  # another document of its group
-        follows[1:] = group[1:] == group[:-1]
+        is_same = group[1:] == group[:-1]
+        follows[1:] = is_same
         return np.where(follows, behind, alone)
 
     def fill_gap(self, num_free: int, chosen: list[int]) -> list[int]:
@@ -286,6 +294,7 @@ class _Waiting:
             longest = int(candidates.argmax())
             taken.append(longest)
             self._waits[longest] = False
-            num_free -= int(sizes[longest])
+            size = int(sizes[longest])
+            num_free -= size
             group = self._group[longest]
             group_is_here |= self._group == group

@@ -18,11 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo.data.bins import DocumentSizes, best_fit, share_prefixes, short_bins
+from gspo.data.bins import (
+    DocumentSizes,
+    IntArray,
+    best_fit,
+    integers,
+    share_prefixes,
+    short_bins,
+)
 from gspo.metrics import Mean
 from gspo.types import GroupBatch, PackedBatch
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -138,9 +144,9 @@ def build_batch(
         bin_length: S, at least what the documents of each bin take.
         share_prompts: documents of one group in one bin share the slots of their prompt.
     """
-    bins = _integers(bin_of)
+    bins = integers(bin_of)
     prompt_groups = _prompt_groups(documents, share_prompts)
-    groups = _integers(prompt_groups)
+    groups = integers(prompt_groups)
     order = np.lexsort((groups, bins))
     bins = bins[order]
     groups = groups[order]
@@ -167,10 +173,6 @@ def build_batch(
     )
 
 
-def _integers(values: list[int]) -> IntArray:
-    return np.array(values, dtype=np.int64)
-
-
 @dataclass(frozen=True, slots=True)
 class _Lengths:
     """The lengths of N documents in tokens."""
@@ -183,7 +185,7 @@ class _Lengths:
         """Measure documents."""
         tokens = [len(document.tokens) for document in documents]
         prompts = [document.num_prompt_tokens for document in documents]
-        return cls(_integers(tokens), _integers(prompts))
+        return cls(integers(tokens), integers(prompts))
 
     @property
     def labels(self) -> IntArray:
@@ -402,9 +404,9 @@ def _segment_numbers(
         if not segments:
             segments = [0] * len(document.logps)
         in_document += segments
-    first_numbers = _sum_before(_integers(counts))
+    first_numbers = _sum_before(integers(counts))
     first_of_label = np.repeat(first_numbers, lengths.labels)
-    return _integers(in_document) + first_of_label
+    return integers(in_document) + first_of_label
 
 
 def _segment_advantages(

@@ -128,9 +128,12 @@ class Pack(BaseNode[PackedBatch]):
         super().reset(initial_state)
         state = initial_state or {"source": None, "documents": [], "dropped": [0, 0]}
         self.source.reset(state["source"])
-        self._documents = [Document(**values) for values in state["documents"]]  # oldest first
+        documents = state["documents"]
+        self._documents = [Document(**values) for values in documents]  # oldest first
         # Dropped, and carried by no batch yet.
-        self._dropped_documents, self._dropped_tokens = state["dropped"]
+        num_documents, num_tokens = state["dropped"]
+        self._dropped_documents = num_documents
+        self._dropped_tokens = num_tokens
 
     def get_state(self) -> dict[str, Any]:
         """Return the source's state and the documents that wait, in plain containers."""
@@ -221,15 +224,17 @@ class Pack(BaseNode[PackedBatch]):
 
     def _emit(self, choice: _Choice, stats: list[Metrics]) -> PackedBatch:
         """Take the chosen documents out of the buffer, as a batch with the stats of rollouts."""
-        documents = [self._documents[i] for i in choice.documents]
+        waiting = self._documents
+        documents = [waiting[i] for i in choice.documents]
         batch = build_batch(
             documents, choice.bin_of, choice.bin_length, share_prompts=self.share_prompts
         )
         batch.stats = merge([batch.stats, *stats])
         self._hand_over_dropped(batch, len(documents))
         taken = set(choice.documents)
-        self._documents = [d for i, d in enumerate(self._documents) if i not in taken]
-        batch.continues = self.flush_every_rollout and bool(self._documents)
+        self._documents = [d for i, d in enumerate(waiting) if i not in taken]
+        some_wait = bool(self._documents)
+        batch.continues = self.flush_every_rollout and some_wait
         return batch
 
     def _hand_over_dropped(self, batch: PackedBatch, num_taken: int) -> None:

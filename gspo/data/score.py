@@ -38,32 +38,41 @@ class Score(TransformNode[GroupBatch]):
         """Return the next groups, scored."""
         batch = next(self.source)
         start = time.perf_counter()
-        result = self._pool.score(reward_items(batch.groups))
-        completions = [completion for group in batch.groups for completion in group.completions]
-        for i, completion in enumerate(completions):
-            completion.rewards = result.rewards[i]
-            completion.reward = result.totals[i]
-        batch.stats |= self._stats(batch.groups, result)
-        batch.stats["time/score"] = Time(time.perf_counter() - start)
+        groups = batch.groups
+        items = reward_items(groups)
+        result = self._pool.score(items)
+        _set_rewards(groups, result)
+        num_solved = sum(self._is_solved(group) for group in groups)
+        batch.stats |= self._reward_stats(result)
+        batch.stats["solved"] = Mean(num_solved, len(groups))
+        num_failures = sum(result.failures.values())
+        batch.stats["reward_failures"] = Sum(num_failures)
+        seconds = time.perf_counter() - start
+        batch.stats["time/score"] = Time(seconds)
         return batch
 
-    def _stats(self, groups: list[Group], result: RewardResult) -> Metrics:
-        num_completions = len(result.totals)
-        squares = sum(total * total for total in result.totals)
+    def _reward_stats(self, result: RewardResult) -> Metrics:
+        totals = result.totals
+        num_completions = len(totals)
+        sum_of_totals = sum(totals)
+        sum_of_squares = sum(total * total for total in totals)
         stats: Metrics = {
-            "reward/mean": Mean(sum(result.totals), num_completions),
-            "_reward_sq": Mean(squares, num_completions),
+            "reward/mean": Mean(sum_of_totals, num_completions),
+            "_reward_sq": Mean(sum_of_squares, num_completions),
         }
         for reward in self._pool.rewards:
-            total = sum(values[reward.name] for values in result.rewards)
-            stats[f"reward/{reward.name}"] = Mean(total, num_completions)
-        stats["solved"] = Mean(sum(self._is_solved(group) for group in groups), len(groups))
-        stats["reward_failures"] = Sum(sum(result.failures.values()))
+            name = f"reward/{reward.name}"
+            values = [rewards[reward.name] for rewards in result.rewards]
+            total = sum(values)
+            stats[name] = Mean(total, num_completions)
         return stats
 
     def _is_solved(self, group: Group) -> bool:
         full_reward = self._pool.full_reward - FULL_REWARD_TOLERANCE
-        return any(completion.reward >= full_reward for completion in group.completions)
+        for completion in group.completions:
+            if completion.reward >= full_reward:
+                return True
+        return False
 
 
 def reward_items(groups: list[Group]) -> list[Item]:
@@ -73,6 +82,16 @@ def reward_items(groups: list[Group]) -> list[Item]:
         for completion in group.completions:
             items.append(_reward_item(group, completion))
     return items
+
+
+def _set_rewards(groups: list[Group], result: RewardResult) -> None:
+    """Put the pool's results, which are in the groups' order, into the completions."""
+    scored = zip(result.rewards, result.totals, strict=True)
+    for group in groups:
+        for completion in group.completions:
+            rewards, total = next(scored)
+            completion.rewards = rewards
+            completion.reward = total
 
 
 def _reward_item(group: Group, completion: Completion) -> Item:

@@ -41,6 +41,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    submodule = _MODULES[name]
+    path = f"{__name__}.{submodule}"
+    module = importlib.import_module(path)
     return getattr(module, name)

@@ -90,7 +90,11 @@ class RewardPool:
     @property
     def full_reward(self) -> float:
         """The weighted total of a completion with nothing left to gain."""
-        return sum(reward.weight * reward.max_value for reward in self.rewards if reward.weight > 0)
+        total = 0.0
+        for reward in self.rewards:
+            if reward.weight > 0:
+                total += reward.weight * reward.max_value
+        return total
 
     def warm(self) -> None:
         """Wait until every worker has imported its rewards.
@@ -126,19 +130,23 @@ class RewardPool:
     def _chunks(self, num_items: int) -> list[list[Call]]:
         """Return all calls in runs of whole items."""
         num_chunks = self._num_workers * CHUNKS_PER_WORKER
-        size = max(1, math.ceil(num_items / num_chunks))
+        items_per_chunk = math.ceil(num_items / num_chunks)
+        size = max(1, items_per_chunk)
+        rewards = range(len(self.rewards))
         chunks = []
         for start in range(0, num_items, size):
+            end = min(start + size, num_items)
             calls = []
-            for item in range(start, min(start + size, num_items)):
-                calls += [(item, reward) for reward in range(len(self.rewards))]
+            for item in range(start, end):
+                calls += [(item, reward) for reward in rewards]
             chunks.append(calls)
         return chunks
 
     def _start_worker(self) -> None:
         if not self.close.alive:
             raise RuntimeError("the reward pool is closed")
-        self._workers.append(WorkerProcess.start(self.rewards, self._timeout))
+        worker = WorkerProcess.start(self.rewards, self._timeout)
+        self._workers.append(worker)
 
     def _replace(self, worker: WorkerProcess) -> int:
         """End the worker, start another, and return the exit code."""
@@ -156,8 +164,10 @@ class RewardPool:
     def _exchange(self, outcomes: dict[Call, Outcome]) -> list[list[Call]]:
         """Wait for messages or a deadline, put down what came, and return the calls to repeat."""
         awaited = [worker for worker in self._workers if worker.is_awaited]
-        seconds = min(worker.deadline for worker in awaited) - time.monotonic()
-        readable = wait([worker.channel for worker in awaited], timeout=max(seconds, 0.0))
+        channels = [worker.channel for worker in awaited]
+        deadline = min(worker.deadline for worker in awaited)
+        seconds = deadline - time.monotonic()
+        readable = wait(channels, timeout=max(seconds, 0.0))
         again: list[list[Call]] = []
         for worker in awaited:
             try:
@@ -201,12 +211,14 @@ class RewardPool:
         self._suspects.update(worker.calls)
         # A lone call that dies is tried once more: its worker may have been killed for another
         # reason, or while idle.
-        if len(worker.calls) > 1 or (lost.failure == "died" and is_first_loss):
+        may_be_innocent = lost.failure == "died" and is_first_loss
+        if len(worker.calls) > 1 or may_be_innocent:
             return [[call] for call in worker.calls]
         cause = lost.cause
         if cause == ENDED:
             cause += f" with exit code {exit_code}"
-        outcomes[worker.calls[0]] = Outcome(failure=lost.failure, cause=cause)
+        culprit = worker.calls[0]
+        outcomes[culprit] = Outcome(failure=lost.failure, cause=cause)
         return []
 
     def _result(self, items: Sequence[Item], outcomes: dict[Call, Outcome]) -> RewardResult:
@@ -231,9 +243,12 @@ class RewardPool:
     def _report(self, index: int, outcome: Outcome, item: Item) -> None:
         reward = self.rewards[index]
         key = f"rewards.{reward.name}"
-        message = f"{reward.path} {outcome.failure.replace('_', ' ')}: {outcome.cause}"
+        failure = outcome.failure.replace("_", " ")
+        message = f"{reward.path} {failure}: {outcome.cause}"
         if self._on_failure == "error":
-            raise InputError(key, NO_VALUE, f"{message}, on the completion {item[1][:200]!r}")
+            _, completion, _, _ = item
+            must = f"{message}, on the completion {completion[:200]!r}"
+            raise InputError(key, NO_VALUE, must)
         kind = (index, outcome.failure)
         if kind not in self._logged:
             self._logged.add(kind)
@@ -267,7 +282,8 @@ def _check_greeting(message: Any) -> None:
     if isinstance(message, str):
         raise InputError("rewards", NO_VALUE, f"a worker cannot start: {message}")
     if message is not None:
-        raise BadMessage(f"it wrote {str(message)[:80]!r} before it was ready")
+        beginning = str(message)[:80]
+        raise BadMessage(f"it wrote {beginning!r} before it was ready")
 
 
 def _start_error(lost: WorkerLost) -> InputError:

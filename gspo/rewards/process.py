@@ -71,7 +71,8 @@ class WorkerProcess:
         theirs.close()
         deadline = time.monotonic() + START_SECONDS
         worker = cls(process, ours, timeout, LineReader(ours), deadline)
-        worker._post(([(reward.path, reward.options) for reward in rewards], timeout))
+        functions = [(reward.path, reward.options) for reward in rewards]
+        worker._post((functions, timeout))
         return worker
 
     @property
@@ -111,7 +112,8 @@ class WorkerProcess:
 
     def extend_deadline(self) -> None:
         """Give the worker the time of one more call, from now on."""
-        self.deadline = time.monotonic() + FLUSH_SECONDS + self.timeout + KILL_AFTER_SECONDS
+        seconds = FLUSH_SECONDS + self.timeout + KILL_AFTER_SECONDS
+        self.deadline = time.monotonic() + seconds
 
     def check_deadline(self) -> None:
         """Raise WorkerLost if the worker has kept silent for too long."""

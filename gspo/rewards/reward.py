@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo.errors import NO_VALUE, InputError, did_you_mean, require
-from gspo.rewards.worker import resolve
+from gspo.rewards.worker import RewardFunction, resolve
 
 _NUM_ARGUMENTS = 4  # prompt, completion, answer, metadata
 
@@ -37,7 +37,9 @@ def parse_reward(name: str, entry: Mapping[str, Any]) -> Reward:
             pool has arguments of two sections.
     """
     section = f"rewards.{name}"
-    path = entry.get("function") if isinstance(entry, Mapping) else None
+    path = None
+    if isinstance(entry, Mapping):
+        path = entry.get("function")
     if not isinstance(path, str):
         must = "needs a function, a dotted path like gspo.rewards.exact_match"
         raise InputError(section, entry, must)
@@ -49,18 +51,26 @@ def parse_reward(name: str, entry: Mapping[str, Any]) -> Reward:
         function = resolve(path)
     except InputError as error:
         raise error.within(section) from error
-    try:
-        signature = inspect.signature(function)
-    except ValueError as error:  # a builtin may have none
-        raise InputError(f"{section}.function", path, f"is refused: {error}") from error
+    signature = _signature(section, path, function)
     _check_options(section, path, signature, options)
     max_value = getattr(function, "max_value", 1.0)
     return Reward(name, path, float(weight), options, float(max_value))
 
 
 def _is_finite(weight: Any) -> bool:
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if isinstance(weight, bool):
+        return False
+    is_number = isinstance(weight, int | float)
     return is_number and math.isfinite(weight)
+
+
+def _signature(section: str, path: str, function: RewardFunction) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except ValueError as error:  # a builtin may have none
+        key = f"{section}.function"
+        must = f"is refused: {error}"
+        raise InputError(key, path, must) from error
 
 
 def _check_options(
@@ -73,18 +83,31 @@ def _check_options(
         reason = str(error)
     parameters = list(signature.parameters.values())
     choices = parameters[_NUM_ARGUMENTS:]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        _refuse_unknown(section, path, [choice.name for choice in choices], options)
-    for choice in choices:
-        is_missing = choice.default is choice.empty and choice.name not in options
-        require(not is_missing, f"{section}.{choice.name}", NO_VALUE, f"{path} needs this option")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if not takes_any:
+        names = [choice.name for choice in choices]
+        _refuse_unknown(section, path, names, options)
+    _refuse_missing(section, path, choices, options)
+    key = f"{section}.function"
     must = f"{path}{signature} must take (prompt, completion, answer, metadata): {reason}"
-    raise InputError(f"{section}.function", NO_VALUE, must)
+    raise InputError(key, NO_VALUE, must)
 
 
 def _refuse_unknown(section: str, path: str, names: list[str], options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in names:
-            hint = did_you_mean(option, [*names, "weight"])
+            key = f"{section}.{option}"
             must = f"{path} has no such option"
-            raise InputError(f"{section}.{option}", NO_VALUE, must, hint)
+            hint = did_you_mean(option, [*names, "weight"])
+            raise InputError(key, NO_VALUE, must, hint)
+
+
+def _refuse_missing(
+    section: str, path: str, choices: list[inspect.Parameter], options: Mapping[str, Any]
+) -> None:
+    for choice in choices:
+        is_needed = choice.default is choice.empty
+        if is_needed and choice.name not in options:
+            key = f"{section}.{choice.name}"
+            must = f"{path} needs this option"
+            raise InputError(key, NO_VALUE, must)

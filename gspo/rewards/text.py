@@ -61,10 +61,9 @@ def exact_match(
     reference: str | None = answer.strip()
     if marker and marker in answer:
         reference = extract_answer(answer, marker=marker)
-    is_equal = _normalise(stated, ignore, ignore_case) == _normalise(
-        reference or "", ignore, ignore_case
-    )
-    return float(is_equal)
+    left = _normalise(stated, ignore, ignore_case)
+    right = _normalise(reference or "", ignore, ignore_case)
+    return float(left == right)
 
 
 def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
@@ -96,5 +95,8 @@ def regex_match(
             part is enough.
     """
     matcher = re.compile(pattern, re.DOTALL)  # re keeps compiled patterns
-    match = matcher.fullmatch(completion.strip()) if whole else matcher.search(completion)
+    if whole:
+        match = matcher.fullmatch(completion.strip())
+    else:
+        match = matcher.search(completion)
     return 0.0 if match is None else 1.0

@@ -69,13 +69,16 @@ def _import_error(path: str, error: Exception) -> InputError:
     remedy = ""
     if isinstance(error, ModuleNotFoundError):
         remedy = f"looked in {os.getcwd()}: run from the file's folder or set PYTHONPATH"
-    must = f"cannot be imported: {type(error).__name__}: {error}"
+    kind = type(error).__name__
+    must = f"cannot be imported: {kind}: {error}"
     return InputError("function", path, must, remedy)
 
 
 def _public_names(module: ModuleType) -> list[str]:
     listed = getattr(module, "__all__", None)
-    return listed or [name for name in vars(module) if not name.startswith("_")]
+    if listed:
+        return listed
+    return [name for name in vars(module) if not name.startswith("_")]
 
 
 def main(file_descriptor: int) -> None:
@@ -95,7 +98,8 @@ def _serve(channel: socket.socket) -> None:
     functions: list[RewardFunction] = []
     try:
         for path, options in rewards:
-            functions.append(functools.partial(resolve(path), **options))
+            function = resolve(path)
+            functions.append(functools.partial(function, **options))
     except InputError as error:
         send_lines(channel, [str(error)[:2000]])
         return
@@ -117,7 +121,8 @@ def _answer(
     for item, reward in calls:
         outcome = _call(functions[reward], items[item], timeout)
         messages.append(write_outcome((item, reward), outcome))
-        if time.monotonic() - last_sent > FLUSH_SECONDS:
+        now = time.monotonic()
+        if now - last_sent > FLUSH_SECONDS:
             send_lines(channel, messages)
             messages = []
             last_sent = time.monotonic()
@@ -131,7 +136,9 @@ def _call(function: RewardFunction, item: Item, timeout: float) -> Outcome:
         signal.setitimer(signal.ITIMER_REAL, 0)
         return Outcome(failure="timed_out", cause=f"took more than {timeout:g} s")
     except BaseException as error:  # SystemExit too: one reward must not end the worker
-        return Outcome(failure="raised", cause=f"{type(error).__name__}: {error}"[:500])
+        kind = type(error).__name__
+        cause = f"{kind}: {error}"
+        return Outcome(failure="raised", cause=cause[:500])
 
 
 def _call_in_time(function: RewardFunction, item: Item, timeout: float) -> Any:
@@ -150,7 +157,8 @@ def _call_in_time(function: RewardFunction, item: Item, timeout: float) -> Any:
 
 def _checked(value: Any) -> Outcome:
     if not hasattr(value, "__float__"):
-        raise TypeError(f"returned {value!r}, a {type(value).__name__}; a reward is a number")
+        kind = type(value).__name__
+        raise TypeError(f"returned {value!r}, a {kind}; a reward is a number")
     number = float(value)
     if not math.isfinite(number):
         return Outcome(failure="nonfinite", cause=f"returned {number}")
