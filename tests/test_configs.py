@@ -1,12 +1,9 @@
 """Every shipped config: its commands, its keys, its model, and whether its numbers fit together."""
 
-import dataclasses
-import importlib.util
 import re
 import shlex
 import sys
 from functools import cache
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,13 +17,14 @@ from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from torchtune.training import DummyProfiler
 
 from gspo.advantages import check_group_size, get_estimator
-from gspo.config.checks import check_config
-from gspo.data.graph import GraphOptions
-from gspo.data.pack import Pack, check_bin_length
+from gspo.commands.validate import read_checked
+from gspo.config import build, build_loss
+from gspo.data import Advantage, Pack, check_bin_length, check_params
 from gspo.losses import GRPOLoss, GSPOLoss
-from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs, shipped_folder
-from gspo.rewards.pool import _parse_reward
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs
+from gspo.rewards.reward import parse_reward
 from gspo.rewards.worker import resolve
+from gspo.run import build_profiler
 from gspo.types import SamplingParams
 
 CONFIGS = shipped_configs()
@@ -88,26 +86,9 @@ def load(name):
 
 
 @cache
-def recipe():
-    spec = importlib.util.spec_from_file_location(
-        "recipe_for_configs", shipped_folder("recipes") / f"{RECIPE}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def checked(name):
-    """The config with the recipe's defaults, all names checked."""
-    tables = recipe()
-    return check_config(
-        load(name),
-        required=tables.REQUIRED_KEYS,
-        optional=tables.OPTIONAL_KEYS,
-        sections=tables.SECTIONS,
-        passed=tables.PASSED,
-    )
+    """The settings that the recipe starts with."""
+    return read_checked([name])
 
 
 @cache
@@ -191,7 +172,7 @@ def test_tiny_configs_differ_in_the_objective_alone():
 
 @every_gspo_config
 def test_recipe_accepts_the_config(name):
-    recipe().GSPOFullFinetuneRecipe._check_values(checked(name))
+    assert checked(name).output_dir
 
 
 @every_config
@@ -210,81 +191,68 @@ def test_lengths_fit_the_model_and_the_bins(name):
     check_bin_length(cfg.packing.bin_length, max_seq_len)
     longest = cfg.prompts.get("max_prompt_tokens", 0) + cfg.sampling.max_new_tokens
     assert longest <= max_seq_len
-    assert longest <= (cfg.packing.bin_length or cfg.packing.tokens_per_microbatch) + 1
+    assert longest <= cfg.packing.longest_document
 
 
 @every_gspo_config
-def test_knobs_of_the_data_graph_are_accepted(name):
+def test_nodes_accept_their_sections(name):
     cfg = checked(name)
-    options = GraphOptions(
-        prompts_per_rollout=cfg.prompts_per_rollout,
-        group_size=cfg.group_size,
-        params=SamplingParams(**cfg.sampling),
-        seed=cfg.seed,
-        prefetch=cfg.prefetch,
-        **cfg.packing,
-        **cfg.advantages,
-    )
-    check_group_size(get_estimator(options.estimator), options.group_size)
-    packing = {field.name for field in dataclasses.fields(options)} & set(cfg.packing)
-    Pack(None, **{key: getattr(options, key) for key in packing})
+    check_group_size(get_estimator(cfg.advantages.estimator), cfg.group_size)
+    check_params(SamplingParams(**cfg.sampling.model_dump()))
+    node = Advantage(None, **cfg.advantages.model_dump())
+    Pack(node, max_seq_len=model(name).max_seq_len, **cfg.packing.model_dump())
 
 
 @every_gspo_config
 def test_loss_and_optimizer_are_built(name):
     cfg = checked(name)
-    assert isinstance(config.instantiate(cfg.loss), GRPOLoss if "grpo" in name else GSPOLoss)
-    optimizer = config.instantiate(cfg.optimizer, model(name).parameters())
-    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(cfg.optimizer.lr)
-    bf16 = (
-        cfg.dtype == "bf16"
-    )  # at these learning rates, round-to-nearest loses nearly every update
-    assert cfg.optimizer.get("bf16_stochastic_round", False) is bf16
+    assert isinstance(build_loss(cfg), GRPOLoss if "grpo" in name else GSPOLoss)
+    optimizer = build(cfg, "optimizer", model(name).parameters())
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(cfg.optimizer["lr"])
+    # At these learning rates, round-to-nearest loses nearly every update.
+    rounds = cfg.optimizer.get("bf16_stochastic_round", False)
+    assert rounds is (cfg.dtype == "bf16")
 
 
 @every_gspo_config
 def test_profiler_block_gives_a_profiler_that_is_off(name):
-    profiler, _ = recipe().GSPOFullFinetuneRecipe._setup_profiler(
-        SimpleNamespace(_cfg=checked(name))
-    )
-    assert type(profiler) is DummyProfiler
+    assert type(build_profiler(checked(name).profiler)) is DummyProfiler
 
 
 @every_gspo_config
 def test_rewards_resolve(name):
-    for key, spec in OmegaConf.to_container(checked(name).rewards).items():
-        _parse_reward(key, spec)
+    for key, entry in checked(name).rewards.items():
+        parse_reward(key, entry)
 
 
 @every_real_config
 @pytest.mark.parametrize("split", ["prompts", "eval_prompts"])
 def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, monkeypatch):
     cfg = checked(name)
-    row, boxed = ROWS[cfg[split].source]
+    row, boxed = ROWS[getattr(cfg, split)["source"]]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
-    prompt = next(iter(config.instantiate(cfg[split], CharTokenizer(), num_epochs=1)))
+    prompt = next(iter(build(cfg, split, CharTokenizer(), num_epochs=1)))
     assert prompt.text.count(row.get("problem", row.get("question"))) == 1
     assert "within \\boxed{}." in prompt.text
-    (reward,) = [
-        _parse_reward(key, spec) for key, spec in OmegaConf.to_container(cfg.rewards).items()
-    ]
-    scores = [
-        resolve(reward.path)(
-            prompt.text, f"so \\boxed{{{given}}}", prompt.answer, prompt.metadata, **reward.options
+    (reward,) = [parse_reward(key, entry) for key, entry in cfg.rewards.items()]
+    scores = []
+    for answer in (boxed, "43"):
+        text = f"so \\boxed{{{answer}}}"
+        function = resolve(reward.path)
+        scores.append(
+            function(prompt.text, text, prompt.answer, prompt.metadata, **reward.options)
         )
-        for given in (boxed, "43")
-    ]
     assert scores == [1, 0]
 
 
 @every_gspo_config
 def test_template_uses_special_tokens_of_its_tokenizer(name):
     cfg = checked(name)
-    tokens = re.findall(r"<[|｜].*?[|｜]>|<think>", cfg.prompts.prompt_template)
+    tokens = re.findall(r"<[|｜].*?[|｜]>|<think>", cfg.prompts["prompt_template"])
     assert tokens
-    assert set(tokens) <= set(SPECIAL_TOKENS[cfg.tokenizer._component_])
-    assert cfg.eval_prompts.prompt_template == cfg.prompts.prompt_template
-    assert cfg.eval_prompts.add_bos == cfg.prompts.add_bos
+    assert set(tokens) <= set(SPECIAL_TOKENS[cfg.tokenizer["_component_"]])
+    for key in ("prompt_template", "add_bos"):
+        assert cfg.eval_prompts[key] == cfg.prompts[key]
 
 
 @every_config

@@ -32,10 +32,11 @@ def gradients(device):
     decoder.load_state_dict(tiny_policy.weights())
     policy = Policy(decoder, GSPOLoss(clip_low=0.2, clip_high=0.2)).to(device)
     batch = pack_documents(tiny_policy.documents(), 512)
-    loss, metrics = policy(Microbatch.prepare(batch, torch.device(device)))
-    loss.backward()
+    output = policy(Microbatch.prepare(batch, torch.device(device)))
+    output.loss.backward()
     grads = {name: p.grad.cpu() for name, p in policy.named_parameters()}
-    return loss.item(), {name: value.item() for name, (value, _) in metrics.items()}, grads
+    metrics = {name: float(metric.value) for name, metric in output.metrics.items()}
+    return output.loss.item(), metrics, grads
 
 
 def test_block_mask_gives_the_gradient_of_the_dense_mask():

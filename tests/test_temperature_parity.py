@@ -41,7 +41,7 @@ def batch():
     """Completions drawn at temperature 0.7, packed several to a bin."""
     prompts = [Prompt(str(i), "", list(range(3 + i, 9 + 2 * i))) for i in range(6)]
     params = SamplingParams(temperature=0.7, max_new_tokens=24)
-    answers = LocalSampler(lambda: decoder, Tokenizer()).sample(
+    answers = LocalSampler(decoder, Tokenizer()).sample(
         prompts, group_size=4, params=params, seeds=range(6)
     )
     groups = [
