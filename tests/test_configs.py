@@ -239,9 +239,7 @@ def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, m
     for answer in (boxed, "43"):
         text = f"so \\boxed{{{answer}}}"
         function = resolve(reward.path)
-        scores.append(
-            function(prompt.text, text, prompt.answer, prompt.metadata, **reward.options)
-        )
+        scores.append(function(prompt.text, text, prompt.answer, prompt.metadata, **reward.options))
     assert scores == [1, 0]
 
 
