@@ -1,4 +1,4 @@
-"""One thread per worker under pytest-xdist, what stands in for a missing GPU, and the pack as a wheel installs it."""
+"""One thread a worker under pytest-xdist, a stand-in for a missing GPU, and the pack as a wheel."""
 
 import os
 import shutil
@@ -7,17 +7,15 @@ import sys
 import zipfile
 from pathlib import Path
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # before torch is imported, and inherited by the processes that tests start
+# Before torch is imported, and inherited by the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # before anything imports triton, whose kernels then run on the CPU
+# Before anything imports triton, whose kernels then run on the CPU.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
+    """The pack built as a wheel, from a copy."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("gspo", "recipes", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the FlexAttention block masks, and the sampler's half-precision path, against the CPU."""
+"""FlexAttention's block masks and the sampler in half precision, on a GPU against the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Imports go down: types and errors at the bottom, the recipe on top. Read from the source, nothing is imported."""
+"""Imports go down, from the recipe to types and errors; read from the source, nothing is imported."""
 
 import ast
 import re
@@ -78,7 +78,7 @@ def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
 
 
 def imported(tree: ast.Module, *, into_functions: bool = True) -> set[str]:
-    """Dotted names that a module imports; ``from a import b`` gives ``a.b``, be it a module or not."""
+    """Dotted names that a module imports; ``from a import b`` gives ``a.b``, a module or not."""
     names = set()
     for node in walk(tree, into_functions=into_functions):
         if isinstance(node, ast.Import):

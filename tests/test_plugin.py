@@ -33,13 +33,15 @@ def installed_stub(installed, tmp_path_factory):
 @pytest.fixture
 def recipes(monkeypatch):
     """torchtune's registry as it is without the plugin, restored afterwards."""
-    own = [recipe for recipe in deepcopy(registry._ALL_RECIPES) if recipe.name != plugin.RECIPE]
-    for recipe in own:
+    registered = [
+        recipe for recipe in deepcopy(registry._ALL_RECIPES) if recipe.name != plugin.RECIPE
+    ]
+    for recipe in registered:
         recipe.configs = [
             config for config in recipe.configs if config.name not in plugin.shipped_configs()
         ]
-    monkeypatch.setattr(registry, "_ALL_RECIPES", own)
-    return own
+    monkeypatch.setattr(registry, "_ALL_RECIPES", registered)
+    return registered
 
 
 def python(*arguments, path, cwd, **environment):
@@ -86,8 +88,8 @@ def test_tune_copies_prints_and_validates(installed, tmp_path):
     script = """
 import sys
 from torchtune._cli.tune import main
-for command in ("cp gspo_full_finetune my_recipe.py", "cp tiny/gspo my_config.yaml", "cat tiny/gspo",
-                "validate my_config.yaml"):
+for command in ("cp gspo_full_finetune my_recipe.py", "cp tiny/gspo my_config.yaml",
+                "cat tiny/gspo", "validate my_config.yaml"):
     sys.argv = ["tune", *command.split()]
     main()
 """

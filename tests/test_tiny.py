@@ -25,12 +25,12 @@ def rows(folder, name):
 
 
 def test_data_sets_share_no_question(folder):
-    found = {
+    questions = {
         name: [row["expression"] for row in rows(folder, name)]
         for name in ("train", "heldout", "validation")
     }
-    assert [len(questions) for questions in found.values()] == [50, 20, 10]
-    assert len(set().union(*found.values())) == 80
+    assert [len(of_set) for of_set in questions.values()] == [50, 20, 10]
+    assert len(set().union(*questions.values())) == 80
 
 
 def test_more_questions_than_there_are_is_refused():

@@ -32,7 +32,7 @@ def weights(*, tied=True, num_kv_heads=2, seed=0):
 
 
 def documents(count=14, *, seed=0, temperature=0.7, group_size=3):
-    """Documents of ragged lengths, in groups, whose old log-probabilities are near those of a policy of that size."""
+    """Ragged documents in groups, with old log-probabilities near those of a policy of that size."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):
@@ -41,12 +41,12 @@ def documents(count=14, *, seed=0, temperature=0.7, group_size=3):
     def tokens(length):
         return torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
 
-    found = []
+    drawn = []
     for i in range(count):
         if i % group_size == 0:
             prompt = tokens(integer(1, 9))
         completion = integer(1, 23)
-        found.append(
+        drawn.append(
             Document(
                 tokens=prompt + tokens(completion),
                 num_prompt_tokens=len(prompt),
@@ -59,4 +59,4 @@ def documents(count=14, *, seed=0, temperature=0.7, group_size=3):
                 group_id=i // group_size,
             )
         )
-    return found
+    return drawn
