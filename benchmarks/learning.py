@@ -306,10 +306,13 @@ def train(run: Run, *, work: Path) -> str | None:
     if code != 0 and not has_given_up(folder):
         return f"{shlex.join(command)}: exit status {code}, see {log}"
     record = asdict(run) | summarize(folder, steps=run.steps)
-    record |= {"command": shlex.join(command), "folder": str(folder), "seconds": seconds}
+    record["command"] = shlex.join(command)
+    record["folder"] = str(folder)
+    record["seconds"] = seconds
     for checkpoint in folder.glob("epoch_*"):
         shutil.rmtree(checkpoint)
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")  # last: the run is done
+    text = json.dumps(record, indent=2)
+    (folder / "run.json").write_text(text + "\n")  # last: the run is done
     return None
 
 
@@ -339,7 +342,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def has_given_up(folder: Path) -> bool:
     """Whether a run has ended over gradients that are not finite: its last steps have no norm."""
-    last = [row for row in read_rows(folder) if "lr" in row][-MAX_SKIPPED:]
+    last = trained_rows(read_rows(folder))[-MAX_SKIPPED:]
     return bool(last) and not any("grad_norm" in row for row in last)
 
 
@@ -347,35 +350,49 @@ def summarize(folder: Path, *, steps: int) -> Record:
     """Return what a run's ``metrics.jsonl`` says."""
     rows = read_rows(folder)
     curve = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
-    trained = [row for row in rows if "lr" in row]
+    trained = trained_rows(rows)
     accuracies = [accuracy for _, accuracy in curve]
-    base, final, best = accuracies[0], accuracies[-1], max(accuracies)
-    finite = rows[-1]["step"] == steps and all("grad_norm" in row for row in trained)
-    reasons = {
-        "not finite": not finite,
-        "fell from its best": final < best - FALL,
-        "below the base": final < base,
-    }
+    has_ended = rows[-1]["step"] == steps
+    is_finite = has_ended and all("grad_norm" in row for row in trained)
     return {
         "curve": curve,
-        "base": base,
-        "final": final,
-        "best": best,
-        "collapsed": [reason for reason, holds in reasons.items() if holds],
+        "base": accuracies[0],
+        "final": accuracies[-1],
+        "best": max(accuracies),
+        "collapsed": reasons_of_collapse(accuracies, is_finite),
         "skipped_steps": trained[-1]["skipped_steps"],
         "staleness/max": max(row["staleness/max"] for row in trained),
         "means": means_of(rows),
     }
 
 
+def trained_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of optimizer steps, without those of evaluations alone."""
+    return [row for row in rows if "lr" in row]
+
+
+def reasons_of_collapse(accuracies: list[float], is_finite: bool) -> list[str]:
+    """Return why a run counts as collapsed; nothing if it does not.
+
+    Args:
+        accuracies: of the evaluations, the base policy's first.
+        is_finite: whether the run has all its steps, and each a finite gradient.
+    """
+    final = accuracies[-1]
+    reasons = []
+    if not is_finite:
+        reasons.append("not finite")
+    if final < max(accuracies) - FALL:
+        reasons.append("fell from its best")
+    if final < accuracies[0]:
+        reasons.append("below the base")
+    return reasons
+
+
 def means_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the means over the rows of the metrics that are there."""
-    means = {}
-    for name in MEANS:
-        values = [row[name] for row in rows if name in row]
-        if values:
-            means[name] = statistics.fmean(values)
-    return means
+    means = {name: mean_of(rows, name) for name in MEANS}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def read_runs(work: Path, steps: int) -> list[Record]:
@@ -494,16 +511,22 @@ def row_of(group: list[Record], compared: list[Record]) -> dict[str, Any]:
     first = group[0]
     row = {key: first[key] for key in ("condition", "objective", "lr", "band")}
     row["seeds"] = len(group)
-    row["base"] = statistics.fmean(record["base"] for record in group)
+    row["base"] = mean_of(group, "base")
     row["final"], row["+-"] = interval([record["final"] for record in group])
-    row["best"] = statistics.fmean(record["best"] for record in group)
+    row["best"] = mean_of(group, "best")
     row["collapsed"] = count_collapsed(group)
     row["minus gspo"], row["its +-"] = minus_gspo(group, compared)
+    means = [record["means"] for record in group]
     for name in TABLE_MEANS:
-        values = [record["means"][name] for record in group if name in record["means"]]
-        row[name] = statistics.fmean(values) if values else math.nan
-    row["seconds"] = statistics.fmean(record["seconds"] for record in group)
+        row[name] = mean_of(means, name)
+    row["seconds"] = mean_of(group, "seconds")
     return row
+
+
+def mean_of(records: list[Record], key: str) -> float:
+    """Return the mean over the records that have the key, or NaN."""
+    values = [record[key] for record in records if key in record]
+    return statistics.fmean(values) if values else math.nan
 
 
 def minus_gspo(group: list[Record], compared: list[Record]) -> tuple[float, float]:
@@ -667,13 +690,15 @@ def plot(axis: Any, curves: list[Curve], look: dict[str, Any]) -> None:
     """Plot the mean of curves by step; for differences, which start at 0, with its interval."""
     # A run that gave up has a shorter curve.
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    mean, half = np.zeros(len(steps)), np.zeros(len(steps))
-    for i, step in enumerate(steps):
-        mean[i], half[i] = interval([curve[step] for curve in curves])
-    half = np.nan_to_num(half)
-    axis.plot(steps, mean, marker="o", **look)
-    if mean.size and mean[0] == 0:
-        low, high = mean - half, mean + half
+    means, low, high = [], [], []
+    for step in steps:
+        mean, half = interval([curve[step] for curve in curves])
+        half = 0.0 if math.isnan(half) else half
+        means.append(mean)
+        low.append(mean - half)
+        high.append(mean + half)
+    axis.plot(steps, means, marker="o", **look)
+    if means and means[0] == 0:
         axis.fill_between(steps, low, high, color=look["color"], alpha=0.1, linewidth=0)
     axis.grid(alpha=0.3)
 

@@ -230,14 +230,18 @@ class PPORecipe(GSPOFullFinetuneRecipe):
         rows = plain.label_rows
         documents = plain.batch.document_index[rows]
         rewards = plain.batch.rewards[documents]
-        values = self._policy.values(plain)
-        gae_lambda = self._policy.loss.gae_lambda
-        advantages = gae(values, rewards, documents, gae_lambda=gae_lambda)
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = self._advantages(plain, rewards, documents)
         numbers = torch.arange(rows.numel())
         segment_index = torch.zeros_like(batch.document_index).index_put((rows,), numbers)
         cut = replace(batch, segment_index=segment_index, segment_advantages=advantages)
         return replace(ValuedMicrobatch.prepare(cut, self._device), returns=rewards)
+
+    def _advantages(self, plain: Microbatch, rewards: Tensor, documents: Tensor) -> Tensor:
+        """Return the label rows' advantages, normalised; all are [N]."""
+        values = self._policy.values(plain)
+        gae_lambda = self._policy.loss.gae_lambda
+        advantages = gae(values, rewards, documents, gae_lambda=gae_lambda)
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
 @parse(Settings)
