@@ -184,14 +184,18 @@ class GSPOFullFinetuneRecipe:
                 if step is None:
                     log.info("The prompts have ended after step %d.", state.step)
                     break
-                stats: list[Metrics] = [{"time/data_wait": Time(time.perf_counter() - began)}]
-                stats += step.stats if self._ranks.draws else []
+                waited = time.perf_counter() - began
+                stats: list[Metrics] = [{"time/data_wait": Time(waited)}]
+                if self._ranks.draws:
+                    stats += step.stats
                 microbatches = [self._prepare(batch) for batch in step.batches]
-                for _ in range(min(cfg.ppo_epochs, cfg.num_steps - state.step)):
+                num_updates = min(cfg.ppo_epochs, cfg.num_steps - state.step)
+                for _ in range(num_updates):
                     values = self._update(microbatches, step, stats)
                     stats = []  # counted once, with the first update that uses them
                     self._after_step(values)
-                    if values.get("ratio/ess", 1.0) < (cfg.min_ess or 0.0):  # alike on all ranks
+                    ess = values.get("ratio/ess", 1.0)  # the same on all ranks
+                    if ess < (cfg.min_ess or 0.0):
                         self._sync_sampler()  # or the next rollout would be as far away
                         break
         self._finish()
@@ -202,10 +206,12 @@ class GSPOFullFinetuneRecipe:
         if self._cfg.old_logps == "recompute":
             self._advisor.look_for_older(batch, self._state.version)
             sampler_logps = microbatch.batch.old_logps
-            old_logps = (self._sampled or self._policy).logps(microbatch)
+            policy = self._sampled or self._policy
+            old_logps = policy.logps(microbatch)
             microbatch = microbatch.replace(old_logps=old_logps, sampler_logps=sampler_logps)
         if self._reference is not None:
-            microbatch = microbatch.replace(ref_logps=self._reference.logps(microbatch))
+            ref_logps = self._reference.logps(microbatch)
+            microbatch = microbatch.replace(ref_logps=ref_logps)
         return microbatch
 
     def _update(
@@ -222,8 +228,9 @@ class GSPOFullFinetuneRecipe:
             reduce_every_microbatch=self._cfg.reduce_every_microbatch,
         ):
             sums.add(output.metrics, output.not_finite)
-        for batch in step.batches if self._ranks.draws else ():
-            sums.add(batch_metrics(batch, self._state.step))
+        if self._ranks.draws:
+            for batch in step.batches:
+                sums.add(batch_metrics(batch, self._state.step))
         values = sums.reduce()
         if sums.has_not_finite:
             values["loss"] *= update.take_out(self._policy, sums.not_finite, step, denominator)
@@ -245,7 +252,8 @@ class GSPOFullFinetuneRecipe:
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         state.finish_step(moved, grad_norm, max_skipped=cfg.max_skipped_steps)
-        return {"grad_norm": grad_norm} | StepMetrics([self._audit.metrics()]).reduce()
+        audit = StepMetrics([self._audit.metrics()]).reduce()
+        return {"grad_norm": grad_norm, **audit}
 
     def _after_step(self, values: dict[str, float]) -> None:
         """Hand the weights to the sampler, evaluate, log and save, each when its turn has come."""
@@ -253,16 +261,16 @@ class GSPOFullFinetuneRecipe:
         last = step == cfg.num_steps
         fresh = cfg.old_logps == "sampler" and values["staleness/max"] == 0
         began = time.perf_counter()
-        if last or step % cfg.sync_every_steps == 0:
+        if last or _is_due(step, cfg.sync_every_steps):
             self._sync_sampler()
         values["time/sync"] = time.perf_counter() - began
-        if last or (cfg.eval.every_n_steps and step % cfg.eval.every_n_steps == 0):
+        if last or _is_due(step, cfg.eval.every_n_steps):
             values |= self._evaluate()
         values |= self._advisor.look(values, fresh=fresh)
         values["skipped_steps"] = self._state.num_skipped
         values |= self._progress.advance(values)
         self._run.log(values)
-        if cfg.save_every_n_steps and step % cfg.save_every_n_steps == 0 and not last:
+        if _is_due(step, cfg.save_every_n_steps) and not last:
             self._save()
         self._profiler.step()
 
@@ -309,6 +317,11 @@ class GSPOFullFinetuneRecipe:
         self._pool.close()
         self._run.close()
         dist.destroy_process_group()
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that is done ``every`` so many steps, 0 for never, is due after a step."""
+    return every > 0 and step % every == 0
 
 
 @parse(Settings)
