@@ -1,4 +1,4 @@
-"""What the loss head's Triton kernels take of each GPU, compiled ahead of time: no GPU is used.
+"""Resources of the loss head's Triton kernels by GPU, compiled ahead of time without one.
 
     python benchmarks/kernel_resources.py [--json OUT] [--vocab-sizes 151936 ...]
 

@@ -1,4 +1,4 @@
-"""Which backend of the loss head runs, and how many rows of logits it holds at a time."""
+"""The choice of the loss head's backend, and of how many rows of logits it holds at a time."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class _NeedsGradient(NamedTuple):
 
 
 class _Coefficients(NamedTuple):
-    """What makes the gradient of N rows of logits, each ``[N]``."""
+    """The numbers that make the gradient of N rows of logits, each ``[N]``."""
 
     log_z: Tensor  # of softmax(logits / temperature)
     entropy: Tensor

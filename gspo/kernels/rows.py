@@ -1,4 +1,4 @@
-"""What the loss head does to rows of logits, in plain torch.
+"""The loss head's operations on rows of logits, in plain torch.
 
 Through ``torch.compile`` it is the backend of a CPU. Four operations make a backend, see
 :class:`RowKernels`. :mod:`gspo.kernels.head` knows nothing else of a device, and nothing here knows

@@ -92,7 +92,7 @@ def over_batch_size(num_documents: int, num_label_tokens: int, *, batch_size: in
 
 
 class Aggregation(NamedTuple):
-    """What a document weighs, and what the sum is divided by."""
+    """The weight of a document, and the number that the sum is divided by."""
 
     weights: DocumentWeights
     denominator: Callable[..., float]

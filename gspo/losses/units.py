@@ -1,4 +1,4 @@
-"""What objectives are made of: the policy's drift, units with one ratio, and sums over documents.
+"""The parts of objectives: the policy's drift, units with one ratio, and sums over documents.
 
 T tokens, D documents, K units of the ratio: tokens, segments or documents. Everything is float32 or
 float64, whatever the model's dtype. Where a document spans ranks, its sums are completed here and
@@ -34,7 +34,7 @@ class DriftTable:
 
     @property
     def advantages(self) -> Tensor:  # [K]
-        """Of the tokens' own advantages; 0 where they have none."""
+        """Sums of the tokens' own advantages; 0 where they have none."""
         return self.rows[2]
 
     @property
@@ -58,7 +58,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """What has one ratio: tokens, segments or documents."""
+    """The things with one ratio each: tokens, segments or documents."""
 
     log_ratio: Tensor  # [K] nats, mean over the unit's labelled tokens; 0 where not valid
     logps: Tensor  # [K] nats, mean; 0 where not valid
