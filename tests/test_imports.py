@@ -1,4 +1,7 @@
-"""Imports go down, from the recipe to types and errors; read from the source, nothing is imported."""
+"""Imports go down, from the recipe to types and errors.
+
+The tests read the source and import nothing.
+"""
 
 import ast
 import re

@@ -1,4 +1,7 @@
-"""The parts of an optimizer step by themselves; gradients over all arrangements: tests/distributed."""
+"""Tests the parts of an optimizer step by themselves.
+
+tests/distributed compares gradients over all arrangements.
+"""
 
 import math
 

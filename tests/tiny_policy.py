@@ -32,7 +32,10 @@ def weights(*, tied=True, num_kv_heads=2, seed=0):
 
 
 def documents(count=14, *, seed=0, temperature=0.7, group_size=3):
-    """Ragged documents in groups, with old log-probabilities near those of a policy of that size."""
+    """Draws ragged documents in groups.
+
+    Their old log-probabilities are near those of a policy of that size.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):

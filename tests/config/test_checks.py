@@ -109,7 +109,10 @@ def test_check_config_accepts_what_fits(text):
     [
         (
             "clip: 4",
-            "clip: unknown key; there are: eval, extra, group_size, optimizer, output_dir, readers, sampling, seed.",
+            (
+                "clip: unknown key; there are: eval, "
+                "extra, group_size, optimizer, output_dir, readers, sampling, seed."
+            ),
         ),
         (
             "grupo_size: 8",
@@ -133,17 +136,25 @@ def test_check_config_accepts_what_fits(text):
         ),
         (
             optimizer("config_components.TinyOptimiser"),
-            "optimizer._component_: 'config_components.TinyOptimiser' does not exist: config_components "
-            "has no 'TinyOptimiser'; did you mean 'TinyOptimizer'?",
+            (
+                "optimizer._component_: 'config_components.TinyOptimiser' does not exist: "
+                "config_components has no 'TinyOptimiser'; did you mean 'TinyOptimizer'?"
+            ),
         ),
         (
             optimizer("gspo.config_.check_config"),
-            "optimizer._component_: 'gspo.config_.check_config' does not exist: gspo has no 'config_'; did you mean 'config'?",
+            (
+                "optimizer._component_: 'gspo.config_.check_config' does not exist: "
+                "gspo has no 'config_'; did you mean 'config'?"
+            ),
         ),
         (
             optimizer("torhc.optim.AdamW"),
-            "optimizer._component_: 'torhc.optim.AdamW' does not exist: no module 'torhc' is installed or in "
-            f"{os.getcwd()}; did you mean 'torch'? Else run from its folder or set PYTHONPATH",
+            (
+                "optimizer._component_: 'torhc.optim.AdamW' does not exist: "
+                f"no module 'torhc' is installed or in {os.getcwd()}; "
+                "did you mean 'torch'? Else run from its folder or set PYTHONPATH"
+            ),
         ),
         (
             optimizer("my_own_file.Loss"),
@@ -152,7 +163,10 @@ def test_check_config_accepts_what_fits(text):
         ),
         (
             optimizer("torch.optim"),
-            "optimizer._component_: 'torch.optim' is a module, but it must be a class or a function;",
+            (
+                "optimizer._component_: 'torch.optim' is a module, "
+                "but it must be a class or a function;"
+            ),
         ),
         (
             optimizer(""),
@@ -168,12 +182,18 @@ def test_check_config_accepts_what_fits(text):
         ),
         (
             optimizer(weight_decya=0.1),
-            "optimizer.weight_decya: unknown, TinyOptimizer takes no such argument; did you mean 'weight_decay'?",
+            (
+                "optimizer.weight_decya: unknown, TinyOptimizer takes no such argument; "
+                "did you mean 'weight_decay'?"
+            ),
         ),
         *(
             (
                 optimizer("config_components.annotated", **{name: value}),
-                f"optimizer.{name}: {value!r} is no number, as annotated takes; write one like 1e-5, unq",
+                (
+                    f"optimizer.{name}: {value!r} is no number, as annotated takes; "
+                    "write one like 1e-5, unq"
+                ),
             )
             for name, value in (
                 ("whole", "1"),
@@ -344,7 +364,10 @@ def test_variable_whose_last_use_is_overridden_is_known(command_line, override):
         (
             "a: 1",
             "a",
-            "--config: cannot be read: Command-line overrides must be in the form of key=value, got a",
+            (
+                "--config: cannot be read: Command-line overrides must be "
+                "in the form of key=value, got a"
+            ),
         ),
         ("a: 1", "~b", "--config: cannot be read: Could not find key b in yaml config to remove"),
         (

@@ -1,4 +1,7 @@
-"""Gradients of the same documents in one arrangement after another, on the ranks of this process group."""
+"""Computes gradients of the same documents in one arrangement after another.
+
+It runs on the ranks of this process group.
+"""
 
 import random
 
@@ -69,7 +72,10 @@ ARRANGEMENTS: dict[str, dict] = {
 
 
 def all_gradients(names):
-    """``{(arrangement, loss): (metrics, gradients by parameter)}``, full tensors, the same on every rank."""
+    """Returns ``{(arrangement, loss): (metrics, gradients by parameter)}``.
+
+    The gradients are full tensors, the same on every rank.
+    """
     return {
         (name, loss): gradients(LOSSES[loss], **ARRANGEMENTS[name])
         for name in names

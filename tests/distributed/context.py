@@ -1,4 +1,7 @@
-"""What context parallelism must not change, and what it costs, on the ranks of this process group."""
+"""Measures what context parallelism must not change, and what it costs.
+
+It runs on the ranks of this process group.
+"""
 
 import random
 from collections import Counter
@@ -52,7 +55,10 @@ def everything(num_cases):
 
 
 def random_documents(rng):
-    """One to six documents of 2 to 60 tokens, some with a shared prompt, with gaps between their spans of labels."""
+    """Draws one to six documents of 2 to 60 tokens.
+
+    Some share a prompt. Their spans of labels have gaps between them.
+    """
     documents = []
     for group in range(rng.randint(1, 3)):
         prompt = [rng.randrange(tiny_policy.VOCAB_SIZE) for _ in range(rng.choice([1, 2, 7, 20]))]
@@ -80,7 +86,10 @@ def random_documents(rng):
 
 
 def random_batch(rng):
-    """In one bin or several, at whose ends documents may end; some tokens of a completion are not trained."""
+    """Packs random documents into one bin or several.
+
+    A document may end where its bin ends. Some tokens of a completion are not trained.
+    """
     documents = random_documents(rng)
     longest = max(d.num_slots for d in documents)
     bin_length = rng.choice([None, longest, longest + rng.randint(0, 9), 4 * -(-longest // 4), 128])
@@ -161,7 +170,10 @@ def train(ranks, loss_name, num_steps=3):
 
 
 class Collectives(TorchDispatchMode):
-    """Elements that each kind of collective hands to this rank; FSDP's own go by other operators."""
+    """Counts the elements that each kind of collective hands to this rank.
+
+    FSDP's own collectives go by other operators.
+    """
 
     def __init__(self):
         super().__init__()
@@ -175,7 +187,10 @@ class Collectives(TorchDispatchMode):
 
 
 def cost(ranks):
-    """Of one forward: elements gathered, and bytes of hidden states kept for the backward, checkpointed and not."""
+    """Counts the elements that one forward gathers, and the bytes that it keeps for the backward.
+
+    The bytes are of hidden states, with checkpointing and without.
+    """
     axis = ranks.context
     documents = [d for d in tiny_policy.documents() if d.group_id % 2]
     batch = pack_documents(documents, BIN_LENGTH)
@@ -203,7 +218,10 @@ def cost(ranks):
 
 
 def shared(ranks):
-    """This rank's microbatches, of which the first of its context axis draws each, and values split and collected."""
+    """Returns this rank's microbatches, and whether values survive a split and a collect.
+
+    The first rank of the context axis draws each microbatch.
+    """
     axis, rank = ranks.context, ranks.data_rank
     documents = tiny_policy.documents(6, seed=rank)
     source = Items(lambda i: pack_documents(documents[: 2 * i], 48), 3) if axis.rank == 0 else None

@@ -11,7 +11,10 @@ TIMEOUT_SECONDS = 240
 
 
 def launch(target: str, world_size: int, folder: Path, *args) -> list:
-    """``target`` is ``module:function``, called as ``function(*args)`` inside a process group of ``world_size``."""
+    """Calls ``target`` inside a process group of ``world_size``.
+
+    ``target`` is ``module:function``; it is called as ``function(*args)``.
+    """
     (folder / "args.pkl").write_bytes(pickle.dumps(args))
     root = Path(__file__).parents[2]
     env = os.environ | {
@@ -44,7 +47,10 @@ def launch(target: str, world_size: int, folder: Path, *args) -> list:
 
 
 def once_per_world_size(tmp_path_factory, target: str, args_of=lambda world_size: ()):
-    """A function of the world size that launches ``target`` at the first call and gives the ranks' results."""
+    """Makes a function of the world size that gives the ranks' results.
+
+    It launches ``target`` at the first call for a world size.
+    """
 
     @functools.cache
     def results(world_size: int) -> list:

@@ -26,13 +26,17 @@ SOURCES = {
     "nothing": [[0, 0], [0], [], [0]],
 }
 
-# Live documents of each rollout, a list a rank; the others of ROLLOUT_SIZE were dropped. Three fit into a microbatch.
+# Each rank has a list here: the number of live documents in each of its rollouts.
+# The others of ROLLOUT_SIZE were dropped. Three documents fit into a microbatch.
 LIVE = [[1, 9, 0, 4], [9, 2, 3], [0, 5, 9, 7, 3], [6, 1, 0, 9]]
 ROLLOUT_SIZE = 9
 
 
 def batch(num_documents, dropped):
-    """``num_documents`` of 1, 2, ... tokens, of which ``dropped`` were taken out before the update."""
+    """Packs ``num_documents`` documents of 1, 2, ... tokens.
+
+    The first ``dropped`` of them were taken out before the update.
+    """
     documents = [
         Document([1, *range(2, 3 + i)], 1, [-1.0] * (i + 1), 1.0, 0.0, 1.0, 0, "p", i)
         for i in range(num_documents)
@@ -50,7 +54,10 @@ def everything(docs_per_step, docs_per_step_of_rollouts):
 
 
 def draw_rollouts(docs_per_step):
-    """The rounds in which this rank drew a rollout, and by step how many steps ago its documents were sampled."""
+    """Returns the rounds in which this rank drew a rollout, and the staleness by step.
+
+    The staleness tells how many steps ago the documents of a step were sampled.
+    """
     num_rounds, drawn, staleness = 0, [], []
     for step in FetchSteps(
         rollouts(lambda: len(staleness)), docs_per_step=docs_per_step, device=CPU

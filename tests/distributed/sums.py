@@ -51,7 +51,10 @@ def reduce_reports():
 
 
 def meshes():
-    """For each replicate size, the mesh's shape, the FSDP mesh's, this rank's data place, or the error."""
+    """Returns two mesh shapes and this rank's data place for each replicate size, or the error.
+
+    The shapes are those of the whole mesh and of the FSDP mesh.
+    """
     found = {}
     for replicate in (1, 2, 3):
         try:

@@ -1,4 +1,7 @@
-"""Context parallelism: the same gradient as on one rank for any documents, its balance, memory and communication."""
+"""Context parallelism gives the same gradient as one rank, for any documents.
+
+Its balance, memory and communication are tested too.
+"""
 
 import numpy as np
 import pytest
@@ -62,7 +65,10 @@ def test_only_one_key_and_value_per_token_and_layer_travels(found, world_size, n
 
 @each_way
 def test_activations_are_split(found, world_size, name):
-    """Hidden states, that is: attention keeps all keys and values, and with checkpointing not even these."""
+    """Only hidden states are split: attention keeps all keys and values.
+
+    With checkpointing it does not keep even these.
+    """
     whole, cost, size = (
         found(1)[0]["cost"]["1x1"],
         found(world_size)[0]["cost"][name],
@@ -106,7 +112,10 @@ def log_normal_batch(seed, *, bin_length=8192, num_bins=2, median=400, longest=4
 
 
 def blocks_of_keys(positions, queries, keys, block=128):
-    """How many pairs of a block of queries and one of keys hold anything that the mask lets through."""
+    """Counts pairs of a block of queries and a block of keys.
+
+    A pair counts if the mask lets anything in it through.
+    """
     document = np.cumsum(positions == 0)
     count = 0
     for q in queries.reshape(-1, block):

@@ -39,7 +39,10 @@ def found(tmp_path_factory):
 
 
 def document_by_document(loss_name, *, tied):
-    """Loss and gradients from a plain decoder, one document at a time, with all logits and a restated loss."""
+    """Computes loss and gradients with a plain decoder, one document at a time.
+
+    It uses all logits and a restated loss.
+    """
     decoder = tiny_policy.build_decoder(tied=tied)
     decoder.load_state_dict(tiny_policy.weights(tied=tied))
     documents = tiny_policy.documents()

@@ -1,4 +1,7 @@
-"""``docs_per_step``: which microbatches make a step, and the totals that every one of them is divided by."""
+"""``docs_per_step`` decides which microbatches make a step.
+
+It also decides the totals that every microbatch is divided by.
+"""
 
 from itertools import zip_longest
 
@@ -80,7 +83,8 @@ def test_steps_overshoot_and_stay_short_where_the_cases_say(drawn):
 def test_ranks_draw_their_next_rollouts_in_the_same_round(drawn, world_size, part):
     found = [rank["rollouts"][docs_of(part, world_size)]["drawn"] for rank in drawn(world_size)]
     longest = max(found, key=len)
-    # A rollout of n live documents takes ceil(n / 3) microbatches, or one; the next begins where all are through.
+    # A rollout of n live documents takes ceil(n / 3) microbatches, and at least one.
+    # The next rollout begins where all ranks are through.
     rounds = [
         max(max(-(-n // 3), 1) for n in of_ranks)
         for of_ranks in zip_longest(*LIVE[:world_size], fillvalue=0)

@@ -1,4 +1,7 @@
-"""What a policy computes beside its gradients, which tests/distributed compares over all arrangements."""
+"""Tests what a policy computes beside its gradients.
+
+tests/distributed compares the gradients over all arrangements.
+"""
 
 import pytest
 import torch

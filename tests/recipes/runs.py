@@ -1,4 +1,7 @@
-"""Short runs of the recipe on an untrained model: inside this process, or through the command line of ``tune``."""
+"""Runs the recipe for a few steps on an untrained model.
+
+The runs are inside this process, or through the command line of ``tune``.
+"""
 
 import importlib.util
 import json
@@ -76,5 +79,8 @@ def lines(path):
 
 
 def steps(output):
-    """The rows of the optimizer steps; that of step 0, if there are held-out prompts, is an evaluation alone."""
+    """Returns the rows of the optimizer steps.
+
+    Step 0 is left out: its row, if there are held-out prompts, is an evaluation alone.
+    """
     return [row for row in lines(output / "metrics.jsonl") if row["step"]]

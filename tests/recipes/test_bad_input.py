@@ -1,4 +1,7 @@
-"""Every mistake that a user can make with a config is one message: the key, the value found and the remedy."""
+"""Every mistake that a user can make with a config is one message.
+
+The message names the key, the value found and the remedy.
+"""
 
 import gc
 import json
@@ -149,24 +152,39 @@ REFUSED = {
     "negative_rate": (["optimizer.lr=-1"], "optimizer: ValueError: Invalid learning rate: -1"),
     "odd_replicas": (
         ["data_parallel_replicate_size=3"],
-        "data_parallel_replicate_size: 3 x context_parallel_size 1 = 3, which does not divide the 1 ranks",
+        (
+            "data_parallel_replicate_size: 3 x context_parallel_size 1 = 3, "
+            "which does not divide the 1 ranks"
+        ),
     ),
     "too_few_ranks": (
         ["context_parallel_size=4"],
-        "= 4, which does not divide the 1 ranks of this run; change one of them, or start a multiple of 4 ranks",
+        (
+            "= 4, which does not divide the 1 ranks of this run; "
+            "change one of them, or start a multiple of 4 ranks"
+        ),
     ),
     "bins_that_cannot_be_split": (
         ["context_parallel_size=3", "packing.bin_length=64"],
-        "packing.bin_length: 64 must be a multiple of context_parallel_size (3), which splits every bin; use 66",
+        (
+            "packing.bin_length: 64 must be a multiple of context_parallel_size (3), "
+            "which splits every bin; use 66"
+        ),
     ),
     "segments_without_a_component": (
         ["segments=gspo.data.segments.AtDelimiter"],
-        "segments: 'gspo.data.segments.AtDelimiter' must be a mapping with a _component_, or null; write segments._comp",
+        (
+            "segments: 'gspo.data.segments.AtDelimiter' must be a mapping "
+            "with a _component_, or null; write segments._comp"
+        ),
     ),
     "old_logps_of_nobody": (["old_logps=mine"], "old_logps: 'mine' must be sampler or recompute"),
     "correction_of_nothing": (
         ["loss.correction=sequence_geometric"],
-        "loss.correction: 'sequence_geometric' needs old_logps: recompute, since the sampler's own already stand",
+        (
+            "loss.correction: 'sequence_geometric' needs old_logps: recompute, "
+            "since the sampler's own already stand"
+        ),
     ),
     "ess_above_1": (
         ["min_ess=2"],
@@ -241,7 +259,8 @@ def test_damaged_weights_name_the_file(run, base, tmp_path, capsys):
 def test_missing_tensorboard_is_one_message(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     code, _ = run(
-        "metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: log}"
+        "metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, "
+        "log_dir: log}"
     )
     assert code == 1
     assert (

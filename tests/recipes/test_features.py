@@ -234,7 +234,10 @@ def test_recomputed_old_logps_take_the_samplers_mismatch_out_of_the_ratio(run, r
 
 
 def test_recomputed_old_logps_are_of_the_weights_that_sampled(run):
-    """Steps after the first of a sync have moved on from them; here the sampler's own are the same numbers."""
+    """Steps after the first of a sync have moved on from the weights that sampled.
+
+    Here the sampler's own log-probabilities are the same numbers.
+    """
     options = (
         "sync_every_steps=3",
         "num_steps=4",
@@ -347,11 +350,15 @@ def test_offload_to_the_cpu_changes_nothing(run, tmp_path):
 def test_lr_scheduler_loggers_and_profiler(run, tmp_path):
     schedule = ("lr_scheduler.num_warmup_steps=2", "lr_scheduler.num_cycles=0.5")
     profiler = (
-        f"profiler={{enabled: True, output_dir: {tmp_path / 'traces'}, cpu: True, cuda: False, xpu: False, "
+        f"profiler={{enabled: True, output_dir: {tmp_path / 'traces'}, "
+        "cpu: True, cuda: False, xpu: False, "
         "profile_memory: False, with_stack: False, record_shapes: False, with_flops: False, "
         "wait_steps: 1, warmup_steps: 1, active_steps: 1, num_cycles: 1}"
     )
-    logger = f"metric_logger={{_component_: torchtune.training.metric_logging.DiskLogger, log_dir: {tmp_path / 'log'}}}"
+    logger = (
+        "metric_logger={_component_: torchtune.training.metric_logging.DiskLogger, "
+        f"log_dir: {tmp_path / 'log'}}}"
+    )
     records = finish(run(*schedule, profiler, logger, "log_every_n_steps=3", "num_steps=4"))
     # The rate that the step used: torchtune's warm-up starts at 0.
     assert [r["lr"] for r in records] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4], abs=1e-9)

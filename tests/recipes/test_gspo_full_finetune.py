@@ -1,4 +1,7 @@
-"""The recipe as a user starts it: ``tune run`` on one rank and on two, copies of it, and ``python -m gspo``."""
+"""The recipe runs as a user starts it.
+
+These tests use ``tune run`` on one rank and on two, copies of the recipe, and ``python -m gspo``.
+"""
 
 import json
 import shutil
@@ -42,7 +45,10 @@ def test_tune_run_trains(installed, base, folder):
 
 
 def assert_trained_on_two_ranks(results, first, second):
-    """``first`` is the output folder of the first rank, ``second`` the other's file of completions."""
+    """Checks two ranks by their files.
+
+    ``first`` is the output folder of the first rank, ``second`` the other's file of completions.
+    """
     assert_trained(results[0], first)
     asked = [
         {c["prompt_id"] for c in lines(file)} for file in (first / "completions.jsonl", second)
@@ -62,7 +68,10 @@ def test_tune_run_trains_on_two_ranks(installed, base, folder):
 
 
 def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
-    """With a replica on each, and folders of their own: the first rank's node has metrics and the model."""
+    """Each node has a replica and a folder of its own.
+
+    The first rank's node has the metrics and the model.
+    """
     nodes = [make_folder(tmp_path / name) for name in "ab"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -92,13 +101,17 @@ def test_tune_run_trains_on_two_nodes(installed, base, tmp_path):
 
 # Not those that are sums over ranks of places, or times.
 SAME_ON_ANY_RANKS = {
-    "loss", "grad_norm", "kl_new_old", "ratio/mean", "clip/binding_token", "entropy", "reward/mean", "length/mean",
-    "documents", "tokens", "dead_groups", "eval/accuracy", "eval/pass@2",
+    "loss", "grad_norm", "kl_new_old", "ratio/mean", "clip/binding_token", "entropy",
+    "reward/mean", "length/mean", "documents", "tokens", "dead_groups",
+    "eval/accuracy", "eval/pass@2",
 }  # fmt: skip
 
 
 def test_any_ranks_train_on_the_same_documents(installed, base, folder):
-    """Prompts, completions and updates are those of one rank, with documents split over two and prompts over two."""
+    """Four ranks have the prompts, completions and updates of one rank.
+
+    Documents are split over two ranks, and prompts over two.
+    """
     options = ("ppo_epochs=2", "eval={every_n_steps: 1, num_samples: 2}")
     found = {}
     for name, command in {

@@ -9,7 +9,9 @@ from gspo.commands import replay as replay_command
 from gspo.run import dump
 from tests.recipes.runs import ROOT, overrides, shell, steps
 
-MOVING = (  # the second update of a rollout has ratios beside 1; some of 16 groups of two have equal rewards
+# The second update of a rollout has ratios beside 1.
+# Some of the 16 groups of two have equal rewards.
+MOVING = (
     *(
         "ppo_epochs=2",
         "num_steps=4",
@@ -93,7 +95,8 @@ def test_dump_of_two_ranks_is_the_run(base, tmp_path, capsys, options):
     )
     result = shell(*command, path=ROOT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    # Over two ranks a document's sum is of two parts; the loss is what is left of terms near 1 of either sign.
+    # Over two ranks a document's sum has two parts.
+    # The loss is what is left of terms near 1 of either sign.
     for found in assert_as_logged(tmp_path / "out", capsys, (2, 4), abs=1e-7 if options else 0.0):
         assert found["objectives"][0]["metrics"]["clip/any_document"] > 0
         assert {row["rank"] for row in found["documents"]} == ({0} if options else {0, 1})

@@ -1,4 +1,7 @@
-"""One update of the recipe: quarantined documents, skipped steps, random numbers; on all ranks alike."""
+"""One update of the recipe is alike on all ranks.
+
+The tests cover quarantined documents, skipped steps and random numbers.
+"""
 
 import math
 

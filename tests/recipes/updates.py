@@ -1,4 +1,7 @@
-"""The recipe's update, with and without numbers that are not finite, on the ranks of this process group."""
+"""Runs the recipe's update on the ranks of this process group.
+
+Some updates have numbers that are not finite.
+"""
 
 import os
 from dataclasses import replace
@@ -82,7 +85,10 @@ def updates(base, output_dir, loss, *more):
 
 
 def skipped(base, output_dir, *more):
-    """Steps through a model that gives one document NaN, then one whose gradient is infinite on one rank only."""
+    """Steps a model that gives one document NaN.
+
+    Then it steps with a gradient that is infinite on one rank only.
+    """
     recipe = build(Path(base), Path(output_dir), "gspo.losses.GSPOLoss", *more)
     decoder = recipe._policy.decoder
     embedding = decoder.tok_embeddings.weight
@@ -119,7 +125,10 @@ def skipped(base, output_dir, *more):
 
 
 def seeds(base, output_dir):
-    """By how the ranks are used, the seed that the optimizer of this rank draws from in two steps."""
+    """Returns the seeds that this rank's optimizer draws from in two steps.
+
+    The keys tell how the ranks are used.
+    """
     found = {}
     for option in (
         "data_parallel_replicate_size=1",
