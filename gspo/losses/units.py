@@ -166,7 +166,7 @@ def measure_drift(logps: Tensor, inputs: LossInputs) -> Drift:
     is_trained = inputs.loss_mask & finite
     is_bad = inputs.loss_mask & ~finite
     advantages, mismatch = _advantages_and_mismatch(log_ratio, inputs)
-    trained = []
+    trained: list[Tensor] = []
     for values in (log_ratio, logps, advantages, mismatch):
         trained.append(torch.where(is_trained, values, 0.0))
     tokens = torch.stack((*trained, is_bad.to(log_ratio.dtype)))

@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "RewardPool": "pool",
-    "RewardResult": "pool",
-    "exact_match": "text",
-    "math_verify": "math",
-    "overlong_penalty": "length",
-    "reasoning_gym": "procedural",
-    "regex_match": "text",
+    "RewardPool": "gspo.rewards.pool",
+    "RewardResult": "gspo.rewards.pool",
+    "exact_match": "gspo.rewards.text",
+    "math_verify": "gspo.rewards.math",
+    "overlong_penalty": "gspo.rewards.length",
+    "reasoning_gym": "gspo.rewards.procedural",
+    "regex_match": "gspo.rewards.text",
 }
 
 
@@ -43,7 +43,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    submodule = _MODULES[name]
-    path = f"{__name__}.{submodule}"
+    path = _MODULES[name]
     module = importlib.import_module(path)
     return getattr(module, name)

@@ -46,7 +46,8 @@ def parse_reward(name: str, entry: Mapping[str, Any]) -> Reward:
     options = dict(entry)
     del options["function"]
     weight = options.pop("weight", 1.0)
-    require(_is_finite(weight), f"{section}.weight", weight, "must be a finite number")
+    is_finite = _is_finite(weight)
+    require(is_finite, f"{section}.weight", weight, "must be a finite number")
     try:
         function = resolve(path)
     except InputError as error:
@@ -83,7 +84,8 @@ def _check_options(
         reason = str(error)
     parameters = list(signature.parameters.values())
     choices = parameters[_NUM_ARGUMENTS:]
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    kinds = [parameter.kind for parameter in parameters]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
     if not takes_any:
         names = [choice.name for choice in choices]
         _refuse_unknown(section, path, names, options)
@@ -94,11 +96,12 @@ def _check_options(
 
 
 def _refuse_unknown(section: str, path: str, names: list[str], options: Mapping[str, Any]) -> None:
+    must = f"{path} has no such option"
+    known = [*names, "weight"]
     for option in options:
         if option not in names:
             key = f"{section}.{option}"
-            must = f"{path} has no such option"
-            hint = did_you_mean(option, [*names, "weight"])
+            hint = did_you_mean(option, known)
             raise InputError(key, NO_VALUE, must, hint)
 
 
