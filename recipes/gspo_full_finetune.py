@@ -159,14 +159,7 @@ class GSPOFullFinetuneRecipe:
             check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
         with refusals(key, "correct the path, or get the model first"):
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        options = PolicyOptions(
-            kernel=cfg.kernel,
-            head_chunk_size=cfg.head_chunk_size,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
-            compile_layers=cfg.compile,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
-            cpu_offload=cfg.fsdp_cpu_offload,
-        )
+        options = PolicyOptions(**cfg.policy_options)
         return build_policy(
             decoder, weights, loss, ranks=self._ranks, device=self._device, options=options
         )

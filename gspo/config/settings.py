@@ -320,6 +320,18 @@ class Settings(BaseSettings):
         """Whether old log-probabilities need weights that the policy leaves before a sync."""
         return self.old_logps == "recompute" and self.sync_every_steps > self.ppo_epochs
 
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`gspo.policy.PolicyOptions`."""
+        return {
+            "kernel": self.kernel,
+            "head_chunk_size": self.head_chunk_size,
+            "activation_checkpointing": self.enable_activation_checkpointing,
+            "compile_layers": self.compile,
+            "reshard_after_forward": self.fsdp_reshard_after_forward,
+            "cpu_offload": self.fsdp_cpu_offload,
+        }
+
     def check_data_ranks(self, num_data_ranks: int) -> None:
         """Refuse a number of prompts that the ranks cannot share.
 
