@@ -2,8 +2,8 @@
 
 from gspo.config.checks import build, build_loss, check, refusals
 from gspo.config.command_line import parse, read_command_line, show_errors
-from gspo.config.ranges import Given
 from gspo.config.settings import BaseSettings, Section, Settings
+from gspo.config.value_types import Given
 
 __all__ = [
     "BaseSettings",

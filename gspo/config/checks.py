@@ -23,9 +23,9 @@ from pydantic_core import ErrorDetails
 from torchtune import config
 
 from gspo.compat import InstantiationError, component_from_path
-from gspo.config.presets import preset_keys
-from gspo.config.ranges import Given
+from gspo.config.merge import preset_keys
 from gspo.config.settings import BaseSettings, Section, Settings
+from gspo.config.value_types import Given
 from gspo.errors import NO_VALUE, InputError, InputErrors, did_you_mean
 from gspo.losses.inputs import Loss, traits_of
 from gspo.types import Axis

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gspo.compat import TuneRecipeArgumentParser, merge_overrides
 from gspo.config.checks import FILE_VARIABLES, S, check, variables_of
-from gspo.config.presets import make_room
+from gspo.config.merge import make_room
 from gspo.errors import NO_VALUE, InputError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gspo.config.ranges import Given, Must
 from gspo.config.settings import Section, Settings
+from gspo.config.value_types import Given, Must
 
 _HEAD = """# Configuration
 

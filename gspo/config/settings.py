@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.advantages import check_group_size, get_estimator
-from gspo.config.ranges import (
+from gspo.config.value_types import (
     AboveZero,
     Component,
     Count,
@@ -31,7 +31,7 @@ from gspo.config.ranges import (
     is_number,
     one_of,
 )
-from gspo.config.ranges import Mapping as AnyMapping
+from gspo.config.value_types import Mapping as AnyMapping
 from gspo.errors import InputError, require
 from gspo.kernels import KERNELS
 

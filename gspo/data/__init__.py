@@ -7,6 +7,7 @@ weights. Prompts come from :mod:`gspo.data.readers`.
 """
 
 from gspo.data.advantage import Advantage, log_quarantine
+from gspo.data.broadcast import ShareOverContext
 from gspo.data.layout import Document, build_batch, group_documents, pack_documents
 from gspo.data.node import TransformNode
 from gspo.data.pack import Pack, check_bin_length
@@ -15,7 +16,6 @@ from gspo.data.record import Record
 from gspo.data.sample import Sample, check_completion, check_params
 from gspo.data.score import Score
 from gspo.data.segments import AtDelimiter, Segment, Splitter
-from gspo.data.share import ShareOverContext
 from gspo.data.steps import FetchSteps, StepBatches
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Objectives by the names that papers and tools give them, and how they weigh a document's length.
 
 ``preset: NAME`` in a config lays a preset's keys under the config's own, see
-:mod:`gspo.config.presets`. ``python -m gspo presets`` prints the table. Learning rates do not carry
+:mod:`gspo.config.merge`. ``python -m gspo presets`` prints the table. Learning rates do not carry
 over between presets whose gradients differ by a factor; the table has that too.
 
 Not here: the losses (:mod:`gspo.losses.components`), which presets name as a config does.

@@ -1,7 +1,8 @@
 """Ranks, and how a microbatch is split over those of a context axis."""
 
-from gspo.parallel.context import ContextAxis, Shard, split
+from gspo.parallel.context import ContextAxis
 from gspo.parallel.mesh import Ranks, find_device, init_process_group, sum_over_ranks
+from gspo.parallel.split import Shard, split
 
 __all__ = [
     "ContextAxis",

@@ -13,7 +13,8 @@ from torchtune.modules import TransformerDecoder
 
 from gspo.compat import all_gather_with_gradient
 from gspo.errors import InputError
-from gspo.parallel.context import ContextAxis, Shard
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.split import Shard
 from gspo.types import PackedBatch
 
 AttentionMask = Tensor | BlockMask | None

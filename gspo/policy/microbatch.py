@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gspo.losses.inputs import LossInputs, Segments, find_segments
-from gspo.parallel.context import ContextAxis, Shard, split
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.split import Shard, split
 from gspo.policy.attention import AttentionMask, document_mask
 from gspo.types import Axis, PackedBatch, field_specs
 

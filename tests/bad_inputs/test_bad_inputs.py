@@ -19,7 +19,6 @@ import pytest
 import yaml
 
 from tests.recipes import runs
-from tests.recipes.conftest import base, no_group_left, recipe  # noqa: F401 - fixtures
 
 HERE = Path(__file__).parent
 MAX_LINES = 10  # of a message: one screen

@@ -28,7 +28,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     sys.exit(main())
-""".replace("Count, Settings, parse", "Settings, parse\nfrom gspo.config.ranges import Count")
+""".replace("Count, Settings, parse", "Settings, parse\nfrom gspo.config.value_types import Count")
 
 
 @pytest.fixture(autouse=True)

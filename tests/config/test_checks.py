@@ -14,7 +14,7 @@ from torch import Tensor
 from gspo.config import BaseSettings, Given, Section, parse, read_command_line, show_errors
 from gspo.config import check as check_config
 from gspo.config.checks import component_problems, refusals
-from gspo.config.ranges import AboveZero, CountOrZero, OptionalComponent
+from gspo.config.value_types import AboveZero, CountOrZero, OptionalComponent
 from gspo.errors import NO_VALUE, DataError, InputError, require
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gspo.data.broadcast import ShareOverContext
 from gspo.data.layout import Document, pack_documents
-from gspo.data.share import ShareOverContext
 from gspo.losses import GRPOLoss, GSPOLoss, SegmentLoss
 from gspo.metrics import StepMetrics
 from gspo.parallel import Ranks, split

@@ -9,7 +9,8 @@ import torch
 
 from gspo.data.layout import pack_documents
 from gspo.parallel.balance import assign_slots
-from gspo.parallel.context import ContextAxis, split
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.split import split
 from tests import tiny_policy
 from tests.distributed.context import LOSSES, MESHES
 from tests.distributed.launch import once_per_world_size

@@ -14,7 +14,7 @@ from torchtune import config
 import gspo.__main__
 from gspo.commands import validate
 from gspo.config import Settings, build, check
-from gspo.config.presets import preset_keys
+from gspo.config.merge import preset_keys
 from gspo.errors import InputError
 from gspo.losses import GSPOLoss, presets
 from gspo.losses.presets import PRESETS, effective_weights, token_gradient

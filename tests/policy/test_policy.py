@@ -15,7 +15,8 @@ from gspo.data.layout import pack_documents
 from gspo.errors import InputError
 from gspo.losses import GRPOLoss, GSPOLoss
 from gspo.metrics import StepMetrics
-from gspo.parallel.context import ContextAxis, split
+from gspo.parallel.context import ContextAxis
+from gspo.parallel.split import split
 from gspo.policy import Microbatch, Policy, document_mask, load_weights, output_weight
 from gspo.policy.attention import mask_mod
 from gspo.update import accumulate_gradients
