@@ -56,22 +56,25 @@ def statistics(
     logits = at_least_float32(logits)
     inverse = temperature.reciprocal()
     largest = logits.amax(-1)
-    inverse_columns = inverse[:, None]
-    shifted = (logits - largest[:, None]) * inverse_columns
+    inverse_column = inverse[:, None]
+    largest_column = largest[:, None]
+    shifted = (logits - largest_column) * inverse_column
     # A floor of 1e-38 changes no sum of 1 or more; 0 * -inf would be nan, and subnormal numbers
     # are slow.
     shifted = shifted.clamp(min=-87.0)
     exponentials = shifted.exp()
     total = exponentials.sum(-1)
-    weighted = (exponentials * shifted).sum(-1)
+    weighted = exponentials * shifted
+    weighted_total = weighted.sum(-1)
     log_total = total.log()
-    label_columns = labels[:, None]
-    label_logits = logits.gather(-1, label_columns)
-    below_largest = label_logits.squeeze(-1) - largest
+    label_column = labels[:, None]
+    label_logits = logits.gather(-1, label_column)
+    label_logits = label_logits.squeeze(-1)
+    below_largest = label_logits - largest
     logps = below_largest * inverse - log_total
     largest_scaled = largest * inverse
     log_z = largest_scaled + log_total
-    mean_shifted = weighted / total
+    mean_shifted = weighted_total / total
     entropy = log_total - mean_shifted
     return logps, log_z, entropy
 
@@ -100,18 +103,21 @@ def gradient(
         vectors += (entropy, entropy_scale)
     # The label's entry by itself and before anything is rounded: near a probability of 1 it is a
     # small difference.
-    label_columns = labels[:, None]
-    label_logits = logits.gather(-1, label_columns)
+    label_column = labels[:, None]
+    label_logits = logits.gather(-1, label_column)
     common_entries = _entries(label_logits, *vectors)
-    label_entries = common_entries + scale[:, None]
-    label_entries = label_entries.to(logits.dtype)
+    scale_column = scale[:, None]
+    label_entries = common_entries + scale_column
+    logits_dtype = logits.dtype
+    label_entries = label_entries.to(logits_dtype)
     overwrite(logits, *vectors)
-    logits.scatter_(-1, label_columns, label_entries)
+    logits.scatter_(-1, label_column, label_entries)
     return logits.to(dtype)
 
 
 def _overwrite(logits: Tensor, *vectors: Tensor) -> None:
-    logits.copy_(_entries(logits, *vectors))
+    entries = _entries(logits, *vectors)
+    logits.copy_(entries)
 
 
 def _entries(
@@ -131,18 +137,23 @@ def _entries(
     all_logps = at_least_float32(logits) * inverse - log_z
     all_logps = all_logps.clamp(min=-60.0)
     p = all_logps.exp()
-    entries = torch.where(scale == 0, 0.0, -scale * p)  # not a product: nan * 0 is nan
+    is_zero = scale == 0
+    negative_scale = -scale
+    entries = torch.where(is_zero, 0.0, negative_scale * p)  # not a product: nan * 0 is nan
     if entropy is None or entropy_scale is None:
         return entries
     entropy = entropy[:, None]
     entropy_scale = entropy_scale[:, None]
     surprise = all_logps + entropy
-    return entries - torch.where(entropy_scale == 0, 0.0, entropy_scale * p * surprise)
+    is_zero = entropy_scale == 0
+    entropy_entries = torch.where(is_zero, 0.0, entropy_scale * p * surprise)
+    return entries - entropy_entries
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Return 16-bit values as float32, and others as they are."""
-    if x.dtype in (torch.float32, torch.float64):
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    if is_wide:
         return x
     return x.float()
 
@@ -160,13 +171,14 @@ def accumulate(gradient: Tensor, hidden: Tensor, total: Tensor, beta: float) -> 
 @cache
 def compiled() -> RowKernels:
     """Return the operations through Inductor, which makes each of them one pass over a row."""
-    overwrite = torch.compile(_overwrite, dynamic=True)
+    compiled_statistics = torch.compile(statistics, dynamic=True)
+    compiled_overwrite = torch.compile(_overwrite, dynamic=True)
     return RowKernels(
-        "compile",
-        product,
-        torch.compile(statistics, dynamic=True),
-        partial(gradient, overwrite=overwrite),
-        accumulate,
+        name="compile",
+        product=product,
+        statistics=compiled_statistics,
+        gradient=partial(gradient, overwrite=compiled_overwrite),
+        accumulate=accumulate,
     )
 
 

@@ -58,17 +58,21 @@ class _Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [N, num_heads, head_dim], keys and values [N, num_kv_heads, head_dim]."""
         attn = self.attn
+        layer = self.layer
         rotary = self.rotary
         num_heads = self.num_heads
         num_kv_heads = self.num_kv_heads
         num_rotated = num_heads + num_kv_heads
         weight, bias = self.qkv
-        fused = F.linear(self.layer.sa_norm(x), weight, bias)
-        heads = fused.unflatten(1, (-1, self.head_dim))
-        qk, v = heads.split([num_rotated, num_kv_heads], dim=1)
+        fused = F.linear(layer.sa_norm(x), weight, bias)
+        head_shape = (-1, self.head_dim)
+        heads = fused.unflatten(1, head_shape)
+        qk_v_sizes = [num_rotated, num_kv_heads]
+        qk, v = heads.split(qk_v_sizes, dim=1)
         if rotary is not None and table is not None:
             qk = rotary.rotate_(qk, table)
-        q, k = qk.split([num_heads, num_kv_heads], dim=1)
+        q_k_sizes = [num_heads, num_kv_heads]
+        q, k = qk.split(q_k_sizes, dim=1)
         if attn.q_norm is not None:  # after the rotation, as torchtune has it
             q = attn.q_norm(q)
             k = attn.k_norm(k)
@@ -134,7 +138,8 @@ def _by_head(
     heads: Tensor,  # [N * P, heads, head_dim]
     num_rows: int,  # N
 ) -> Tensor:  # [N, heads, P, head_dim]
-    by_row = heads.unflatten(0, (num_rows, -1))
+    shape = (num_rows, -1)
+    by_row = heads.unflatten(0, shape)
     return by_row.transpose(1, 2)
 
 
@@ -197,7 +202,8 @@ class CachedDecoder:
         self.rotaries = list(rotaries.values())
         self.layers = []
         for index, layer in enumerate(decoder.layers):
-            module = layer.attn.pos_embeddings
+            attn = layer.attn
+            module = attn.pos_embeddings
             rotary = rotaries.get(module)
             cached_layer = _Layer(index, layer, rotary)
             self.layers.append(cached_layer)
@@ -212,7 +218,8 @@ class CachedDecoder:
         cache = self._empty_cache(lengths)
         num_prompts, longest = tokens.shape
         weight = self.decoder.tok_embeddings.weight
-        tokens = tokens.to(weight.device)
+        device = weight.device
+        tokens = tokens.to(device)
         num_at_once = self.max_prefill_tokens // longest
         size = max(num_at_once, 1)
         logits = []
@@ -235,8 +242,8 @@ class CachedDecoder:
         is_ragged = bool(is_shorter.any())
         keys = self._empty_columns(num_rows, longest)
         values = self._empty_columns(num_rows, longest)
-        first = keys[0]
-        lengths = lengths.to(first.device)
+        device = keys[0].device
+        lengths = lengths.to(device)
         return KVCache(keys, values, lengths, is_ragged)
 
     def _empty_columns(self, num_rows: int, num_columns: int) -> list[Tensor]:
@@ -257,23 +264,24 @@ class CachedDecoder:
     ) -> Tensor:  # [N, V] float32
         num_rows, num_columns = tokens.shape
         tables = self._prompt_tables(num_rows, num_columns)
-        x = self.decoder.tok_embeddings(tokens).flatten(0, 1)
-        *earlier_layers, last_layer = self.layers
-        for layer in earlier_layers:
+        embedding = self.decoder.tok_embeddings
+        x = embedding(tokens).flatten(0, 1)
+        last_layer = self.layers[-1]
+        for layer in self.layers:
             table = tables.get(layer.rotary)
             q, k, v = layer.project_prompts(x, table, num_rows)
             cache.fill(layer.index, rows, k, v)
+            if layer is last_layer:
+                break
             x = layer.finish(x, layer.attend_causally(q, k, v))
-        table = tables.get(last_layer.rotary)
-        q, k, v = last_layer.project_prompts(x, table, num_rows)
-        cache.fill(last_layer.index, rows, k, v)
         # After the last layer's keys and values only the last token of each prompt is of use.
         lengths = cache.positions[rows]
         bias = cache.bias_of(rows)
-        by_row = x.unflatten(0, (num_rows, -1))
+        by_row = x.unflatten(0, tokens.shape)
         by_token = q.transpose(1, 2)
-        last_x = _pick_last(by_row, lengths)
-        last_q = _pick_last(by_token, lengths)
+        last = _last_tokens(lengths)
+        last_x = by_row[last]
+        last_q = by_token[last]
         attended = last_layer.attend(last_q, k, v, bias)
         last_x = last_layer.finish(last_x, attended)
         return self.logits(last_x)
@@ -304,15 +312,17 @@ class CachedDecoder:
         """Append one token to every row and return the logits of the next."""
         cache.add_column()
         bias = cache.filled_bias()
-        tables = self._tables_at(cache.positions)
-        x = self.decoder.tok_embeddings(tokens)
+        positions = cache.positions
+        tables = self._tables_at(positions)
+        embedding = self.decoder.tok_embeddings
+        x = embedding(tokens)
         for layer in self.layers:
             table = tables.get(layer.rotary)
             q, k, v = layer.project(x, table)
             keys, values = cache.append(layer.index, k, v)
             attended = layer.attend(q, keys, values, bias)
             x = layer.finish(x, attended)
-        cache.positions = cache.positions + 1
+        cache.positions = positions + 1
         return self.logits(x)
 
     def logits(
@@ -346,18 +356,20 @@ def _pad_right(
         num_missing = longest - len(prompt)
         padding = [0] * num_missing
         padded.append(prompt + padding)
-    return torch.tensor(padded), torch.tensor(lengths)
+    tokens = torch.tensor(padded)
+    token_counts = torch.tensor(lengths)
+    return tokens, token_counts
 
 
-def _pick_last(
-    values: Tensor,  # [N, P, ...]
+def _last_tokens(
     lengths: Tensor,  # [N] int64
-) -> Tensor:  # [N, ...]
-    """Return each prompt's last token."""
+) -> tuple[Tensor, Tensor]:  # [N], [N] int64
+    """Return the row and the column of each prompt's last token."""
     num_rows = lengths.numel()
-    rows = torch.arange(num_rows, device=lengths.device)
-    last = lengths - 1
-    return values[rows, last]
+    device = lengths.device
+    rows = torch.arange(num_rows, device=device)
+    columns = lengths - 1
+    return rows, columns
 
 
 def _head_of(decoder: TransformerDecoder) -> Any:
@@ -405,7 +417,8 @@ def _check_layer(layer: Any) -> None:
         _check_part(projection, f"attn.{name}", nn.Linear)
     mlp = layer.mlp
     _check_part(mlp, "mlp", FeedForward)
-    _check_part(mlp.w2, "mlp.w2", nn.Linear)
+    down_proj = mlp.w2
+    _check_part(down_proj, "mlp.w2", nn.Linear)
     for name in ("sa_scale", "mlp_scale"):
         scale = getattr(layer, name)
         _check_part(scale, name, nn.Identity)
@@ -414,7 +427,8 @@ def _check_layer(layer: Any) -> None:
 def _check_part(part: Any, name: str, *known: type) -> None:
     # A subclass of an embedding only looks up in its own way; one of a projection computes
     # something else.
-    is_embedding = nn.Embedding in known and isinstance(part, nn.Embedding)
+    may_be_embedding = nn.Embedding in known
+    is_embedding = may_be_embedding and isinstance(part, nn.Embedding)
     is_known = type(part) in known
     if is_known or is_embedding:
         return

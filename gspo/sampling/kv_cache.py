@@ -29,14 +29,15 @@ class KVCache:
         self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, ragged: bool
     ) -> None:
         first = keys[0]
+        capacity = first.shape[2]
         self.keys = keys  # per layer [N, num_kv_heads, capacity, head_dim]
         self.values = values
-        self.capacity = first.shape[2]
-        self.num_columns = self.capacity  # that are filled
+        self.capacity = capacity
+        self.num_columns = capacity  # that are filled
         self.positions = lengths  # [N] int64, position of the next token
         self.bias: Tensor | None = None  # [N, 1, 1, capacity]
         if ragged:
-            self.bias = _gap_bias(lengths, self.capacity, first.dtype)
+            self.bias = _gap_bias(lengths, capacity, first.dtype)
 
     def fill(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         """Put the keys and values of whole prompts into some rows of a layer."""
@@ -69,7 +70,8 @@ class KVCache:
         """Return the bias of the filled columns."""
         if self.bias is None:
             return None
-        return self.bias[..., : self.num_columns]
+        num_filled = self.num_columns
+        return self.bias[..., :num_filled]
 
     def select(self, rows: Tensor | None, room: int = 0) -> None:
         """Keep ``rows``, with at least ``room`` free columns, up to 256.
@@ -101,7 +103,8 @@ class KVCache:
 
 
 def _gap_bias(lengths: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
-    columns = torch.arange(num_columns, device=lengths.device)
+    device = lengths.device
+    columns = torch.arange(num_columns, device=device)
     limits = lengths[:, None]
     is_hidden = columns >= limits
     bias = torch.zeros_like(is_hidden, dtype=dtype)
@@ -126,7 +129,8 @@ def _copy_bias(bias: Tensor, rows: Tensor | None, capacity: int) -> Tensor:
     old_capacity = bias.shape[-1]
     by_column = bias.transpose(2, 3)
     new = _copy_rows(by_column, rows, capacity, old_capacity)
-    new[:, :, old_capacity:] = 0.0
+    added = new[:, :, old_capacity:]
+    added.zero_()
     return new.transpose(2, 3)
 
 

@@ -28,17 +28,21 @@ class Rotary:
     def __init__(
         self, module: nn.Module, head_dim: int, max_seq_len: int, device: torch.device
     ) -> None:
-        self.stride = _find_stride(module, head_dim, device)
+        stride = _find_stride(module, head_dim, device)
+        self.stride = stride
         features = torch.arange(head_dim, device=device)
-        halves = features // self.stride
-        is_first = halves % 2 == 0  # of its pair
+        halves = features // stride
+        sides = halves % 2
+        is_first = sides == 0  # of its pair
         firsts = is_first.float()
         seconds = 1.0 - firsts
         turned_first = _turn_everywhere(module, firsts, max_seq_len)
         turned_second = _turn_everywhere(module, seconds, max_seq_len)
         cos = torch.where(is_first, turned_first, turned_second)
         sin = torch.where(is_first, turned_second, turned_first)  # with its sign
-        self.table = torch.stack([cos, sin], 1)  # [max_seq_len, 2, head_dim] float32
+        columns = [cos, sin]
+        table = torch.stack(columns, 1)
+        self.table = table  # [max_seq_len, 2, head_dim] float32
         self._check(module, head_dim, max_seq_len)
 
     def _check(self, module: nn.Module, head_dim: int, max_seq_len: int) -> None:
@@ -50,10 +54,11 @@ class Rotary:
         turned = turned.squeeze(1)
         is_rotation = torch.allclose(turned, expected, atol=1e-5)
         if not is_rotation:
+            module_name = type(module).__name__
             raise InputError(
                 "build_decoder",
                 NO_VALUE,
-                f"gives a decoder whose position embedding {type(module).__name__} does not rotate "
+                f"gives a decoder whose position embedding {module_name} does not rotate "
                 "pairs of features; the in-process sampler supports rotary embeddings only",
                 "use a server sampler for this model",
             )
@@ -64,29 +69,30 @@ class Rotary:
         table: Tensor,  # [N, 2, head_dim]
     ) -> Tensor:
         """Turn every head by its row of the table."""
-        pair_shape = (-1, 2, self.stride)
+        dtype = heads.dtype
+        stride = self.stride
+        pair_shape = (-1, 2, stride)
         pairs = heads.unflatten(-1, pair_shape)
         swapped_pairs = pairs.roll(1, -2)
         swapped = swapped_pairs.flatten(-3)
-        cos = table[:, :1]
-        sin = table[:, 1:]
+        cos, sin = table.split(1, dim=1)
         turned = heads.float()
         turned.mul_(cos)
         turned.addcmul_(swapped.float(), sin)
-        return turned.to(heads.dtype)
+        return turned.to(dtype)
 
 
 def _find_stride(module: nn.Module, head_dim: int, device: torch.device) -> int:
     """Return the distance between the two features of a pair."""
-    units = torch.eye(head_dim, device=device)
-    heads = units[None, None]
-    position = torch.ones(1, 1, dtype=torch.int64, device=device)
-    turned = module(heads, input_pos=position)
-    turned_first = turned[0, 0, 0]
+    first = torch.zeros(head_dim, device=device)
+    first[0] = 1.0
+    turned = _turn_everywhere(module, first, 2)
     # Feature 0 has the largest angle, one radian in position 1: its partner is plain to see.
-    others = turned_first[1:].abs()
-    largest = int(others.argmax())
-    partner = largest + 1
+    in_position_1 = turned[1]
+    sizes = in_position_1.abs()
+    sizes[0] = 0.0
+    largest = sizes.argmax()
+    partner = int(largest)
     return max(partner, 1)
 
 
@@ -96,7 +102,10 @@ def _turn_everywhere(
     max_seq_len: int,
 ) -> Tensor:  # [max_seq_len, head_dim]
     """Return what the module makes of a head in each position."""
-    positions = torch.arange(max_seq_len, device=features.device)
-    heads = features.expand(1, max_seq_len, 1, -1)
-    turned = module(heads, input_pos=positions[None])
+    device = features.device
+    positions = torch.arange(max_seq_len, device=device)
+    positions = positions[None]
+    shape = (1, max_seq_len, 1, -1)
+    heads = features.expand(shape)
+    turned = module(heads, input_pos=positions)
     return turned[0, :, 0]
