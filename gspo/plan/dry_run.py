@@ -147,10 +147,15 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
 
 def _layers(options: Options) -> tuple[int, bool]:
     """Return the number of the model's layers, and whether they have the same shapes."""
+    shapes = set()
     with FakeTensorMode():
-        layers = options.build_decoder().layers
-        shapes = {tuple(p.shape for p in layer.parameters()) for layer in layers}
-    return len(layers), len(shapes) == 1
+        decoder = options.build_decoder()
+        for layer in decoder.layers:
+            of_layer = tuple(parameter.shape for parameter in layer.parameters())
+            shapes.add(of_layer)
+    num_layers = len(decoder.layers)
+    are_alike = len(shapes) == 1
+    return num_layers, are_alike
 
 
 def _extrapolate(fewer: DryRun, more: DryRun, num_layers: int) -> DryRun:
@@ -162,8 +167,7 @@ def _extrapolate(fewer: DryRun, more: DryRun, num_layers: int) -> DryRun:
             peaks[moment] = line.numbers(fewer.peaks[moment], parts)
     transfers = {}
     for part, of_part in more.transfers.items():
-        pairs = zip(fewer.transfers[part], of_part, strict=True)
-        transfers[part] = [line.transfer(one, other) for one, other in pairs]
+        transfers[part] = line.transfers(fewer.transfers[part], of_part)
     return replace(
         more,
         always=line.numbers(fewer.always, more.always),
@@ -183,15 +187,25 @@ class _Line:
     num_layers: int  # after the second value
 
     def number(self, first: Any, second: Any) -> Any:
-        return second + self.num_layers * (second - first)
+        of_a_layer = second - first
+        return second + self.num_layers * of_a_layer
 
     def numbers(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-        return {key: self.number(first.get(key, 0), value) for key, value in second.items()}
+        """Go on from each value; one that the first lacks was 0."""
+        extended = {}
+        for key, value in second.items():
+            before = first.get(key, 0)
+            extended[key] = self.number(before, value)
+        return extended
 
-    def transfer(self, first: Transfer, second: Transfer) -> Transfer:
-        calls = self.number(first.calls, second.calls)
-        num_bytes = self.number(first.num_bytes, second.num_bytes)
-        return replace(second, calls=calls, num_bytes=num_bytes)
+    def transfers(self, first: list[Transfer], second: list[Transfer]) -> list[Transfer]:
+        """Go on from each transfer; both lists have the same in the same order."""
+        extended = []
+        for before, transfer in zip(first, second, strict=True):
+            calls = self.number(before.calls, transfer.calls)
+            num_bytes = self.number(before.num_bytes, transfer.num_bytes)
+            extended.append(replace(transfer, calls=calls, num_bytes=num_bytes))
+        return extended
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +220,8 @@ class _RealShard:
     def of(cls, options: Options, ranks: Ranks) -> _RealShard:
         shard = split(options.microbatch, ranks.context)
         num_labels = int(shard.part.loss_mask.sum())
-        return cls(shard, num_labels, shard.whole.label_counts.tolist())
+        label_counts = shard.whole.label_counts.tolist()
+        return cls(shard, num_labels, label_counts)
 
 
 def _run(options: Options, num_layers: int) -> DryRun:
@@ -229,12 +244,14 @@ def _run(options: Options, num_layers: int) -> DryRun:
             reshard_after_forward=options.reshard_after_forward,
         )
         _follow_layers(decoder, tracker)
-        result = _Step(policy, microbatch, options, tracker).run()
+        step = _Step(policy, microbatch, options, tracker)
+        result = step.run()
     hidden_bytes = decoder.tok_embeddings.weight.shape[1] * options.dtype.itemsize
+    num_slots = microbatch.batch.tokens.numel()
     return replace(
         result,
         kept=kept,
-        kept_checkpointed=num_layers * microbatch.batch.tokens.numel() * hidden_bytes,
+        kept_checkpointed=num_layers * num_slots * hidden_bytes,
         num_parameters=num_parameters,
         num_labels=real.num_labels,
     )
@@ -277,11 +294,15 @@ def _follow_layers(decoder: TransformerDecoder, tracker: MemoryTracker) -> None:
     names[last] = " of the last layer"
 
     def follow(layer: nn.Module, args: Any, output: Tensor, name: str) -> None:
-        output.register_hook(lambda _: setattr(tracker, "layer", name))
+        def begin(_: Tensor) -> None:
+            tracker.layer = name
+
+        output.register_hook(begin)
 
     for i, layer in enumerate(decoder.layers):
         name = names.get(i, f" of layer {i}")
-        layer.register_forward_hook(partial(follow, name=name))
+        hook = partial(follow, name=name)
+        layer.register_forward_hook(hook)
 
 
 class _Step:
@@ -311,7 +332,9 @@ class _Step:
             always = {label: tracker.held(label) for label in labels}
             self._update()
             self._sync()
-        peaks = {moment: peak.parts for moment, peak in tracker.peaks.items()}
+        peaks = {}
+        for moment, peak in tracker.peaks.items():
+            peaks[moment] = peak.parts
         return DryRun(always, peaks, operations, self._transfers)
 
     def _make_state(self) -> None:
@@ -323,13 +346,16 @@ class _Step:
         optimizer.zero_grad(set_to_none=True)
         tensors = []
         for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    tensors.append(value)
         self._tracker.adopt(tensors, OPTIMIZER)
 
     def _make_earlier_gradients(self) -> None:
         """Make the gradients that earlier microbatches have left, if they have."""
         options = self._options
-        if options.num_microbatches == 1 or not options.reduce_every_microbatch:
+        are_there = options.num_microbatches > 1 and options.reduce_every_microbatch
+        if not are_there:
             return
         gradients = []
         for parameter in self._policy.parameters():
@@ -339,9 +365,11 @@ class _Step:
 
     def _accumulate(self) -> dict[str, float]:
         """Go through the backwards, and return the operations of the first."""
-        options, tracker = self._options, self._tracker
+        options = self._options
+        tracker = self._tracker
         names = [LAST_MICROBATCH]
-        if options.num_microbatches > 1 and not options.reduce_every_microbatch:
+        earlier_differ = options.num_microbatches > 1 and not options.reduce_every_microbatch
+        if earlier_differ:
             names = [MICROBATCH, LAST_MICROBATCH]
         backwards = accumulate_gradients(
             self._policy,
@@ -353,7 +381,8 @@ class _Step:
         for name in names:
             tracker.layer = ""
             next(backwards)
-            operations = operations or dict(tracker.operations)
+            if not operations:
+                operations = dict(tracker.operations)
             self._transfers[name] = tracker.take_transfers()
         return operations
 
@@ -375,7 +404,8 @@ def _make_optimizer(policy: Policy, options: Options) -> torch.optim.Optimizer:
     optimizer = options.build_optimizer(policy.parameters())
     if options.on_gpu:
         for group in optimizer.param_groups:
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            leaves_choice = group.get("foreach", False) is None
+            if leaves_choice and not group.get("fused"):
                 group["foreach"] = True  # torch's own choice on a GPU
     return optimizer
 
@@ -388,7 +418,8 @@ def _without_compiled_loops() -> Iterator[None]:
     def statistics(
         logits: Tensor, labels: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_rows = logits.new_empty(3, logits.shape[0])
+        num_rows = logits.shape[0]
+        of_rows = logits.new_empty(3, num_rows)
         return of_rows[0], of_rows[1], of_rows[2]
 
     def gradient(*args: Any) -> Tensor:
@@ -419,19 +450,19 @@ def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) ->
     def to_fake(_: str, tensor: Tensor) -> Tensor:
         return fake.from_tensor(tensor)
 
-    shard = replace(
-        real.shard,
-        whole=real.shard.whole.map(to_fake),
-        part=real.shard.part.map(to_fake),
-        slots=fake.from_tensor(real.shard.slots),
-    )
+    whole = real.shard.whole.map(to_fake)
+    part = real.shard.part.map(to_fake)
+    slots = fake.from_tensor(real.shard.slots)
+    shard = replace(real.shard, whole=whole, part=part, slots=slots)
+    label_rows = torch.zeros(real.num_labels, dtype=torch.int64)
+    mask: Any = _block_mask(shard) if on_gpu else document_mask(shard, CPU)
     return Microbatch(
         shard=shard,
         batch=shard.part,
-        label_rows=torch.zeros(real.num_labels, dtype=torch.int64),
+        label_rows=label_rows,
         label_counts=real.label_counts,
         counted=shard.counted,
-        attention_mask=_block_mask(shard) if on_gpu else document_mask(shard, CPU),
+        attention_mask=mask,
     )
 
 
@@ -439,19 +470,23 @@ def _block_mask(shard: Shard) -> BlockMask:
     """Make a block mask of the sizes that a GPU has."""
     num_ranks, num_bins, length = shard.slots.shape
     num_queries = math.ceil(length / _BLOCK)
-    num_keys = math.ceil(length * num_ranks / _BLOCK)
+    whole_length = length * num_ranks
+    num_keys = math.ceil(whole_length / _BLOCK)
     counts = torch.zeros(num_bins, 1, num_queries, dtype=torch.int32)
     indices = counts[..., None].expand(*counts.shape, num_keys)
-    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(length, length * num_ranks))
+    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(length, whole_length))
 
 
 def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int:
     """Return the bytes that a layer keeps for its backward, without parameters and the mask."""
-    layer, mask = decoder.layers[0], microbatch.attention_mask
+    layer = decoder.layers[0]
+    mask = microbatch.attention_mask
     shared = [*layer.parameters(), *decoder.buffers()]
     if isinstance(mask, Tensor):
         shared.append(mask)
-    known = {tensor.untyped_storage()._cdata for tensor in shared}
+    known = set()
+    for tensor in shared:
+        known.add(tensor.untyped_storage()._cdata)
     kept: dict[int, torch.UntypedStorage] = {}  # each storage once
 
     def pack(tensor: Tensor) -> Tensor:

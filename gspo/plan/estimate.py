@@ -70,17 +70,18 @@ class Planner:
         cfg = self.cfg.changed(changes or {})
         layout = self.layout(world_size, cfg)
         run = self._dry_run(cfg, layout)
+        machine = self._machine
         work = _work(cfg, layout, run)
-        transfers = step_transfers(cfg, layout, run, self._machine)
+        transfers = step_transfers(cfg, layout, run, machine)
         return {
             "world_size": world_size,
             "device": cfg.device,
             "layout": layout.describe() | {"parameters": run.num_parameters},
-            "memory": _memory(cfg, layout, run, self._machine.memory),
+            "memory": _memory(cfg, layout, run, machine.memory),
             "work": work,
             "transfers": transfers,
-            "time": _time(cfg, layout, work["total"], transfers, self._machine),
-            "machine": asdict(self._machine),
+            "time": _time(cfg, layout, work["total"], transfers, machine),
+            "machine": asdict(machine),
             "assumptions": assumptions(cfg, layout),
         }
 
@@ -94,7 +95,8 @@ class Planner:
 
     def _dry_run(self, cfg: Settings, layout: Layout) -> DryRun:
         options = _options(cfg, layout)
-        key = repr((_plain_options(options), layout.describe(), cfg.model, cfg.optimizer))
+        facts = (_plain_options(options), layout.describe(), cfg.model, cfg.optimizer)
+        key = repr(facts)
         if key not in self._dry_runs:
             self._dry_runs[key] = dry_run(options)
         return self._dry_runs[key]
@@ -125,7 +127,8 @@ def _plain_options(options: Options) -> dict[str, Any]:
     plain = {}
     for field in fields(options):
         value = getattr(options, field.name)
-        if not callable(value) and not isinstance(value, PackedBatch):
+        is_plain = not callable(value) and not isinstance(value, PackedBatch)
+        if is_plain:
             plain[field.name] = value
     return plain
 
@@ -155,13 +158,16 @@ def _memory(cfg: Settings, layout: Layout, run: DryRun, limit: int) -> dict[str,
     """Return bytes by moment and part, and whether the largest moment fits."""
     beside = _Beside.of(cfg, layout, run)
     moments = _moments(cfg, layout, run, beside)
-    sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    sums = {}
+    for moment, parts in moments.items():
+        sums[moment] = sum(parts.values())
     peak = max(sums, key=sums.__getitem__)
+    num_bytes = sums[peak]
     reserve = RESERVE if layout.on_gpu else 0
     return {
         "always": run.always | beside.always,
         "moments": moments,
-        "peak": {"moment": peak, "bytes": sums[peak], "parts": moments[peak]},
+        "peak": {"moment": peak, "bytes": num_bytes, "parts": moments[peak]},
         "activations": {
             "checkpointing": cfg.enable_activation_checkpointing,
             "kept_without_checkpointing": run.kept,
@@ -169,7 +175,7 @@ def _memory(cfg: Settings, layout: Layout, run: DryRun, limit: int) -> dict[str,
         },
         "reserve": reserve,
         "limit": limit,
-        "fits": sums[peak] + reserve <= limit,
+        "fits": num_bytes + reserve <= limit,
     }
 
 
@@ -180,9 +186,9 @@ def _moments(cfg: Settings, layout: Layout, run: DryRun, beside: _Beside) -> dic
     for moment, parts in run.peaks.items():
         moments[moment] = parts | beside.always | meanwhile
     if beside.sampling:
-        resting = {
-            label: run.always[label] for label in (labels.WEIGHTS, labels.OPTIMIZER, labels.BUFFERS)
-        }
+        resting = {}
+        for label in (labels.WEIGHTS, labels.OPTIMIZER, labels.BUFFERS):
+            resting[label] = run.always[label]
         moments[IN_SAMPLING] = resting | beside.always | beside.sampling
     if cfg.fsdp_cpu_offload and layout.on_gpu:
         for parts in moments.values():
@@ -204,10 +210,12 @@ def _sampling(cfg: Settings, layout: Layout) -> Parts:
     num_columns = longest_prompt + cfg.sampling.max_new_tokens
     slot_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
     num_tables = 2 * layout.num_layers + 1  # and one while it is copied to grow
+    cache = num_tables * num_rows * num_columns * slot_bytes
     draw = num_rows * layout.vocab_size * DRAW_BYTES
-    if not layout.on_gpu and layout.dtype is not torch.float32:
-        draw += layout.vocab_size * layout.hidden_size * 4  # the head's weight, widened
-    return {SAMPLER_CACHE: num_tables * num_rows * num_columns * slot_bytes, SAMPLER_DRAW: draw}
+    is_widened = not layout.on_gpu and layout.dtype is not torch.float32
+    if is_widened:
+        draw += layout.vocab_size * layout.hidden_size * 4  # the head's weight
+    return {SAMPLER_CACHE: cache, SAMPLER_DRAW: draw}
 
 
 def _work(cfg: Settings, layout: Layout, run: DryRun) -> dict[str, Any]:
@@ -215,15 +223,18 @@ def _work(cfg: Settings, layout: Layout, run: DryRun) -> dict[str, Any]:
     pairs = 4.0 * _attended_pairs(layout) * layout.num_layers * layout.num_heads
     attention = pairs * layout.head_dim / layout.context_size
     num_passes = 1 + ATTENTION_BACKWARD + bool(cfg.enable_activation_checkpointing)
-    head = run.operations.get(labels.HEAD, 0.0)
+    products = run.operations
+    head = products.get(labels.HEAD, 0.0)
     of_microbatch = {
-        "decoder forward": run.operations.get(labels.FORWARD, 0.0),
-        "decoder forward again, checkpointed": run.operations.get(labels.RECOMPUTED, 0.0),
-        "decoder backward": run.operations.get(labels.BACKWARD, 0.0),
+        "decoder forward": products.get(labels.FORWARD, 0.0),
+        "decoder forward again, checkpointed": products.get(labels.RECOMPUTED, 0.0),
+        "decoder backward": products.get(labels.BACKWARD, 0.0),
         "loss head": head,
         "attention": num_passes * attention,
     }
-    of_step = {name: count * layout.num_microbatches for name, count in of_microbatch.items()}
+    of_step = {}
+    for name, count in of_microbatch.items():
+        of_step[name] = count * layout.num_microbatches
     head_product = 2.0 * run.num_labels * layout.hidden_size * layout.vocab_size
     return {
         "microbatches": layout.num_microbatches,
@@ -239,7 +250,9 @@ def _attended_pairs(layout: Layout) -> float:
     A dense mask has the whole square of a bin, a block mask half of each document's.
     """
     if not layout.on_gpu:
-        return float(layout.microbatch.num_bins * layout.microbatch.bin_length**2)
+        microbatch = layout.microbatch
+        pairs_of_bin = microbatch.bin_length**2
+        return float(microbatch.num_bins * pairs_of_bin)
     num_slots = layout.prompt_tokens + layout.completion_tokens - 1
     return layout.documents_per_microbatch * num_slots**2 / 2
 
@@ -255,11 +268,12 @@ def _time(
     seconds = seconds_by_purpose(transfers)
     compute = operations / (machine.tflops * 1e12)
     fsdp = seconds["weights of layers and head"] + seconds["gradients"]
-    rest = seconds["keys and values"] + seconds["counts and norms"]
+    keys_and_values = seconds["keys and values"]
+    rest = keys_and_values + seconds["counts and norms"]
     expected = {
         "products": compute,
         "fsdp": fsdp,
-        "keys_and_values": seconds["keys and values"],
+        "keys_and_values": keys_and_values,
         "update": max(compute, fsdp) + rest,
         "update_without_overlap": compute + fsdp + rest,
         "sync": seconds["weights for the sampler"],
@@ -273,12 +287,14 @@ def _sampling_seconds(cfg: Settings, layout: Layout, machine: Machine) -> float:
     """Return the least time of a step's share of a rollout: a token reads weights and cache."""
     num_rows = rows_at_once(cfg, layout)
     num_batches = -(-layout.rollout_documents // num_rows)
-    num_columns = layout.prompt_tokens + cfg.sampling.max_new_tokens / 2
-    token_bytes = (
-        2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
-    )
-    read = layout.weight_bytes + num_rows * num_columns * token_bytes
-    num_tokens = num_batches * cfg.sampling.max_new_tokens
-    rollout = num_tokens * read / (machine.memory_gbytes * 1e9)
+    max_new_tokens = cfg.sampling.max_new_tokens
+    num_columns = layout.prompt_tokens + max_new_tokens / 2
+    head_bytes = layout.head_dim * layout.dtype.itemsize
+    token_bytes = 2 * layout.num_layers * layout.num_kv_heads * head_bytes
+    cache_bytes = num_rows * num_columns * token_bytes
+    read = layout.weight_bytes + cache_bytes
+    num_tokens = num_batches * max_new_tokens
+    bytes_per_second = machine.memory_gbytes * 1e9
+    rollout = num_tokens * read / bytes_per_second
     documents = cfg.prompts_per_rollout * cfg.group_size
     return rollout * cfg.docs_per_step / documents / cfg.ppo_epochs

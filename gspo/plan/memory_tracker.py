@@ -73,6 +73,7 @@ _COLLECTIVES = {
 _REDUCTIONS = ("sum", "avg", "max", "min")
 _NAMESPACES = ("c10d", "_c10d_functional")  # of the operations that send
 _WITH_PURPOSE = (GATHERING, REDUCING, KEYS, SYNC)
+_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class _Held:
     storage: weakref.ref[torch.UntypedStorage]
     num_bytes: int
     label: str
+    stands_for: torch.UntypedStorage | None = None  # what a GPU holds in its place, kept with it
 
 
 class CodeLabels:
@@ -128,7 +130,10 @@ class CodeLabels:
 
     def add(self, function: Callable[..., Any], label: str) -> None:
         """Label what is made in a function, or in the call of an object."""
-        code = getattr(function, "__code__", None) or type(function).__call__.__code__
+        code = getattr(function, "__code__", None)
+        if code is None:
+            call = type(function).__call__
+            code = call.__code__
         self._labels[code] = label
 
     def of(self, code: CodeType) -> str | None:
@@ -151,8 +156,10 @@ class CodeLabels:
     def _by_file(self, file: str) -> str | None:
         if file == self._shapes_file:
             return _NOT_THERE
-        in_head = str(Path(file).parent) == self._head_folder
-        return HEAD if in_head else None
+        folder = str(Path(file).parent)
+        if folder == self._head_folder:
+            return HEAD
+        return None
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -185,7 +192,8 @@ class MemoryTracker(TorchDispatchMode):
         """Count tensors that were there before."""
         for tensor in tensors:
             for plain in _plain_tensors(tensor):
-                self._settle(plain.untyped_storage(), label)
+                storage = plain.untyped_storage()
+                self._settle(storage, label)
 
     def take_transfers(self) -> list[Transfer]:
         """Return what has been sent since the last call."""
@@ -212,7 +220,9 @@ class MemoryTracker(TorchDispatchMode):
             known = self._held.get(storage._cdata)
             if known is not None:
                 self._settle(storage, known.label)
-                self._keep_peak(self._moment(self.labels.on_stack()))
+                labels = self.labels.on_stack()
+                moment = self._moment(labels)
+                self._keep_peak(moment)
             return resized
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore
@@ -223,18 +233,21 @@ class MemoryTracker(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(t not in (Tensor, nn.Parameter, FakeTensor) for t in types):
-            return NotImplemented  # a tensor made of others: these come next
+        for kind in types:
+            if kind not in _PLAIN_TYPES:
+                return NotImplemented  # a tensor made of others: these come next
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:  # a value, which fake tensors do not have
-            return True if args[0].dtype is torch.bool else 1  # flags are set
-        if func is aten.nonzero.default:  # every row has a coefficient: f is 0
-            out = torch.arange(args[0].numel(), device=args[0].device)[:, None]
+            is_flag = args[0].dtype is torch.bool
+            return True if is_flag else 1  # flags are set
+        if func is aten.nonzero.default:
+            out = _all_rows(args[0])
         else:
             out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)
         for tensor in _tensors_in(out):
-            if tensor.untyped_storage()._cdata not in self._held:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._held:
                 self._see(func, args, tensor)
         return out
 
@@ -243,12 +256,17 @@ class MemoryTracker(TorchDispatchMode):
         labels = self.labels.on_stack()
         if _NOT_THERE in labels:
             return
-        in_head = bool(labels) and labels[0] == HEAD
-        # On a GPU products of bf16 have a float32 output, and the head widens nothing.
-        only_on_cpu = self._on_gpu and in_head and _widens(func, args, tensor)
+        storage = tensor.untyped_storage()
         label = self._label(tensor, labels)
-        self._settle(tensor.untyped_storage(), label, counted=not only_on_cpu)
-        self._keep_peak(self._moment(labels))
+        in_head = labels[:1] == [HEAD]
+        if self._on_gpu and in_head and _widens(func, args, tensor):
+            # There products of bf16 have a float32 output: the head widens nothing, and holds the
+            # operand as it is.
+            self._settle(storage, label, stands_for=args[0].untyped_storage())
+        else:
+            self._settle(storage, label)
+        moment = self._moment(labels)
+        self._keep_peak(moment)
 
     def _moment(self, labels: list[str]) -> str:
         if HEAD in labels:
@@ -258,18 +276,22 @@ class MemoryTracker(TorchDispatchMode):
         return self.phase
 
     def _label(self, tensor: Tensor, labels: list[str]) -> str:
-        if labels:
-            label = labels[0]
-        else:
-            label = UPDATE if self.phase == IN_UPDATE else ACTIVATIONS
+        label = labels[0] if labels else self._label_of_phase()
         if label == REDUCING:
             return GRADIENTS if self._copied_in else REDUCING
         self._copied_in = False
         if label == HEAD:
-            return self._label_in_head(tensor, in_backward=BACKWARD in labels)
+            in_backward = BACKWARD in labels
+            return self._label_in_head(tensor, in_backward=in_backward)
         if label == BACKWARD and tensor.shape in self._shapes:
             return UNREDUCED
         return label
+
+    def _label_of_phase(self) -> str:
+        """Return the label of what no known function makes."""
+        if self.phase == IN_UPDATE:
+            return UPDATE
+        return ACTIVATIONS
 
     def _label_in_head(self, tensor: Tensor, *, in_backward: bool) -> str:
         if tensor.dim() != 2:
@@ -278,18 +300,32 @@ class MemoryTracker(TorchDispatchMode):
             is_gradient = in_backward and tensor.dtype is torch.bfloat16
             return UNREDUCED if is_gradient else HEAD_WEIGHT
         vocab_size, hidden_size = self._head_shape
-        if tensor.shape[1] >= vocab_size:
+        num_columns = tensor.shape[1]
+        if num_columns >= vocab_size:
             return HEAD_LOGITS
-        return HEAD_HIDDEN if tensor.shape[1] == hidden_size else HEAD
+        if num_columns == hidden_size:
+            return HEAD_HIDDEN
+        return HEAD
 
-    def _settle(self, storage: torch.UntypedStorage, label: str, *, counted: bool = True) -> None:
-        """Hold a storage under a label, at its size of now."""
+    def _settle(
+        self,
+        storage: torch.UntypedStorage,
+        label: str,
+        *,
+        stands_for: torch.UntypedStorage | None = None,
+    ) -> None:
+        """Hold a storage under a label, at its size of now; one that stands for another has none.
+
+        The other counts by itself, and for as long as this storage is there.
+        """
         key = storage._cdata
         if key in self._held:
             self._forget(key)
-        num_bytes = storage.nbytes() if counted else 0
+        num_bytes = 0
+        if stands_for is None:
+            num_bytes = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._forget(key))
-        self._held[key] = _Held(reference, num_bytes, label)
+        self._held[key] = _Held(reference, num_bytes, label, stands_for)
         self._live[label] += num_bytes
         self._total += num_bytes
 
@@ -300,9 +336,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def _keep_peak(self, moment: str) -> None:
         known = self.peaks.get(moment)
-        if self._total > (0 if known is None else known.num_bytes):
-            parts = {label: size for label, size in self._live.items() if size}
-            self.peaks[moment] = Peak(self._total, parts)
+        largest = 0 if known is None else known.num_bytes
+        if self._total <= largest:
+            return
+        parts = {}
+        for label, size in self._live.items():
+            if size:
+                parts[label] = size
+        self.peaks[moment] = Peak(self._total, parts)
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if func is torch.ops.fsdp.chunk_cat.default:
@@ -310,36 +351,65 @@ class MemoryTracker(TorchDispatchMode):
         if func.namespace in _NAMESPACES:
             self._count_transfer(func, args, out)
         packet = func._overloadpacket
-        if packet in flop_registry and "attention" not in str(packet):
-            part = _first_of((HEAD, RECOMPUTED, BACKWARD), self.labels.on_stack()) or FORWARD
-            self.operations[part] += flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet not in flop_registry or "attention" in str(packet):
+            return
+        count_operations = flop_registry[packet]
+        labels = self.labels.on_stack()
+        part = _part_of_operations(labels)
+        self.operations[part] += count_operations(*args, **kwargs, out_val=out)
 
     def _count_transfer(self, func: Any, args: Any, out: Any) -> None:
         kind = _collective_kind(func._opname)
         if kind is None:
             return
-        labels = self.labels.on_stack()
-        purpose = next((label for label in labels if label in _WITH_PURPOSE), None)
-        if purpose is None and func.namespace == "_c10d_functional" and kind == "reduce-scatter":
-            purpose = KEYS  # the backward of their gathering, which no line of Python calls
-        num_bytes = max(tensor.nbytes for tensor in _tensors_in((*args, out)))
-        transfer = Transfer(purpose or "other", kind, _num_ranks(args), 1, num_bytes)
-        known = self._transfers.get(transfer.key)
+        purpose = self._purpose(func, kind)
+        sizes = [tensor.nbytes for tensor in _tensors_in((*args, out))]
+        transfer = Transfer(purpose, kind, _num_ranks(args), calls=1, num_bytes=max(sizes))
+        key = transfer.key
+        known = self._transfers.get(key)
         if known is not None:
-            total = known.num_bytes + num_bytes
-            transfer = Transfer(*transfer.key, calls=known.calls + 1, num_bytes=total)
-        self._transfers[transfer.key] = transfer
+            transfer = _sum_of(known, transfer)
+        self._transfers[key] = transfer
+
+    def _purpose(self, func: Any, kind: str) -> str:
+        """Return the label of the function that sends."""
+        for label in self.labels.on_stack():
+            if label in _WITH_PURPOSE:
+                return label
+        is_functional = func.namespace == "_c10d_functional"
+        if is_functional and kind == "reduce-scatter":
+            return KEYS  # the backward of their gathering, which no line of Python calls
+        return "other"
+
+
+def _sum_of(first: Transfer, second: Transfer) -> Transfer:
+    """Return two transfers with the same key as one."""
+    calls = first.calls + second.calls
+    num_bytes = first.num_bytes + second.num_bytes
+    return Transfer(*first.key, calls, num_bytes)
+
+
+def _all_rows(flags: Tensor) -> Tensor:  # [N] -> [N, 1]
+    """Return what ``nonzero`` does where every row has a coefficient (f = 0)."""
+    count = flags.numel()
+    numbers = torch.arange(count, device=flags.device)
+    return numbers[:, None]
 
 
 def _widens(func: Any, args: Any, tensor: Tensor) -> bool:
     """Whether an operation has copied bf16 to float32."""
-    is_copy = func is aten._to_copy.default
-    return is_copy and args[0].dtype is torch.bfloat16 and tensor.dtype is torch.float32
+    if func is not aten._to_copy.default:
+        return False
+    source = args[0]
+    return source.dtype is torch.bfloat16 and tensor.dtype is torch.float32
 
 
-def _first_of(wanted: Iterable[str], labels: list[str]) -> str | None:
-    """Return the first wanted label that is there."""
-    return next((label for label in wanted if label in labels), None)
+def _part_of_operations(labels: list[str]) -> str:
+    """Return the part of a microbatch that operations belong to."""
+    for part in (HEAD, RECOMPUTED, BACKWARD):
+        if part in labels:
+            return part
+    return FORWARD
 
 
 def _collective_kind(operation: str) -> str | None:
@@ -372,7 +442,9 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
     """Yield the tensors that a tensor is made of; a DTensor names its mesh among them."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            inner = getattr(tensor, name)
+            yield from _plain_tensors(inner)
     elif isinstance(tensor, Tensor):
         yield tensor

@@ -15,6 +15,7 @@ from gspo.plan.estimate import Planner
 from gspo.plan.layout import rows_at_once, samples_here
 
 _ROWS_OF_A_SMALL_CHUNK = 1024
+_HELPING_SHARE = 0.995  # of a moment's bytes: what takes less than this takes less
 _LEAST_SAVING = 200  # the share of the peak below which a change is not worth naming, as 1 / n
 
 
@@ -43,12 +44,9 @@ def remedies(planner: Planner, world_size: int) -> list[dict[str, Any]]:
     least = trial.peak // _LEAST_SAVING
     saving = [remedy for remedy in tried if remedy.saves > least]
     saving.sort(key=lambda remedy: -remedy.saves)
-    together: dict[str, Any] = {}
-    for remedy in tried:
-        if remedy.helps and remedy.world_size == world_size:
-            together |= remedy.changes
-    if len(together) > 1 and not any(remedy.fits for remedy in saving):
-        combined = trial.of(f"together: {_in_words(together)}", world_size, together)
+    one_fits = any(remedy.fits for remedy in saving)
+    if not one_fits:
+        combined = trial.combine(tried)
         if combined is not None:
             saving.append(combined)
     return [asdict(remedy) for remedy in saving]
@@ -60,56 +58,87 @@ class _Trial:
     def __init__(self, planner: Planner, world_size: int) -> None:
         self._planner = planner
         self._world_size = world_size
-        before = planner.plan(world_size)["memory"]
-        self.peak: int = before["peak"]["bytes"]
-        self._too_large = {
-            moment: size
-            for moment, size in _sums(before).items()
-            if size + before["reserve"] > before["limit"]
-        }
+        plan = planner.plan(world_size)
+        memory = plan["memory"]
+        self.peak: int = memory["peak"]["bytes"]
+        self._too_large: dict[str, int] = {}  # bytes of the moments that do not fit
+        available = memory["limit"] - memory["reserve"]
+        for moment, size in _sums(memory).items():
+            if size > available:
+                self._too_large[moment] = size
 
     def single_changes(self) -> Iterator[Remedy]:
         """Try every change by itself."""
         world_size = self._world_size
-        layout = self._planner.layout(world_size)
-        cfg = self._planner.cfg
-        candidates = [*_memory_changes(cfg, world_size), *_size_changes(cfg)]
-        if samples_here(cfg):
-            rows = rows_at_once(cfg, layout)
-            candidates.append({"sampler.max_batch_size": max(rows // 2, 1)})
-        if layout.on_gpu and not cfg.fsdp_cpu_offload:
-            candidates.append({"fsdp_cpu_offload": True})
-        for changes in candidates:
-            remedy = self.of(_in_words(changes), world_size, changes)
+        for changes in self._candidates():
+            name = _in_words(changes)
+            remedy = self._plan(name, world_size, changes)
             if remedy is not None:
                 yield remedy
-        remedy = self.of(f"--world-size {2 * world_size}", 2 * world_size, {})
+        twice = 2 * world_size
+        remedy = self._plan(f"--world-size {twice}", twice, {})
         if remedy is not None:
             yield remedy
 
-    def of(self, name: str, world_size: int, changes: dict[str, Any]) -> Remedy | None:
+    def _candidates(self) -> Iterator[dict[str, Any]]:
+        """Yield the changes of the config."""
+        cfg = self._planner.cfg
+        layout = self._planner.layout(self._world_size)
+        yield from _memory_changes(cfg, self._world_size)
+        yield from _size_changes(cfg)
+        if samples_here(cfg):
+            num_rows = rows_at_once(cfg, layout)
+            half = max(num_rows // 2, 1)
+            yield {"sampler.max_batch_size": half}
+        if layout.on_gpu and not cfg.fsdp_cpu_offload:
+            yield {"fsdp_cpu_offload": True}
+
+    def combine(self, tried: list[Remedy]) -> Remedy | None:
+        """Plan all changes that help on as many ranks; None if they are fewer than two."""
+        changes: dict[str, Any] = {}
+        for remedy in tried:
+            if remedy.helps and remedy.world_size == self._world_size:
+                changes |= remedy.changes
+        if len(changes) < 2:
+            return None
+        name = f"together: {_in_words(changes)}"
+        return self._plan(name, self._world_size, changes)
+
+    def _plan(self, name: str, world_size: int, changes: dict[str, Any]) -> Remedy | None:
         """Plan a change; None if the config cannot be changed in this way."""
         try:
-            memory = self._planner.plan(world_size, changes)["memory"]
+            plan = self._planner.plan(world_size, changes)
         except (InputError, ValidationError):
             return None
+        memory = plan["memory"]
+        peak = memory["peak"]
+        num_bytes = peak["bytes"]
         sums = _sums(memory)
-        helps = any(sums[moment] < 0.995 * size for moment, size in self._too_large.items())
         return Remedy(
             change=name,
             changes=changes,
             world_size=world_size,
-            peak=memory["peak"]["bytes"],
-            moment=memory["peak"]["moment"],
-            saves=self.peak - memory["peak"]["bytes"],
-            helps=helps,
+            peak=num_bytes,
+            moment=peak["moment"],
+            saves=self.peak - num_bytes,
+            helps=self._helps(sums),
             fits=memory["fits"],
         )
+
+    def _helps(self, sums: dict[str, int]) -> bool:
+        """Whether a moment that does not fit takes less."""
+        for moment, before in self._too_large.items():
+            if sums[moment] < _HELPING_SHARE * before:
+                return True
+        return False
 
 
 def _sums(memory: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of each moment."""
-    return {moment: sum(parts.values()) for moment, parts in memory["moments"].items()}
+    sums = {}
+    for moment, parts in memory["moments"].items():
+        sums[moment] = sum(parts.values())
+    return sums
 
 
 def _memory_changes(cfg: Settings, world_size: int) -> Iterator[dict[str, Any]]:
@@ -122,17 +151,21 @@ def _memory_changes(cfg: Settings, world_size: int) -> Iterator[dict[str, Any]]:
         yield {"fsdp_reshard_after_forward": True}
     if cfg.data_parallel_replicate_size > 1:
         yield {"data_parallel_replicate_size": 1}
-    if "8bit" not in cfg.optimizer["_component_"]:
+    component = cfg.optimizer["_component_"]
+    if "8bit" not in component:
         learning_rate = float(cfg.optimizer["lr"])
-        yield {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": learning_rate}}
+        optimizer = {"_component_": "torchao.optim.AdamW8bit", "lr": learning_rate}
+        yield {"optimizer": optimizer}
 
 
 def _size_changes(cfg: Settings) -> Iterator[dict[str, Any]]:
     """Yield smaller parts of the work."""
-    if (cfg.head_chunk_size or rows_per_chunk(1, cfg.device)) > _ROWS_OF_A_SMALL_CHUNK:
+    num_rows = cfg.head_chunk_size or rows_per_chunk(1, cfg.device)
+    if num_rows > _ROWS_OF_A_SMALL_CHUNK:
         yield {"head_chunk_size": _ROWS_OF_A_SMALL_CHUNK}
     yield {"context_parallel_size": 2 * cfg.context_parallel_size}
-    tokens, length = cfg.packing.tokens_per_microbatch, cfg.packing.bin_length
+    tokens = cfg.packing.tokens_per_microbatch
+    length = cfg.packing.bin_length
     halves = {"packing.tokens_per_microbatch": tokens // 2}
     if length is not None and length >= tokens:
         halves["packing.bin_length"] = length // 2
@@ -145,6 +178,7 @@ def _in_words(changes: dict[str, Any]) -> str:
     for key, value in changes.items():
         if isinstance(value, dict):
             value = value["_component_"]
-        text = str(value).lower() if isinstance(value, bool) else value
-        words.append(f"{key}={text}")
+        elif isinstance(value, bool):
+            value = str(value).lower()
+        words.append(f"{key}={value}")
     return " ".join(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo.config import Settings
@@ -27,18 +27,24 @@ def step_transfers(
 ) -> list[dict[str, Any]]:
     """Return the collectives of a step by purpose, kind and group, in plain values."""
     totals = list(_microbatch_totals(run, layout.num_microbatches))
-    totals += [_Total.of(transfer, 1) for transfer in run.transfers[UPDATE]]
+    for transfer in run.transfers[UPDATE]:
+        total = _Total.of(transfer, 1)
+        totals.append(total)
     if samples_here(cfg):
         share = 1 / cfg.sync_every_steps
-        totals += [_Total.of(transfer, share) for transfer in run.transfers[SYNC]]
+        for transfer in run.transfers[SYNC]:
+            total = _Total.of(transfer, share)
+            totals.append(total)
     return [_describe(total, layout, machine) for total in totals]
 
 
 def seconds_by_purpose(transfers: list[dict[str, Any]]) -> dict[str, float]:
     """Return the seconds of a step's collectives, added up by purpose."""
-    seconds = {purpose: 0.0 for purpose in (*_PURPOSES.values(), _OTHER)}
+    purposes = [*_PURPOSES.values(), _OTHER]
+    seconds = dict.fromkeys(purposes, 0.0)
     for transfer in transfers:
-        seconds[transfer["purpose"]] += transfer["seconds"]
+        purpose = transfer["purpose"]
+        seconds[purpose] += transfer["seconds"]
     return seconds
 
 
@@ -54,26 +60,34 @@ class _Total:
 
     @classmethod
     def of(cls, transfer: Transfer, times: float) -> _Total:
-        return cls(*transfer.key, transfer.calls * times, transfer.num_bytes * times)
+        """Count a transfer so many times; a share of one is counted in part."""
+        calls = transfer.calls * times
+        num_bytes = transfer.num_bytes * times
+        return cls(*transfer.key, calls, num_bytes)
 
     def plus(self, transfer: Transfer, times: float) -> _Total:
-        calls = self.calls + transfer.calls * times
-        num_bytes = self.num_bytes + transfer.num_bytes * times
-        return _Total(self.purpose, self.kind, self.group_size, calls, num_bytes)
+        """Return the total with a transfer of the same key, so many times."""
+        more = _Total.of(transfer, times)
+        calls = self.calls + more.calls
+        num_bytes = self.num_bytes + more.num_bytes
+        return replace(self, calls=calls, num_bytes=num_bytes)
 
 
 def _microbatch_totals(run: DryRun, num_microbatches: int) -> Iterator[_Total]:
     """Yield the transfers of all microbatches; the last may send others."""
+    num_earlier = num_microbatches - 1
     last = run.transfers[LAST_MICROBATCH]
-    earlier = {transfer.key: transfer for transfer in run.transfers.get(MICROBATCH, last)}
+    earlier = {}
+    for transfer in run.transfers.get(MICROBATCH, last):
+        earlier[transfer.key] = transfer
     for transfer in last:
         total = _Total.of(transfer, 1)
         repeated = earlier.pop(transfer.key, None)
         if repeated is not None:
-            total = total.plus(repeated, num_microbatches - 1)
+            total = total.plus(repeated, num_earlier)
         yield total
     for transfer in earlier.values():  # in all but the last
-        yield _Total.of(transfer, num_microbatches - 1)
+        yield _Total.of(transfer, num_earlier)
 
 
 def _describe(total: _Total, layout: Layout, machine: Machine) -> dict[str, Any]:
@@ -86,10 +100,11 @@ def _describe(total: _Total, layout: Layout, machine: Machine) -> dict[str, Any]
     received = num_bytes * (size - 1) / size
     # Of a rank, where the ranks of a node share what comes in.
     over_nodes = num_bytes * (nodes - 1) / nodes / members
-    inside = received * 8 / (machine.link_gbps * 1e9)
-    between = over_nodes * 8 / (machine.node_link_gbps * 1e9)
+    inside = _seconds(received, machine.link_gbps)
+    between = _seconds(over_nodes, machine.node_link_gbps)
+    purpose = _PURPOSES.get(total.purpose, _OTHER)
     return {
-        "purpose": _PURPOSES.get(total.purpose, _OTHER),
+        "purpose": purpose,
         "kind": total.kind,
         "ranks": size,
         "nodes": nodes,
@@ -100,10 +115,20 @@ def _describe(total: _Total, layout: Layout, machine: Machine) -> dict[str, Any]
     }
 
 
+def _seconds(num_bytes: float, gbps: float) -> float:
+    """Return the time of bytes over a link of so many 1e9 bits a second."""
+    num_bits = num_bytes * 8
+    rate = gbps * 1e9
+    return num_bits / rate
+
+
 def _ranks_in_a_node(total: _Total, layout: Layout, machine: Machine) -> int:
     """Return how many ranks of a group are in one node."""
-    size, in_node = total.group_size, machine.ranks_per_node
-    if total.kind == "all-reduce" and total.purpose == labels.REDUCING:
+    size = total.group_size
+    in_node = machine.ranks_per_node
+    is_between_replicas = total.kind == "all-reduce" and total.purpose == labels.REDUCING
+    if is_between_replicas:
         # Replicas lie as far apart as a set of shards.
-        return min(max(in_node * layout.replicate_size // layout.world_size, 1), size)
+        num_replicas = in_node * layout.replicate_size // layout.world_size
+        in_node = max(num_replicas, 1)
     return min(in_node, size)
