@@ -11,8 +11,8 @@ command line (:mod:`gspo.commands.replay`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,15 +93,18 @@ def loss_section(
     _check_overrides(overrides)
     keys = _keys_of_file(run, None if preset is not None else overrides)
     if preset is not None:
-        keys["loss"] = dict(PRESETS[preset].config["loss"])
+        of_preset = PRESETS[preset].config
+        keys["loss"] = dict(of_preset["loss"])
     with refusals("overrides", "write key=value, as loss.clip_high=0.3"):
-        cfg = merge_overrides(argparse.Namespace(**keys), overrides)
+        defaults = argparse.Namespace(**keys)
+        cfg = merge_overrides(defaults, overrides)
         merged = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(merged, dict)
-    problems = list(component_problems({"loss": merged["loss"]}, {}))
+    section = merged["loss"]
+    problems = list(component_problems({"loss": section}, {}))
     if problems:
         raise InputErrors(problems)
-    return merged["loss"]
+    return section
 
 
 def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
@@ -110,9 +113,10 @@ def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[
     Raises:
         InputError: One is absent, or is more than data.
     """
-    absent = {"loss", "advantages", *_CONTEXT} - run.keys()
-    problem = f"of the file lacks {', '.join(sorted(absent))}"
-    require(not absent, "config", sorted(run), problem, _DUMP_AGAIN)
+    needed = {"loss", "advantages", *_CONTEXT}
+    absent = sorted(needed - run.keys())
+    names = ", ".join(absent)
+    require(not absent, "config", sorted(run), f"of the file lacks {names}", _DUMP_AGAIN)
     keys: dict[str, Any] = {name: run[name] for name in _CONTEXT}
     if overrides is not None:
         keys["loss"] = _loss_in_file(run["loss"], overrides)
@@ -122,9 +126,11 @@ def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
-        key = override.lstrip("~").partition("=")[0]
+        assignment = override.lstrip("~")
+        key, _, _ = assignment.partition("=")
+        section, _, _ = key.partition(".")
         require(
-            key.split(".")[0] == "loss",
+            section == "loss",
             key,
             override,
             "is not a key of the objective",
@@ -141,10 +147,15 @@ def _loss_in_file(loss: Any, overrides: Sequence[str]) -> dict[str, Any]:
         InputError: It is another, and the command line names none in its place.
     """
     known = [f"gspo.losses.{name}" for name in losses.__all__]
-    named = loss.get("_component_") if isinstance(loss, dict) else None
-    is_replaced = any(o.startswith(("loss=", "loss._component_=")) for o in overrides)
+    is_section = isinstance(loss, dict)
+    named = loss.get("_component_") if is_section else None
+    is_replaced = False
+    for override in overrides:
+        if override.startswith(("loss=", "loss._component_=")):
+            is_replaced = True
+    is_known = named in known
     require(
-        isinstance(loss, dict) and (named in known or is_replaced),
+        is_section and (is_known or is_replaced),
         "config.loss._component_",
         named,
         "of the file is no objective of gspo.losses, and a file may not name code that is run",
@@ -161,15 +172,17 @@ def _check_plain(values: Any, key: str = "config") -> None:
     """
     if isinstance(values, dict):
         for name, value in values.items():
+            inner_key = f"{key}.{name}"
             is_nested = name == "_component_" and key != "config.loss"
-            require(not is_nested, f"{key}.{name}", value, "may not stand in a file", _DUMP_AGAIN)
-            _check_plain(value, f"{key}.{name}")
+            require(not is_nested, inner_key, value, "may not stand in a file", _DUMP_AGAIN)
+            _check_plain(value, inner_key)
     elif isinstance(values, list):
         for number, value in enumerate(values):
             _check_plain(value, f"{key}.{number}")
     elif isinstance(values, str):
+        is_text = "${" not in values
         problem = "has an interpolation, which a dump never has"
-        require("${" not in values, key, values, problem, _DUMP_AGAIN)
+        require(is_text, key, values, problem, _DUMP_AGAIN)
 
 
 def find_documents(dump: Dump) -> Documents:
@@ -177,19 +190,28 @@ def find_documents(dump: Dump) -> Documents:
     rows: list[dict[str, Any]] = []
     for microbatch in dump.microbatches:
         rows += _document_rows(microbatch)
-    lengths = torch.tensor([row["length"] for row in rows], dtype=torch.int64)
-    valid = torch.tensor([not row["not_finite"] for row in rows], dtype=torch.bool)
-    return Documents(rows, lengths, valid)
+    lengths = []
+    valid = []
+    for row in rows:
+        lengths.append(row["length"])
+        valid.append(not row["not_finite"])
+    return Documents(
+        rows=rows,
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        valid=torch.tensor(valid, dtype=torch.bool),
+    )
 
 
 def _document_rows(microbatch: DumpedMicrobatch) -> Iterator[dict[str, Any]]:
     batch = microbatch.batch
-    not_finite = _not_finite(microbatch)
-    log_ratios = _means(microbatch.new_logps - batch.old_logps, batch)
+    flags = _not_finite(microbatch)
+    log_ratio = microbatch.new_logps - batch.old_logps
+    mean_log_ratios = _means(log_ratio, batch)
     advantages = batch.advantages
     if batch.token_advantages is not None:  # those of segments, by their tokens
         advantages = _means(batch.token_advantages, batch)
     for document, (prompt_id, group_id) in enumerate(batch.ids):
+        not_finite = [name for name, of_documents in flags.items() if of_documents[document]]
         yield {
             "prompt_id": prompt_id,
             "group_id": group_id,
@@ -198,36 +220,41 @@ def _document_rows(microbatch: DumpedMicrobatch) -> Iterator[dict[str, Any]]:
             "length": int(batch.label_counts[document]),
             "advantage": float(advantages[document]),
             "reward": float(batch.rewards[document]),
-            "mean_log_ratio": float(log_ratios[document]),
-            "not_finite": [name for name, flags in not_finite.items() if flags[document]],
+            "mean_log_ratio": float(mean_log_ratios[document]),
+            "not_finite": not_finite,
         }
 
 
 def _not_finite(microbatch: DumpedMicrobatch) -> dict[str, Tensor]:  # name -> [D] bool
     """Return which documents have a value that is not finite, by the name of the value."""
     batch = microbatch.batch
+    specs = field_specs(PackedBatch)
     values = {"new_logps": microbatch.new_logps}
     for name, tensor in batch.tensors(Axis.SLOT).items():
-        if field_specs(PackedBatch)[name].logps:
+        if specs[name].logps:
             values[name] = tensor
     if batch.token_advantages is not None:
         values["token_advantages"] = batch.token_advantages
     flags = {}
     for name, of_slots in values.items():
-        flags[name] = _sums(~of_slots.isfinite() & batch.loss_mask, batch) > 0
+        is_bad = ~of_slots.isfinite() & batch.loss_mask
+        num_bad = _sums(is_bad, batch)
+        flags[name] = num_bad > 0
     flags["advantage"] = ~batch.advantages.isfinite()
     return flags
 
 
 def _sums(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D] float64
     """Add up values over each document's slots."""
-    return sums_at(values.double(), batch.document_index, batch.label_counts.numel())
+    num_documents = batch.label_counts.numel()
+    return sums_at(values.double(), batch.document_index, num_documents)
 
 
 def _means(values: Tensor, batch: PackedBatch) -> Tensor:  # [T] -> [D] float64
     """Average values over each document's labelled tokens."""
     picked = torch.where(batch.loss_mask, values, 0.0)
-    return per_label(_sums(picked, batch), batch.label_counts)
+    sums = _sums(picked, batch)
+    return per_label(sums, batch.label_counts)
 
 
 def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) -> Score:
@@ -236,35 +263,45 @@ def score(dump: Dump, preset: str | None = None, overrides: Sequence[str] = ()) 
     Raises:
         InputError: The loss refuses its arguments, or needs what the dump does not have.
     """
-    section = loss_section(dump.metadata["config"], preset, overrides)
+    run = dump.metadata["config"]
+    section = loss_section(run, preset, overrides)
     with refusals("loss"):
-        loss = config.instantiate(OmegaConf.create(section))
+        node = OmegaConf.create(section)
+        loss = config.instantiate(node)
     _check_needs(loss, section, dump)
     surrogates = _listen(loss)
     backwards = [_backward(loss, microbatch) for microbatch in dump.microbatches]
     totals = _Totals.of(loss, dump, backwards)
-    clipped = _all_clipped(surrogates, dump) if surrogates else None
-    estimator = None
-    if preset is not None:
-        estimator = PRESETS[preset].config["advantages"]["estimator"]
-    return Score(
+    plain = Score(
         name=" ".join((preset or "run", *overrides)),
         loss=section,
-        advantages=estimator,
+        advantages=None if preset is None else _estimator(PRESETS[preset].config),
         denominator=totals.denominator,
         metrics=totals.metrics,
         gradient=_gradient_shares(backwards),
-        clipped=None if clipped is None else clipped.tokens,
-        ratio=None if clipped is None else clipped.ratio,
+        clipped=None,
+        ratio=None,
     )
+    if not surrogates:
+        return plain
+    clipped = _all_clipped(surrogates, dump)
+    return replace(plain, clipped=clipped.tokens, ratio=clipped.ratio)
+
+
+def _estimator(cfg: Mapping[str, Any]) -> str:
+    """Return the estimator of advantages that a config has."""
+    section = cfg["advantages"]
+    return section["estimator"]
 
 
 def _check_needs(loss: Any, section: dict[str, Any], dump: Dump) -> None:
     """Refuse an option that needs an input which the dump does not have."""
-    for option, needed in traits_of(loss).needs.items():
+    traits = traits_of(loss)
+    for option, needed in traits.needs.items():
         for microbatch in dump.microbatches:
+            values = getattr(microbatch.batch, needed, None)
             require(
-                getattr(microbatch.batch, needed, None) is not None,
+                values is not None,
                 f"loss.{option}",
                 section.get(option),
                 f"needs {needed}, which the file lacks",
@@ -285,11 +322,15 @@ def _backward(loss: Any, microbatch: DumpedMicrobatch) -> _Backward:
     rows = whole.label_rows
     logps = microbatch.new_logps[rows].requires_grad_()
     entropy = torch.zeros_like(logps)
-    output = LossOutput(*loss(logps, entropy, row_inputs(whole, None)))
+    inputs = row_inputs(whole, None)
+    output = LossOutput(*loss(logps, entropy, inputs))
     (gradient,) = torch.autograd.grad(output.loss, logps, materialize_grads=True)
-    of_slots = torch.zeros_like(microbatch.new_logps).index_put((rows,), gradient)
-    of_documents = _sums(of_slots.abs(), batch)[: len(batch.ids)]
-    return _Backward(output._replace(loss=output.loss.detach()), of_documents)
+    zeros = torch.zeros_like(microbatch.new_logps)
+    of_slots = zeros.index_put((rows,), gradient)
+    of_documents = _sums(of_slots.abs(), batch)
+    num_sampled = len(batch.ids)
+    detached = output._replace(loss=output.loss.detach())
+    return _Backward(detached, of_documents[:num_sampled])
 
 
 def _whole_microbatch(batch: PackedBatch) -> Microbatch:
@@ -309,7 +350,8 @@ def _whole_microbatch(batch: PackedBatch) -> Microbatch:
 def _gradient_shares(backwards: list[_Backward]) -> Tensor:  # [D]
     gradient = torch.cat([backward.document_gradient for backward in backwards])
     smallest = torch.finfo(torch.float64).tiny
-    return gradient / gradient.sum().clamp(min=smallest)
+    total = gradient.sum().clamp(min=smallest)
+    return gradient / total
 
 
 class _Totals(NamedTuple):
@@ -325,14 +367,20 @@ class _Totals(NamedTuple):
             step.add(backward.output.metrics, backward.output.not_finite)
         metrics = step.alone()
         # Documents found not finite are in no denominator.
-        num_documents = dump.metadata["num_documents"] - int(step.not_finite.documents)
-        num_label_tokens = dump.metadata["num_label_tokens"] - int(step.not_finite.tokens)
-        denominator = max(loss.denominator(num_documents, num_label_tokens), 1.0)
-        shares = [float(backward.output.loss / denominator) for backward in backwards]
+        not_finite = step.not_finite
+        num_documents = dump.metadata["num_documents"] - int(not_finite.documents)
+        num_label_tokens = dump.metadata["num_label_tokens"] - int(not_finite.tokens)
+        stated = loss.denominator(num_documents, num_label_tokens)
+        denominator = max(stated, 1.0)
+        shares = []
+        for backward in backwards:
+            share = backward.output.loss / denominator
+            shares.append(float(share))
         metrics["loss"] = sum(shares)
         shown = public(metrics)
         shown.pop("entropy", None)  # a dump has none
-        return cls(denominator, dict(sorted(shown.items())))
+        in_order = sorted(shown.items())
+        return cls(denominator, dict(in_order))
 
 
 class _Surrogate(NamedTuple):
@@ -349,15 +397,19 @@ def _listen(loss: Any) -> list[_Surrogate]:
     """
     calls: list[_Surrogate] = []
     objective = getattr(loss, "objective", None)
-    if isinstance(objective, partial) and "surrogate" in objective.keywords:
-        surrogate = objective.keywords["surrogate"]
+    if not isinstance(objective, partial):
+        return calls
+    surrogate = objective.keywords.get("surrogate")
+    if surrogate is None:
+        return calls
 
-        def listening(terms: RatioTerms) -> SurrogateTerms:
-            result = surrogate(terms)
-            calls.append(_Surrogate(terms, result))
-            return result
+    def listening(terms: RatioTerms) -> SurrogateTerms:
+        result = surrogate(terms)
+        call = _Surrogate(terms, result)
+        calls.append(call)
+        return result
 
-        loss.objective = partial(objective, surrogate=listening)
+    loss.objective = partial(objective, surrogate=listening)
     return calls
 
 
@@ -369,18 +421,19 @@ class _Clipped(NamedTuple):
 
 
 def _all_clipped(surrogates: list[_Surrogate], dump: Dump) -> _Clipped:
-    parts = []
+    tokens = []
+    ratios = []
     for surrogate, microbatch in zip(surrogates, dump.microbatches, strict=True):
-        parts.append(_clipped(surrogate, microbatch.batch))
-    return _Clipped(
-        tokens=torch.cat([part.tokens for part in parts]),
-        ratio=torch.cat([part.ratio for part in parts]),
-    )
+        clipped = _clipped(surrogate, microbatch.batch)
+        tokens.append(clipped.tokens)
+        ratios.append(clipped.ratio)
+    return _Clipped(torch.cat(tokens), torch.cat(ratios))
 
 
 def _clipped(surrogate: _Surrogate, batch: PackedBatch) -> _Clipped:
     """Count tokens in clipped ratios, and average ratios, of each sampled document."""
-    units, clips = surrogate.terms.units, surrogate.result
+    units = surrogate.terms.units
+    clips = surrogate.result
     log_ratio = surrogate.terms.log_ratio.detach()
     flags = _Clips(
         any=clips.outside,
@@ -390,11 +443,16 @@ def _clipped(surrogate: _Surrogate, batch: PackedBatch) -> _Clipped:
         binding_low=clips.low,
         binding_high=clips.high,
     )
-    values = torch.cat((torch.stack(flags).double(), log_ratio.double().exp()[None]))
+    ratio = log_ratio.double().exp()
+    of_units = torch.stack(flags).double()
+    values = torch.cat((of_units, ratio[None]))
     picked = torch.where(units.valid, values * units.num_tokens, 0.0)
+    num_documents = batch.label_counts.numel()
     num_sampled = len(batch.ids)
-    totals = sums_at(picked, units.document, batch.label_counts.numel())[:, :num_sampled]
-    return _Clipped(totals[:-1].T, per_label(totals[-1], batch.label_counts[:num_sampled]))
+    totals = sums_at(picked, units.document, num_documents)[:, :num_sampled]
+    tokens = totals[:-1].T
+    label_counts = batch.label_counts[:num_sampled]
+    return _Clipped(tokens, per_label(totals[-1], label_counts))
 
 
 def result(
@@ -405,7 +463,8 @@ def result(
     It has the dump, each objective, and the ``top`` documents by the first one's gradient share.
     """
     metadata = dump.metadata
-    estimator = metadata["config"]["advantages"]["estimator"]
+    estimator = _estimator(metadata["config"])
+    quarantined = [row for row in documents.rows if row["not_finite"]]
     return {
         "file": str(file),
         "step": metadata["step"],
@@ -417,14 +476,15 @@ def result(
         "documents_in_file": len(documents.rows),
         "tokens_in_file": int(documents.lengths.sum()),
         "logged": metadata["metrics"],
-        "quarantined": [row for row in documents.rows if row["not_finite"]],
+        "quarantined": quarantined,
         "objectives": [_of_objective(documents, score, estimator) for score in scores],
         "documents": list(_top_rows(documents, scores, top)),
     }
 
 
 def _top_rows(documents: Documents, scores: list[Score], top: int) -> Iterator[dict[str, Any]]:
-    order = scores[0].gradient.argsort(descending=True, stable=True)
+    first = scores[0]
+    order = first.gradient.argsort(descending=True, stable=True)
     for document in order[:top].tolist():
         objectives = [_of_document(documents, score, document) for score in scores]
         yield documents.rows[document] | {"objectives": objectives}
@@ -455,12 +515,20 @@ def _clip_shares(
         return None
     tokens = score.clipped[chosen]
     num_tokens = documents.lengths[chosen].sum().clamp(min=1)
-    of_documents = (tokens > 0).sum(0) / max(len(tokens), 1)
+    num_documents = max(len(tokens), 1)
+    is_clipped = tokens > 0
+    of_documents = is_clipped.sum(0) / num_documents
     of_tokens = tokens.sum(0) / num_tokens
     return {
-        "documents": _Clips(*of_documents.tolist())._asdict(),
-        "tokens": _Clips(*of_tokens.tolist())._asdict(),
+        "documents": _by_clip(of_documents.tolist()),
+        "tokens": _by_clip(of_tokens.tolist()),
     }
+
+
+def _by_clip(values: list[Any]) -> dict[str, Any]:
+    """Name six values by how a ratio is clipped."""
+    clips = _Clips(*values)
+    return clips._asdict()
 
 
 def _by_length(documents: Documents, score: Score) -> Iterator[dict[str, Any]]:
@@ -472,11 +540,13 @@ def _by_length(documents: Documents, score: Score) -> Iterator[dict[str, Any]]:
         if longest is not None:
             chosen &= documents.lengths <= longest
             name = f"{before + 1}-{longest}"
+        lengths = documents.lengths[chosen]
+        shares = score.gradient[chosen]
         yield {
             "length": name,
             "documents": int(chosen.sum()),
-            "tokens": int(documents.lengths[chosen].sum()),
-            "gradient": float(score.gradient[chosen].sum()),
+            "tokens": int(lengths.sum()),
+            "gradient": float(shares.sum()),
             "clip": _clip_shares(documents, score, chosen),
         }
         before = longest or before
@@ -487,7 +557,7 @@ def _of_document(documents: Documents, score: Score, document: int) -> dict[str,
     clipped_tokens = None
     if score.clipped is not None:
         counts = [int(count) for count in score.clipped[document]]
-        clipped_tokens = _Clips(*counts)._asdict()
+        clipped_tokens = _by_clip(counts)
     ratio = None
     if score.ratio is not None and documents.valid[document]:
         ratio = float(score.ratio[document])

@@ -15,11 +15,17 @@ from gspo.errors import InputError
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row of cells, in columns."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = []
+    for column in zip(*table, strict=True):
+        lengths = [len(cell) for cell in column]
+        widths.append(max(lengths))
     lines = []
     for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            cells.append(cell.ljust(width))
+        line = "  ".join(cells)
+        lines.append(line.rstrip())
     return lines
 
 
@@ -52,11 +58,14 @@ def write_result(result: Any, in_words: Callable[[Any], str], json_file: str | N
     """
     result = without_nan(result)
     if json_file is None:
-        print(in_words(result))
+        text = in_words(result)
+        print(text)
     elif json_file == "-":
-        print(json.dumps(result))
+        line = json.dumps(result)
+        print(line)
     else:
-        _write(json_file, json.dumps(result, indent=2))
+        text = json.dumps(result, indent=2)
+        _write(json_file, text)
         print(f"wrote {json_file}", file=sys.stderr)
 
 

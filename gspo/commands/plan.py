@@ -35,10 +35,13 @@ def main(arguments: list[str]) -> None:
     _check(args)
     memory = parse_memory(args.gpu_memory)
     cfg = _read(args)
-    machine = Machine(memory=memory, ranks_per_node=args.ranks_per_node, **_rates(args, cfg))
+    rates = _rates(args, cfg)
+    machine = Machine(memory=memory, ranks_per_node=args.ranks_per_node, **rates)
     planner = Planner(cfg, machine, args.mean_document_tokens)
-    plan = {"config": args.config} | planner.plan(args.world_size)
-    plan["remedies"] = [] if plan["memory"]["fits"] else remedies(planner, args.world_size)
+    world_size = args.world_size
+    plan = {"config": args.config} | planner.plan(world_size)
+    fits = plan["memory"]["fits"]
+    plan["remedies"] = [] if fits else remedies(planner, world_size)
     write_result(plan, report, args.json)
 
 
@@ -109,7 +112,8 @@ def _read(args: argparse.Namespace) -> Settings:
 def _rates(args: argparse.Namespace, cfg: Settings) -> dict[str, float]:
     """Return the rates of the command line, the defaults where it says nothing."""
     rates = {}
-    for name, default in DEFAULT_RATES["cpu" if cfg.device == "cpu" else "cuda"].items():
+    defaults = DEFAULT_RATES["cpu" if cfg.device == "cpu" else "cuda"]
+    for name, default in defaults.items():
         stated = getattr(args, name)
         rate = default if stated is None else stated
         option = f"--{name.replace('_', '-')}"
@@ -124,13 +128,17 @@ def parse_memory(text: str) -> int:
     Raises:
         InputError: It is not such a text.
     """
+    num_bytes = 0.0
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
-    number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "")
-    if unit not in _UNITS or not number:
+    if match:
+        number = float(match[1])
+        unit = match[2].upper()
+        num_bytes = number * _UNITS.get(unit, 0)
+    if not num_bytes:
         raise InputError(
             "--gpu-memory", text, "is not an amount of memory", "write one such as 80GiB or 80GB"
         )
-    return int(number * _UNITS[unit])
+    return int(num_bytes)
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -186,7 +194,8 @@ def _peak_lines(memory: dict[str, Any]) -> Iterator[str]:
 def _memory_lines(memory: dict[str, Any]) -> Iterator[str]:
     yield "Peak of each moment:"
     for moment, parts in memory["moments"].items():
-        yield f"  {_gib(sum(parts.values()))}  {moment}"
+        size = sum(parts.values())
+        yield f"  {_gib(size)}  {moment}"
     yield ""
     yield "Held all the time, and the gradients during the backward:"
     for name, size in memory["always"].items():
@@ -195,26 +204,31 @@ def _memory_lines(memory: dict[str, Any]) -> Iterator[str]:
     activations = memory["activations"]
     with_it = _gib(activations["kept_with_checkpointing"])
     without = _gib(activations["kept_without_checkpointing"])
-    configured = ", as configured"
-    is_on = activations["checkpointing"]
-    yield f"  {with_it}  with checkpointing{configured if is_on else ''}"
-    yield f"  {without}  without{'' if is_on else configured}"
+    of_with = of_without = ""
+    if activations["checkpointing"]:
+        of_with = ", as configured"
+    else:
+        of_without = ", as configured"
+    yield f"  {with_it}  with checkpointing{of_with}"
+    yield f"  {without}  without{of_without}"
 
 
 def _operation_lines(work: dict[str, Any]) -> Iterator[str]:
     yield f"Operations of an optimizer step on a rank, {work['microbatches']} microbatches:"
     for name, count in work["operations"].items():
         if count:
-            yield f"  {count / 1e12:10,.2f} T  {name}"
+            trillions = count / 1e12
+            yield f"  {trillions:10,.2f} T  {name}"
 
 
 def _transfer_lines(transfers: list[dict[str, Any]]) -> Iterator[str]:
     yield "Received by a rank in an optimizer step (of that between nodes):"
     for row in transfers:
         if row["received"] > _SMALLEST_SHOWN:
+            received = _gib(row["received"])
             between = _gib(row["received_between_nodes"]).strip()
             yield (
-                f"  {_gib(row['received'])} ({between})  {row['purpose']}, {row['kind']} over "
+                f"  {received} ({between})  {row['purpose']}, {row['kind']} over "
                 f"{row['ranks']} ranks, {row['calls']:.0f} calls, {row['seconds']:.3g} s"
             )
 
@@ -233,7 +247,8 @@ def _time_lines(seconds: dict[str, Any], machine: dict[str, Any]) -> Iterator[st
     }
     for name, description in described.items():
         if name in seconds:
-            yield f"  {seconds[name]:8.3g} s  {description}"
+            of_name = seconds[name]
+            yield f"  {of_name:8.3g} s  {description}"
 
 
 def _remedy_lines(remedies: list[dict[str, Any]]) -> Iterator[str]:
@@ -242,10 +257,13 @@ def _remedy_lines(remedies: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "What would help, each planned (peak, saving):"
     for remedy in remedies:
+        peak = _gib(remedy["peak"])
         saving = _gib(remedy["saves"]).strip()
         verdict = "fits" if remedy["fits"] else "does not fit"
-        yield f"  {_gib(remedy['peak'])}  saves {saving:>11}  {verdict:12}  {remedy['change']}"
+        yield f"  {peak}  saves {saving:>11}  {verdict:12}  {remedy['change']}"
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:8.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:8.2f} MiB"
+    if size >= GIB / 10:
+        return f"{size / GIB:8.2f} GiB"
+    return f"{size / 2**20:8.2f} MiB"

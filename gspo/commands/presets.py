@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from gspo.commands.output import add_json_option, aligned, write_result
@@ -44,22 +45,37 @@ def main(arguments: list[str]) -> None:
 
 
 def _in_words(presets: list[dict[str, Any]]) -> str:
-    table = [_HEADER, *(_cells(preset) for preset in presets)]
+    table: list[Sequence[str]] = [_HEADER]
     sources = []
     for preset in presets:
-        note = f"; {preset['note']}" if preset["note"] else ""
-        sources.append(f"{preset['preset']}: {preset['source']}{note}")
-    return "\n".join([*aligned(table), "", *_LEGEND, "", *sources])
+        table.append(_cells(preset))
+        sources.append(_source(preset))
+    lines = [*aligned(table), "", *_LEGEND, "", *sources]
+    return "\n".join(lines)
+
+
+def _source(preset: dict[str, Any]) -> str:
+    """Return a preset's name, paper and note."""
+    source = f"{preset['preset']}: {preset['source']}"
+    note = preset["note"]
+    if note:
+        source += f"; {note}"
+    return source
 
 
 def _cells(preset: dict[str, Any]) -> list[str]:
-    ends = [_end(preset["clip_low"]), _end(preset["clip_high"])]
-    numbers = [*preset["weights"], preset["gradient_aligned"], preset["gradient_independent"]]
+    low = _end(preset["clip_low"])
+    high = _end(preset["clip_high"])
+    numbers = [
+        *preset["weights"],
+        preset["gradient_aligned"],
+        preset["gradient_independent"],
+    ]
     return [
         preset["preset"],
         preset["ratio"],
         preset["surrogate"],
-        ", ".join(ends),
+        f"{low}, {high}",
         preset["aggregation"],
         preset["advantage"],
         *(f"{number:.3g}" for number in numbers),
@@ -68,4 +84,6 @@ def _cells(preset: dict[str, Any]) -> list[str]:
 
 def _end(bound: float | None) -> str:
     """Return an end of the clip range."""
-    return "none" if bound is None else f"{bound:g}"
+    if bound is None:
+        return "none"
+    return f"{bound:g}"

@@ -37,10 +37,14 @@ def main(arguments: list[str]) -> None:
     args = _parse(arguments)
     file = Path(args.file)
     dump = read(file)
-    scores = [score(dump, args.preset, args.overrides)]
+    first = score(dump, args.preset, args.overrides)
+    scores = [first]
     if args.against:
-        scores.append(score(dump, args.against))
-    write_result(result(file, dump, find_documents(dump), scores, args.top), report, args.json)
+        second = score(dump, args.against)
+        scores.append(second)
+    documents = find_documents(dump)
+    replayed = result(file, dump, documents, scores, args.top)
+    write_result(replayed, report, args.json)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -66,10 +70,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def report(replayed: dict[str, Any]) -> str:
     """Return the result in lines for people."""
-    lines = [*_head_lines(replayed), "", *aligned(list(_metric_rows(replayed)))]
+    tables = [_metric_rows(replayed)]
     for objective in replayed["objectives"]:
-        lines += ["", *aligned(list(_length_rows(objective)))]
-    lines += ["", *aligned(list(_document_rows(replayed)))]
+        tables.append(_length_rows(objective))
+    tables.append(_document_rows(replayed))
+    lines = list(_head_lines(replayed))
+    for table in tables:
+        rows = list(table)
+        lines.append("")
+        lines += aligned(rows)
     return "\n".join(lines)
 
 
@@ -80,81 +89,116 @@ def _head_lines(replayed: dict[str, Any]) -> Iterator[str]:
         f"{replayed['num_documents']} and {replayed['num_label_tokens']}"
     )
     for row in replayed["quarantined"]:
+        not_finite = ", ".join(row["not_finite"])
         yield (
             "quarantined, in no sum and no denominator: "
             f"prompt {row['prompt_id']}, group {row['group_id']}, rank {row['rank']}, "
-            f"not finite: {', '.join(row['not_finite'])}"
+            f"not finite: {not_finite}"
         )
+    of_file = replayed["advantages"]
     for objective in replayed["objectives"]:
         yield _objective_line(objective)
-        if objective["advantages"] != replayed["advantages"]:
-            yield (
-                f"  with the file's advantages ({replayed['advantages']}), "
-                f"not its own ({objective['advantages']})"
-            )
+        own = objective["advantages"]
+        if own != of_file:
+            yield f"  with the file's advantages ({of_file}), not its own ({own})"
 
 
 def _objective_line(objective: dict[str, Any]) -> str:
     arguments = dict(objective["loss"])
     component = arguments.pop("_component_")
-    in_words = ", ".join(f"{key} {value}" for key, value in arguments.items())
-    return f"{objective['name']}: {component}, {in_words}; over {objective['denominator']:g}"
+    words = []
+    for key, value in arguments.items():
+        words.append(f"{key} {value}")
+    in_words = ", ".join(words)
+    name = objective["name"]
+    denominator = objective["denominator"]
+    return f"{name}: {component}, {in_words}; over {denominator:g}"
 
 
 def _metric_rows(replayed: dict[str, Any]) -> Iterator[list[str]]:
-    objectives = replayed["objectives"]
-    yield ["", "logged", *(objective["name"] for objective in objectives)]
+    """Yield a row for each metric that an objective has, with the logged value before it."""
+    header = ["", "logged"]
+    columns = [replayed["logged"]]
     names: set[str] = set()
-    for objective in objectives:
-        names |= objective["metrics"].keys()
+    for objective in replayed["objectives"]:
+        metrics = objective["metrics"]
+        header.append(objective["name"])
+        columns.append(metrics)
+        names |= metrics.keys()
+    yield header
     for name in sorted(names):
-        columns = [replayed["logged"], *(objective["metrics"] for objective in objectives)]
-        yield [name, *(_number(column.get(name)) for column in columns)]
+        cells = [name]
+        for column in columns:
+            value = column.get(name)
+            cells.append(_number(value))
+        yield cells
 
 
 def _length_rows(objective: dict[str, Any]) -> Iterator[list[str]]:
-    yield [f"{objective['name']}: length", "documents", "tokens", "gradient", *_CLIP_HEADER]
+    """Yield a row for each range of lengths that has documents, and one for all."""
+    name = objective["name"]
+    yield [f"{name}: length", "documents", "tokens", "gradient", *_CLIP_HEADER]
     by_length = objective["by_length"]
     for row in by_length:
         if row["documents"]:
             yield _length_cells(row)
-    shares = [row["gradient"] for row in by_length]
     every = {
         "length": "all",
-        "documents": sum(row["documents"] for row in by_length),
-        "tokens": sum(row["tokens"] for row in by_length),
-        "gradient": None if None in shares else sum(shares),
+        "documents": _sum_of(by_length, "documents"),
+        "tokens": _sum_of(by_length, "tokens"),
+        "gradient": _sum_of(by_length, "gradient"),
         "clip": objective["clip"],
     }
     yield _length_cells(every)
 
 
+def _sum_of(rows: list[dict[str, Any]], key: str) -> Any:
+    """Add up a column; None if a row has no value."""
+    values = [row[key] for row in rows]
+    if None in values:
+        return None
+    return sum(values)
+
+
 def _length_cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["length"], str(row["documents"]), str(row["tokens"]), _share(row["gradient"], 3)]
+    cells = [row["length"]]
+    cells.append(str(row["documents"]))
+    cells.append(str(row["tokens"]))
+    cells.append(_share(row["gradient"], 3))
+    shares = row["clip"]
     for counted in ("documents", "tokens"):
         for clip in _CLIPS:
-            cells.append(_share(row["clip"] and row["clip"][counted][clip], 3))
+            share = shares and shares[counted][clip]
+            cells.append(_share(share, 3))
     return cells
 
 
 def _document_rows(replayed: dict[str, Any]) -> Iterator[list[str]]:
     header = ["prompt", "group", "length", "advantage", "reward", "log-ratio"]
     for objective in replayed["objectives"]:
-        header += [f"{objective['name']}: {of}" for of in ("ratio", "clipped", "gradient")]
+        name = objective["name"]
+        header += [f"{name}: ratio", f"{name}: clipped", f"{name}: gradient"]
     yield header
     for row in replayed["documents"]:
-        cells = [row["prompt_id"], str(row["group_id"]), str(row["length"])]
-        cells += [_number(row[key]) for key in ("advantage", "reward", "mean_log_ratio")]
+        cells = [row["prompt_id"]]
+        cells.append(str(row["group_id"]))
+        cells.append(str(row["length"]))
+        for key in ("advantage", "reward", "mean_log_ratio"):
+            value = row[key]
+            cells.append(_number(value))
         for objective in row["objectives"]:
             cells += _cells_of_objective(objective, row)
         yield cells
 
 
 def _cells_of_objective(objective: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    clipped = "quarantined"
-    if not row["not_finite"]:
+    ratio = _number(objective["ratio"])
+    gradient = _share(objective["gradient"], 4)
+    if row["not_finite"]:
+        clipped = "quarantined"
+    else:
         clipped = _clipped(objective["clipped_tokens"], row["length"])
-    return [_number(objective["ratio"]), clipped, _share(objective["gradient"], 4)]
+    return [ratio, clipped, gradient]
 
 
 def _clipped(tokens: dict[str, int] | None, length: int) -> str:
@@ -164,8 +208,10 @@ def _clipped(tokens: dict[str, int] | None, length: int) -> str:
     """
     if not tokens:
         return ""
-    low, high = tokens["binding_low"], tokens["binding_high"]
-    counts = {"low": low, "high": high, "outside": tokens["any"] - low - high}
+    low = tokens["binding_low"]
+    high = tokens["binding_high"]
+    outside = tokens["any"] - low - high
+    counts = {"low": low, "high": high, "outside": outside}
     words = []
     for kind, count in counts.items():
         if count:
@@ -174,8 +220,12 @@ def _clipped(tokens: dict[str, int] | None, length: int) -> str:
 
 
 def _share(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}"
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+    if value is None:
+        return ""
+    return f"{value:.6g}"

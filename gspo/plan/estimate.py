@@ -297,4 +297,5 @@ def _sampling_seconds(cfg: Settings, layout: Layout, machine: Machine) -> float:
     bytes_per_second = machine.memory_gbytes * 1e9
     rollout = num_tokens * read / bytes_per_second
     documents = cfg.prompts_per_rollout * cfg.group_size
-    return rollout * cfg.docs_per_step / documents / cfg.ppo_epochs
+    of_step = rollout * cfg.docs_per_step / documents
+    return of_step / cfg.ppo_epochs

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,13 @@ VERSION = 2
 _KEY = "gspo_dump"
 _NEW_LOGPS = "new_logps"
 _SPECS = field_specs(PackedBatch)
-_REDUCTIONS: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Time)}
+_REDUCTIONS: dict[str, type[Metric]] = {
+    "Mean": Mean,
+    "Sum": Sum,
+    "Max": Max,
+    "Min": Min,
+    "Time": Time,
+}
 _METADATA = {
     "step": int,
     "num_documents": int,
@@ -86,35 +91,56 @@ def collect(
     """
     mine = []
     for microbatch in microbatches:
-        new_logps = microbatch.shard.collect(policy.logps(microbatch), context).cpu()
-        mine.append((microbatch.whole(context), new_logps))
-    is_first = dist.get_rank() == 0
-    ranks: list[Any] = [None] * dist.get_world_size()
-    # Over the CPU's backend, which torch prefers for objects; the ranks of a context axis have the
-    # same.
-    dist.gather_object(mine if context.rank == 0 else [], ranks if is_first else None)
-    if not is_first:
-        return []
+        logps = policy.logps(microbatch)
+        collected = microbatch.shard.collect(logps, context)
+        new_logps = collected.cpu()
+        whole = microbatch.whole(context)
+        mine.append((whole, new_logps))
+    if context.rank != 0:
+        mine.clear()  # the ranks of a context axis have the same
+    of_ranks = _gather_on_first(mine)
     dumped = []
-    for rank, of_rank in enumerate(ranks[:: context.size]):
+    for rank, of_rank in enumerate(of_ranks[:: context.size]):
         for batch, new_logps in of_rank:
             dumped.append(DumpedMicrobatch(rank, batch, new_logps))
     return dumped
 
 
+def _gather_on_first(value: Any) -> list[Any]:
+    """Return each rank's value on the first rank, an empty list elsewhere.
+
+    They go over the CPU's backend, which torch prefers for objects.
+    """
+    if dist.get_rank() != 0:
+        dist.gather_object(value)
+        return []
+    num_ranks = dist.get_world_size()
+    gathered: list[Any] = [None] * num_ranks
+    dist.gather_object(value, gathered)
+    return gathered
+
+
 def write(path: Path, dump: Dump) -> None:
     """Write a dump; a file of that name is there whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    batches = _alike([microbatch.batch for microbatch in dump.microbatches])
+    batches = []
+    new_logps = []
+    for microbatch in dump.microbatches:
+        batches.append(microbatch.batch)
+        new_logps.append(microbatch.new_logps)
+    batches = _alike(batches)
     sizes = [_sizes(batch) for batch in batches]
     tensors = {}
     for name in batches[0].tensors():
         tensors[name] = _join(name, batches, sizes)
-    tensors[_NEW_LOGPS] = torch.cat([microbatch.new_logps for microbatch in dump.microbatches])
-    header = json.dumps(_header(dump, sizes))
-    temporary = path.with_name(f"{path.name}.tmp")
+    tensors[_NEW_LOGPS] = torch.cat(new_logps)
+    header = _header(dump, sizes)
+    text = json.dumps(header)
+    metadata = {_KEY: text}
     # save_file would let no one else read it.
-    temporary.write_bytes(save(tensors, {_KEY: header}))
+    content = save(tensors, metadata)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
@@ -123,7 +149,8 @@ def _header(dump: Dump, sizes: list[Sizes]) -> dict[str, Any]:
     rows = []
     for microbatch, of_batch in zip(dump.microbatches, sizes, strict=True):
         plain = _plain_fields(microbatch.batch)
-        rows.append({"rank": microbatch.rank, **of_batch, "fields": plain})
+        row = {"rank": microbatch.rank, **of_batch, "fields": plain}
+        rows.append(row)
     return {
         "version": VERSION,
         "gspo": __version__,
@@ -136,27 +163,38 @@ def _plain_fields(batch: PackedBatch) -> dict[str, Any]:
     """Return the fields that are no tensors, as JSON takes them."""
     plain = {}
     for field in fields(batch):
-        if field.name not in _SPECS:
-            plain[field.name] = getattr(batch, field.name)
+        name = field.name
+        if name not in _SPECS:
+            plain[name] = getattr(batch, name)
     stats = {}
     for name, metric in batch.stats.items():
-        stats[name] = [type(metric).__name__, float(metric.value), float(metric.weight)]
-    return plain | {"stats": stats}
+        reduction = type(metric).__name__
+        value = float(metric.value)
+        weight = float(metric.weight)
+        stats[name] = [reduction, value, weight]
+    plain["stats"] = stats
+    return plain
 
 
 def _join(name: str, batches: Sequence[PackedBatch], sizes: list[Sizes]) -> Tensor:
+    """Return a field of all batches as one tensor, with unique numbers."""
     values = [getattr(batch, name) for batch in batches]
-    numbers = _SPECS[name].numbers
-    if numbers is not None:
-        starts = _starts(numbers, sizes)
-        values = [x + start for x, start in zip(values, starts, strict=True)]
+    spec = _SPECS[name]
+    if spec.numbers is not None:
+        starts = _starts(spec.numbers, sizes)
+        for i, start in enumerate(starts):
+            values[i] = values[i] + start
     return torch.cat(values)
 
 
 def _starts(axis: Axis, sizes: list[Sizes]) -> list[int]:
     """Return the first number that each microbatch has in the file."""
-    counts = [of_batch[axis] for of_batch in sizes]
-    return list(accumulate(counts[:-1], initial=0))
+    starts = []
+    total = 0
+    for of_batch in sizes:
+        starts.append(total)
+        total += of_batch[axis]
+    return starts
 
 
 def _alike(batches: list[PackedBatch]) -> list[PackedBatch]:
@@ -166,20 +204,23 @@ def _alike(batches: list[PackedBatch]) -> list[PackedBatch]:
         names |= batch.tensors().keys()
     filled = []
     for batch in batches:
-        defaults = _defaults(batch)
-        absent = names & defaults.keys() - batch.tensors().keys()
-        added = {name: defaults[name] for name in absent}
+        present = batch.tensors().keys()
+        added = {}
+        for name, default in _defaults(batch).items():
+            if name in names and name not in present:
+                added[name] = default
         filled.append(replace(batch, **added))
     return filled
 
 
 def _defaults(batch: PackedBatch) -> dict[str, Any]:
     """Return tensors that say what their absence does."""
+    num_documents = batch.label_counts.numel()
     advantages = batch.advantages
     if batch.segment_index is not None:
         advantages = _segment_advantages(batch, batch.segment_index)
     return {
-        "prefix_index": torch.arange(batch.label_counts.numel()),
+        "prefix_index": torch.arange(num_documents),
         "segment_index": batch.document_index,
         "segment_advantages": advantages,
     }
@@ -187,10 +228,12 @@ def _defaults(batch: PackedBatch) -> dict[str, Any]:
 
 def _segment_advantages(batch: PackedBatch, segment_index: Tensor) -> Tensor:  # [K]
     """Return the advantage of each segment's document."""
-    index = segment_index[batch.loss_mask]
+    segment = segment_index[batch.loss_mask]
     document = batch.document_index[batch.loss_mask]
-    advantages = batch.advantages.new_zeros(int(segment_index.max()) + 1)
-    return advantages.index_put((index,), batch.advantages[document])
+    num_segments = _largest(segment_index) + 1
+    zeros = batch.advantages.new_zeros(num_segments)
+    advantages = batch.advantages[document]
+    return zeros.index_put((segment,), advantages)
 
 
 def _sizes(batch: PackedBatch) -> Sizes:
@@ -202,12 +245,16 @@ def _sizes(batch: PackedBatch) -> Sizes:
     if batch.segment_advantages is not None:
         num_segments = batch.segment_advantages.numel()
     elif batch.segment_index is not None:
-        num_segments = int(batch.segment_index.max()) + 1
+        num_segments = _largest(batch.segment_index) + 1
     return {
         Axis.SLOT: batch.tokens.numel(),
         Axis.DOCUMENT: batch.label_counts.numel(),
         Axis.SEGMENT: num_segments,
     }
+
+
+def _largest(values: Tensor) -> int:
+    return int(values.max())
 
 
 def read(path: Path) -> Dump:
@@ -216,16 +263,12 @@ def read(path: Path) -> Dump:
     Raises:
         InputError: There is none, it is not whole, or another version has written it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        remedy = "give a whole file of a run's folder dumps, see dump_every_n_steps"
-        raise DataError(str(path), NO_VALUE, f"cannot be read: {error}", remedy) from error
+    header, tensors = _read_file(path)
     try:
         metadata = _read_header(path, header)
-        return Dump(_split(tensors, metadata.pop("microbatches")), metadata)
+        rows = metadata.pop("microbatches")
+        microbatches = _split(tensors, rows)
+        return Dump(microbatches, metadata)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -233,11 +276,27 @@ def read(path: Path) -> Dump:
         raise DataError(str(path), NO_VALUE, problem, "dump the step again") from error
 
 
+def _read_file(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """Return the header, None if the file has none, and the tensors by name."""
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():
+                tensors[name] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be read: {error}"
+        remedy = "give a whole file of a run's folder dumps, see dump_every_n_steps"
+        raise DataError(str(path), NO_VALUE, problem, remedy) from error
+    return metadata.get(_KEY), tensors
+
+
 def _read_header(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
         raise DataError(str(path), NO_VALUE, "is not a dump of a step", _GIVE_A_DUMP)
     metadata = json.loads(header)
-    version, writer = metadata["version"], metadata["gspo"]
+    version = metadata["version"]
+    writer = metadata["gspo"]
     if version != VERSION:
         raise DataError(
             str(path),
@@ -246,49 +305,63 @@ def _read_header(path: Path, header: str | None) -> dict[str, Any]:
             f"replay it with gspo {writer}, which wrote it",
         )
     for key, kind in _METADATA.items():
-        if not isinstance(metadata[key], kind):
-            raise ValueError(f"{key} is {metadata[key]!r}")
+        value = metadata[key]
+        if not isinstance(value, kind):
+            raise ValueError(f"{key} is {value!r}")
     return metadata
 
 
 def _split(tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> list[DumpedMicrobatch]:
     """Cut the file's tensors into microbatches."""
-    pieces = {name: _cut(name, values, rows) for name, values in tensors.items()}
+    pieces: list[dict[str, Any]] = [{} for _ in rows]  # each row's tensors by name
+    for name, values in tensors.items():
+        for piece, part in zip(pieces, _cut(name, values, rows), strict=True):
+            piece[name] = part
     microbatches = []
-    for i, row in enumerate(rows):
-        values = {name: of_rows[i] for name, of_rows in pieces.items()}
-        new_logps = values.pop(_NEW_LOGPS)
+    for piece, row in zip(pieces, rows, strict=True):
+        new_logps = piece.pop(_NEW_LOGPS)
+        _drop_own_prefixes(piece)
         plain = _read_fields(row["fields"])
-        batch = PackedBatch(**_without_own_prefixes(values), **plain)
+        batch = PackedBatch(**piece, **plain)
         _check(batch, new_logps)
-        microbatches.append(DumpedMicrobatch(row["rank"], batch, new_logps))
+        rank = row["rank"]
+        microbatch = DumpedMicrobatch(rank, batch, new_logps)
+        microbatches.append(microbatch)
     return microbatches
 
 
 def _cut(name: str, values: Tensor, rows: list[dict[str, Any]]) -> list[Tensor]:
+    """Return a file's tensor in parts, one for each row."""
     spec = _SPECS.get(name)
     axis = Axis.SLOT if spec is None else spec.axis
-    pieces = list(values.split([row[axis] for row in rows]))
-    if spec is None or spec.numbers is None:
-        return pieces
-    starts = _starts(spec.numbers, rows)
-    return [piece - start for piece, start in zip(pieces, starts, strict=True)]
+    lengths = [row[axis] for row in rows]
+    pieces = list(values.split(lengths))
+    if spec is not None and spec.numbers is not None:
+        starts = _starts(spec.numbers, rows)
+        for i, start in enumerate(starts):
+            pieces[i] = pieces[i] - start
+    return pieces
 
 
-def _without_own_prefixes(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out prefixes that another microbatch has and this one does not."""
+def _drop_own_prefixes(values: dict[str, Any]) -> None:
+    """Remove prefixes that another microbatch has and this one does not."""
     prefixes = values.get("prefix_index")
-    if prefixes is None or not torch.equal(prefixes, torch.arange(prefixes.numel())):
-        return values
-    return {name: value for name, value in values.items() if name != "prefix_index"}
+    if prefixes is None:
+        return
+    own = torch.arange(prefixes.numel())
+    if torch.equal(prefixes, own):
+        del values["prefix_index"]
 
 
 def _read_fields(plain: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that are no tensors, as a batch has them."""
     stats: Metrics = {}
-    for name, (kind, value, weight) in plain["stats"].items():
-        stats[name] = _REDUCTIONS[kind](value, weight)
-    ids = [(prompt_id, group_id) for prompt_id, group_id in plain["ids"]]
+    for name, (reduction, value, weight) in plain["stats"].items():
+        metric = _REDUCTIONS[reduction]
+        stats[name] = metric(value, weight)
+    ids = []
+    for prompt_id, group_id in plain["ids"]:
+        ids.append((prompt_id, group_id))
     return plain | {"stats": stats, "ids": ids}
 
 
@@ -300,13 +373,19 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
     """
     sizes = _sizes(batch)
     for name, values in batch.tensors().items():
-        axis = _SPECS[name].numbers
-        if axis is not None and not _are_numbers(values, sizes[axis]):
-            raise ValueError(f"{name} has a number beyond its {sizes[axis]} {axis}")
-    if batch.loss_mask.dtype != torch.bool or not new_logps.is_floating_point():
-        raise ValueError(f"loss_mask is {batch.loss_mask.dtype}, new_logps is {new_logps.dtype}")
+        spec = _SPECS[name]
+        axis = spec.numbers
+        if axis is None:
+            continue
+        count = sizes[axis]
+        if not _are_numbers(values, count):
+            raise ValueError(f"{name} has a number beyond its {count} {axis}")
+    mask_dtype = batch.loss_mask.dtype
+    if mask_dtype != torch.bool or not new_logps.is_floating_point():
+        raise ValueError(f"loss_mask is {mask_dtype}, new_logps is {new_logps.dtype}")
+    num_documents = sizes[Axis.DOCUMENT]
     labelled = batch.document_index[batch.loss_mask]
-    counts = torch.bincount(labelled, minlength=sizes[Axis.DOCUMENT])
+    counts = torch.bincount(labelled, minlength=num_documents)
     if not torch.equal(counts, batch.label_counts):
         raise ValueError("label_counts are not those of loss_mask")
 
@@ -315,4 +394,6 @@ def _are_numbers(values: Tensor, count: int) -> bool:
     """Whether all values lie in [0, count)."""
     if not values.numel():
         return True
-    return int(values.min()) >= 0 and int(values.max()) < count
+    smallest = int(values.min())
+    largest = _largest(values)
+    return smallest >= 0 and largest < count
