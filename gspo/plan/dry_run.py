@@ -6,7 +6,8 @@ rank 0 of any number. FSDP2 needs a device that torch was built for, so the tens
 are on the CPU. What a GPU does otherwise is put in its place: attention that keeps no scores and no
 dense mask, a head that takes bf16 operands.
 
-Not here: what a run holds beside its training step, which is arithmetic (:mod:`gspo.plan.estimate`).
+Not here: what a run holds beside its training step, which is arithmetic
+(:mod:`gspo.plan.estimate`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from gspo.plan import memory_tracker as labels
 NUM_ROWS, WIDTH, VOCAB = 7, 16, 33
 
 
-@pytest.mark.parametrize(("on_gpu", "itemsize"), [(True, 2), (False, 4)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize(("on_gpu", "itemsize"), [(True, 2), (False, 4)], ids=["narrow", "widened"])
 def test_operand_of_the_head_counts_as_long_as_the_head_holds_it(on_gpu, itemsize):
     shape = torch.Size((VOCAB, WIDTH))
     tracker = labels.MemoryTracker({shape}, shape, on_gpu=on_gpu)
