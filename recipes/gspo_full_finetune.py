@@ -66,7 +66,8 @@ class GSPOFullFinetuneRecipe:
             context=cfg.context_parallel_size,
         )
         training.set_seed(cfg.seed)
-        self._params = SamplingParams(**cfg.sampling.model_dump())
+        sampling = cfg.sampling.model_dump()
+        self._params = SamplingParams(**sampling)
         self._state = TrainState()
         self._run = RunFolder(cfg, self._ranks, self._state)
 
@@ -158,7 +159,8 @@ class GSPOFullFinetuneRecipe:
         with refusals("packing"):
             check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
         with refusals(key, "correct the path, or get the model first"):
-            weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+            checkpoint = checkpointer.load_checkpoint()
+        weights = checkpoint[training.MODEL_KEY]
         options = PolicyOptions(**cfg.policy_options)
         return build_policy(
             decoder, weights, loss, ranks=self._ranks, device=self._device, options=options

@@ -98,9 +98,9 @@ def _head_lines(replayed: dict[str, Any]) -> Iterator[str]:
     of_file = replayed["advantages"]
     for objective in replayed["objectives"]:
         yield _objective_line(objective)
-        own = objective["advantages"]
-        if own != of_file:
-            yield f"  with the file's advantages ({of_file}), not its own ({own})"
+        of_objective = objective["advantages"]
+        if of_objective != of_file:
+            yield f"  with the file's advantages ({of_file}), not its own ({of_objective})"
 
 
 def _objective_line(objective: dict[str, Any]) -> str:

@@ -348,8 +348,8 @@ def _drop_own_prefixes(values: dict[str, Any]) -> None:
     prefixes = values.get("prefix_index")
     if prefixes is None:
         return
-    own = torch.arange(prefixes.numel())
-    if torch.equal(prefixes, own):
+    documents = torch.arange(prefixes.numel())
+    if torch.equal(prefixes, documents):
         del values["prefix_index"]
 
 
