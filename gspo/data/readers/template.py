@@ -1,17 +1,23 @@
 """Templates that make a row's prompt, as text and as tokens.
 
 Prompts are text from a template and not chat messages: a chat model's turn markers belong into the
-template. A special token of the tokenizer that is written there becomes that one token.
+template. A special token of the tokenizer that is written there becomes that one token. The same
+characters in a row's value stay text, so that no row can end its own turn.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gspo.errors import InputError
+from gspo.errors import InputError, require
+from gspo.sampling.fingerprint import special_ids
+
+_DOUBLE = "double a brace that is text, e.g. {{x}}"
 
 
 class Encoder(Protocol):
@@ -22,29 +28,47 @@ class Encoder(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """The place of a row's value in a template."""
+
+    name: str
+
+
+_Run = list[str | _Field]  # literals and fields that are encoded together
+
+
 class PromptTemplate:
-    """A format string over a row's fields, for one tokenizer.
+    """A text with the places of a row's fields, for one tokenizer.
 
     Args:
-        template: a literal brace is doubled. The tokenizer's special tokens may stand in it.
+        template: ``{name}`` is the value of a field; a literal brace is doubled. The tokenizer's
+            special tokens may stand in it.
         tokenizer: has torchtune's ``encode(text, add_bos=, add_eos=)``.
         add_bos: put the tokenizer's begin-of-sequence token first.
 
     Raises:
-        InputError: The template has a lone brace or names no field.
+        InputError: The template has a lone brace, names no field, or has more in a field than a
+            name.
     """
 
     def __init__(self, template: str, tokenizer: Encoder, *, add_bos: bool) -> None:
-        self.fields = _fields(template)
-        self._template = template
+        self._parts = _parse(template)
+        self.fields = [part.name for part in self._parts if isinstance(part, _Field)]
+        if not self.fields:
+            must = "must name the row's fields, e.g. '{question}'"
+            raise InputError("prompt_template", template, must)
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         self._bos_id: int | None = getattr(tokenizer, "bos_id", None)
-        self._pieces = _split_at_special_tokens(template, tokenizer)
+        # torchtune's wrapper of Hugging Face's tokenizers may add it whatever add_bos says.
+        self._always_adds_bos = bool(getattr(tokenizer, "hf_adds_bos", False))
+        self._pieces = _split_at_special_tokens(self._parts, special_ids(tokenizer))
+        self._from_text = _any_of(_special_tokens_from_text(tokenizer))
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the prompt of a row."""
-        return self._template.format_map(row)
+        return "".join(_texts(self._parts, row))
 
     def encode(self, row: Mapping[str, Any], name: str) -> list[int]:
         """Return the tokens of a row's prompt.
@@ -67,7 +91,7 @@ class PromptTemplate:
 
     def _encode(self, row: Mapping[str, Any]) -> list[int]:
         if len(self._pieces) == 1:
-            return self._tokenizer.encode(self.text(row), add_bos=self._add_bos, add_eos=False)
+            return self._encode_run(self._parts, row, add_bos=self._add_bos)
         tokens: list[int] = []
         if self._add_bos and self._bos_id is not None:
             tokens.append(self._bos_id)
@@ -75,41 +99,163 @@ class PromptTemplate:
             if isinstance(piece, int):
                 tokens.append(piece)
             else:
-                text = piece.format_map(row)
-                tokens += self._tokenizer.encode(text, add_bos=False, add_eos=False)
+                tokens += self._encode_run(piece, row, add_bos=False)
         return tokens
 
+    def _encode_run(self, run: _Run, row: Mapping[str, Any], *, add_bos: bool) -> list[int]:
+        texts = list(_texts(run, row))
+        text = "".join(texts)
+        cuts = self._cuts(text, _literal_spans(run, texts))
+        first, *others = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+        tokens = self._tokenizer.encode(first, add_bos=add_bos, add_eos=False)
+        for other in others:
+            continued = self._tokenizer.encode(other, add_bos=False, add_eos=False)
+            tokens += continued[1:] if self._always_adds_bos else continued
+        return tokens
 
-def _fields(template: str) -> list[str]:
-    """Return the names of the row's fields in a template."""
+    def _cuts(self, text: str, literals: list[tuple[int, int]]) -> list[int]:
+        """Return where to cut a text, so that no special token but the template's stays whole."""
+        if self._from_text is None:
+            return []
+        cuts = set()
+        match = self._from_text.search(text)
+        while match:
+            begin, end = match.span()
+            literal_end = _end_of_literal(begin, literals)
+            if end > literal_end:  # not the template's alone
+                cuts.add(max(literal_end, begin + 1))
+            match = self._from_text.search(text, begin + 1)  # they can overlap
+        return sorted(cuts)
+
+
+def _parse(template: str) -> _Run:
+    """Return the literals and fields of a template."""
+    is_text = isinstance(template, str)
+    require(is_text, "prompt_template", template, "must be a text", "write e.g. '{question}'")
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         must = f"is no format string: {error}"
-        raise InputError(
-            "prompt_template", template, must, "double a brace that is text"
-        ) from error
-    fields = [name.replace("[", ".").partition(".")[0] for name in names]
-    if "" in fields or not fields:
-        must = "must name the row's fields, e.g. '{question}'"
-        raise InputError("prompt_template", template, must)
-    return fields
+        raise InputError("prompt_template", template, must, _DOUBLE) from error
+    parts: _Run = []
+    literal = ""  # a doubled brace ends a text of the parser's, and no literal
+    for text, name, spec, conversion in parsed:
+        literal += text
+        if name is None:
+            continue
+        _check_field(template, name, spec, conversion)
+        if literal:
+            parts.append(literal)
+        parts.append(_Field(name))
+        literal = ""
+    if literal:
+        parts.append(literal)
+    return parts
 
 
-def _split_at_special_tokens(template: str, tokenizer: Any) -> list[str | int]:
-    """Cut a template at the special tokens written in it, which are given by id.
+def _check_field(template: str, name: str, spec: str | None, conversion: str | None) -> None:
+    if not name and not spec and not conversion:
+        must = "must name the row's fields, e.g. '{question}', and has {}"
+        raise InputError("prompt_template", template, must, _DOUBLE)
+    is_plain = not spec and not conversion and name and not set(name) & set(".[]")
+    if not is_plain:
+        field = name
+        if conversion:
+            field += f"!{conversion}"
+        if spec:
+            field += f":{spec}"
+        must = f"has {{{field[:40]}}}, but a field must be a column's name alone, e.g. {{question}}"
+        raise InputError("prompt_template", template, must, _DOUBLE)
+
+
+def _texts(run: _Run, row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the text of every literal and field."""
+    for part in run:
+        yield str(row[part.name]) if isinstance(part, _Field) else part
+
+
+def _literal_spans(run: _Run, texts: list[str]) -> list[tuple[int, int]]:
+    """Return where the literals of a run begin and end in its text."""
+    spans = []
+    begin = 0
+    for part, text in zip(run, texts, strict=True):
+        end = begin + len(text)
+        if isinstance(part, str):
+            spans.append((begin, end))
+        begin = end
+    return spans
+
+
+def _end_of_literal(position: int, literals: list[tuple[int, int]]) -> int:
+    """Return the end of the literal around a position; the position itself inside a value."""
+    for begin, end in literals:
+        if begin <= position < end:
+            return end
+    return position
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str] | None:
+    """Return a pattern of the longest token at a place; None for no tokens."""
+    if not tokens:
+        return None
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in longest_first))
+
+
+def _split_at_special_tokens(parts: _Run, ids: Mapping[str, int]) -> list[int | _Run]:
+    """Cut a template at the special tokens in its literals, which are given by id.
 
     Not every ``encode`` finds them: torchtune's for Llama 3 takes ``<|eot_id|>`` for plain text.
     """
-    special_tokens = getattr(tokenizer, "special_tokens", None)
-    if not special_tokens or not isinstance(special_tokens, dict):
-        return [template]
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    any_of_them = "|".join(re.escape(token) for token in longest_first)
-    pieces: list[str | int] = []
-    for piece in re.split(f"({any_of_them})", template):
-        if piece in special_tokens:
-            pieces.append(special_tokens[piece])
-        elif piece:
-            pieces.append(piece)
-    return pieces
+    pattern = _any_of(list(ids))
+    if pattern is None:
+        return [parts]
+    pieces: list[int | _Run] = []
+    run: _Run = []
+    for part in parts:
+        for piece in _split(pattern, part):
+            if isinstance(piece, str) and piece in ids:
+                if run:
+                    pieces.append(run)
+                pieces.append(ids[piece])
+                run = []
+            else:
+                run.append(piece)
+    return [*pieces, run] if run else pieces
+
+
+def _split(pattern: re.Pattern[str], part: str | _Field) -> _Run:
+    """Return the matches in a literal and what stands between them; a field as it is."""
+    if isinstance(part, _Field):
+        return [part]
+    return [piece for piece in re.split(f"({pattern.pattern})", part) if piece]
+
+
+def _special_tokens_from_text(tokenizer: Any) -> list[str]:
+    """Return the special tokens that ``encode`` makes of their own characters.
+
+    One character cannot be cut, so tokens of one are left out.
+    """
+    ids = special_ids(tokenizer) or _huggingface_special_ids(tokenizer)
+    tokens = []
+    for token, number in ids.items():
+        if len(token) > 1 and number in tokenizer.encode(token, add_bos=False, add_eos=False):
+            tokens.append(token)
+    return tokens
+
+
+def _huggingface_special_ids(tokenizer: Any) -> dict[str, int]:
+    """Return {token: id} of the special tokens of a wrapped tokenizer of Hugging Face's.
+
+    Some files call a chat's turn markers not special, DeepSeek's ``<｜User｜>`` among them: angle
+    brackets tell those from words and blanks that were added to a vocabulary.
+    """
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    if not hasattr(inner, "get_added_tokens_decoder"):
+        return {}
+    ids = {}
+    for number, token in inner.get_added_tokens_decoder().items():
+        in_brackets = token.content.startswith("<") and token.content.endswith(">")
+        if token.special or in_brackets:
+            ids[token.content] = number
+    return ids
