@@ -1,8 +1,11 @@
+import datetime
 import inspect
 import itertools
 import json
 import logging
+import math
 import re
+import struct
 
 import datasets
 import pyarrow
@@ -10,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from gspo.data import readers
-from gspo.errors import InputError
+from gspo.errors import DataError, InputError
 from tests.data.law import assert_resumes_anywhere
 
 
@@ -274,6 +277,87 @@ def test_bytes_that_are_not_text_name_their_line(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(f"{GOOD_LINE}\n".encode() + b'{"question": "\xff\xfe"}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl:2: not JSON"):
         readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("depth", [101, 900, 50_000])
+def test_row_that_is_nested_too_deep_names_its_line(tmp_path, depth):
+    deep = '{"x": ' * (depth // 2) + "[" * (depth - depth // 2) + "]" * (depth - depth // 2)
+    deep += "}" * (depth // 2)
+    (tmp_path / "bad.jsonl").write_text(f"{GOOD_LINE}\n{deep}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: nested more than 100 deep; keep"):
+        readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "bad.jsonl"))
+
+
+def test_long_flat_row_is_read(tmp_path):
+    row = {"question": "{" * 200, "answer": "1", "x": [{}] * 200}
+    source = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert next(readers.jsonl_prompts(TOKENIZER, source=source)).metadata == row
+
+
+def test_number_of_too_many_digits_names_its_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(f'{{"question": "q", "answer": {"1" * 5000}}}')
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: not JSON: Exceeds the limit"):
+        readers.jsonl_prompts(TOKENIZER, source=str(tmp_path / "bad.jsonl"))
+
+
+def make_reader(kind, folder, columns):
+    table = pyarrow.table(columns)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, folder / "a.parquet")
+        return readers.parquet_prompts(TOKENIZER, source=str(folder / "a.parquet"), shuffle=False)
+    datasets.Dataset(table).save_to_disk(str(folder / "a"))
+    return readers.huggingface_prompts(TOKENIZER, source=str(folder / "a"), shuffle=False)
+
+
+ARROW = pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+
+
+@ARROW
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["q", None], "None"),
+        ([b"q", b"\xff"], "b'q'"),
+        ([1.5, math.nan], "nan"),
+        ([1.5, -math.inf], "-inf"),
+        ([["q"], ["r"]], r"\['q'\]"),
+        ([{"q": 1}, {"q": 2}], "{'q': 1}"),
+        ([datetime.date(2020, 1, 2)] * 2, r"datetime\.date\(2020, 1, 2\)"),
+    ],
+    ids=["null", "bytes", "nan", "inf", "list", "struct", "date"],
+)
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_value_that_is_no_text_number_or_boolean_names_row_and_column(
+    tmp_path, kind, column, values, shown
+):
+    columns = {"question": ["q", "r"], "answer": ["1", "2"]} | {column: values}
+    with pytest.raises(DataError, match=rf":[01]: {shown} in column '{column}' must be") as caught:
+        list(itertools.islice(make_reader(kind, tmp_path, columns), 2))
+    assert ("answer_column: null" in str(caught.value)) == (column == "answer")
+
+
+@ARROW
+def test_numbers_and_booleans_are_text_in_a_prompt(tmp_path, kind):
+    columns = {"question": [1.5, 2.0], "answer": [True, False], "unused": [None, None]}
+    prompts = list(itertools.islice(make_reader(kind, tmp_path, columns), 2))
+    assert [(p.text, p.answer) for p in prompts] == [("1.5", "True"), ("2.0", "False")]
+
+
+@ARROW
+def test_row_of_text_that_is_not_utf8_is_named(tmp_path, kind):
+    ends = pyarrow.py_buffer(struct.pack("<3i", 0, 1, 3))
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, ends, pyarrow.py_buffer(b"q\xff\xfe")]
+    )
+    reader = make_reader(kind, tmp_path, {"question": text, "answer": ["1", "2"]})
+    next(reader)
+    with pytest.raises(DataError, match=":1: not readable: 'utf-8' codec can't decode byte 0xff"):
+        next(reader)
+
+
+def test_integer_of_any_size_is_text_in_a_prompt(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": 10**400, "answer": 1}])
+    assert next(readers.jsonl_prompts(TOKENIZER, source=source)).text == str(10**400)
 
 
 def test_later_row_without_a_field_names_its_line(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gspo.data.readers.rows import require_rows
+from gspo.data.readers.rows import readable, require_rows
 from gspo.errors import InputError, did_you_mean
 
 
@@ -27,7 +27,8 @@ class HuggingFaceRows:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._dataset[index])
+        with readable(self, index):
+            return dict(self._dataset[index])
 
     def name(self, index: int) -> str:
         """Return the source and the row, from 0."""

@@ -9,6 +9,8 @@ from typing import Any
 from gspo.data.readers.rows import existing_path, require_rows
 from gspo.errors import DataError
 
+_MAX_DEPTH = 100  # what copies, pickles or shows a row calls itself for each level
+
 
 class JsonlRows:
     """One JSON object per line; blank lines are passed over.
@@ -50,7 +52,30 @@ class JsonlRows:
             row = json.loads(line)
         except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are two
             raise DataError(place, must=f"not JSON: {error}", remedy=shown) from error
+        except RecursionError as error:
+            raise _too_deep(place) from error
         if not isinstance(row, dict):
             kind = type(row).__name__
             raise DataError(place, must=f"a {kind}, not a JSON object", remedy=shown)
+        may_be_deep = line.count(b"[") + line.count(b"{") > _MAX_DEPTH
+        if may_be_deep and _is_deep(row):
+            raise _too_deep(place)
         return row
+
+
+def _too_deep(place: str) -> DataError:
+    must = f"nested more than {_MAX_DEPTH} deep"
+    return DataError(place, must=must, remedy="keep what is so deep as a text")
+
+
+def _is_deep(row: dict[str, Any]) -> bool:
+    level: list[Any] = [row]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        level = below
+    return any(isinstance(value, dict | list) for value in level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gspo.data.readers.rows import existing_path, require_rows
+from gspo.data.readers.rows import existing_path, readable, require_rows
 from gspo.errors import DataError
 
 
@@ -27,7 +27,8 @@ class ParquetRows:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._table.slice(index, 1).to_pylist()[0]
+        with readable(self, index):
+            return self._table.slice(index, 1).to_pylist()[0]
 
     def name(self, index: int) -> str:
         """Return the source and the row, from 0."""

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from gspo.data.readers.rows import Rows
+from gspo.data.readers.rows import Rows, require_plain
 from gspo.data.readers.template import Encoder, PromptTemplate
 from gspo.errors import DataError, InputError, require
 from gspo.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_ANSWERS = "set answer_column: null where no reward needs an answer"
 
 
 class PromptReader(BaseNode[Prompt]):
@@ -32,8 +34,8 @@ class PromptReader(BaseNode[Prompt]):
     Args:
         rows: the source.
         tokenizer: has torchtune's ``encode(text, add_bos=, add_eos=)``.
-        prompt_template: a format string over the row's fields; a literal brace is doubled. The
-            tokenizer's special tokens may stand in it.
+        prompt_template: a text with ``{name}`` for the row's fields; a literal brace is doubled.
+            The tokenizer's special tokens may stand in it; in a row they are text.
         answer_column: the field that holds the reference answer; None for prompts without one.
         add_bos: put the tokenizer's begin-of-sequence token first.
         max_prompt_tokens: the longest prompt allowed, in tokens; None for no limit.
@@ -46,8 +48,8 @@ class PromptReader(BaseNode[Prompt]):
 
     Raises:
         InputError: An argument is out of range, there are fewer rows than ranks or the first row
-            lacks a field. From ``next``: a row lacks a field, its prompt is too long or empty or
-            begins twice, or a whole pass was skipped.
+            lacks a field. From ``next``: a row lacks a field or has no text, number or boolean
+            there, its prompt is too long or empty or begins twice, or a whole pass was skipped.
     """
 
     def __init__(
@@ -158,8 +160,7 @@ class PromptReader(BaseNode[Prompt]):
         return Prompt(name, text, tokens, self._answer(row), row)
 
     def _answer(self, row: Mapping[str, Any]) -> str | None:
-        answer = None if self._answer_column is None else row[self._answer_column]
-        return None if answer is None else str(answer)
+        return None if self._answer_column is None else str(row[self._answer_column])
 
     def _skip_long(self, name: str, num_tokens: int) -> None:
         if self._on_long_prompt == "error":
@@ -182,8 +183,11 @@ class PromptReader(BaseNode[Prompt]):
     def _check_fields(self, row: Mapping[str, Any], name: str) -> None:
         for field in self._template.fields:
             _require_field("prompt_template", field, row, name)
+            require_plain(row[field], field, name)
         if self._answer_column is not None:
             _require_field("answer_column", self._answer_column, row, name)
+            answer = row[self._answer_column]
+            require_plain(answer, self._answer_column, name, instead=_WITHOUT_ANSWERS)
 
     def _check_state(self, state: Mapping[str, Any], key: str, value: int) -> None:
         saved = state.get(key, value)

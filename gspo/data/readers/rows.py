@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import numbers
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo.errors import require
+from gspo.errors import DataError, require
+
+_CORRECT = "correct the row or take it out"
 
 
 class Rows(Protocol):
@@ -41,3 +48,51 @@ def require_rows(rows: Rows, source: str) -> None:
         InputError: There are none.
     """
     require(len(rows) > 0, "source", source, "is empty", "a run needs at least one prompt")
+
+
+@contextlib.contextmanager
+def readable(rows: Rows, index: int) -> Iterator[None]:
+    """Name the row whose values Arrow does not turn into Python's.
+
+    Raises:
+        DataError: Text is not UTF-8, or a date out of Python's range.
+    """
+    try:
+        yield
+    except ValueError as error:
+        must = f"not readable: {error}"
+        raise DataError(rows.name(index), must=must, remedy=_CORRECT) from error
+
+
+def require_plain(value: Any, column: str, name: str, *, instead: str = "") -> None:
+    """Refuse a value that does not become a prompt's text or an answer as its writer meant it.
+
+    Args:
+        value: of a row.
+        column: that it stands in.
+        name: of the row.
+        instead: another remedy beside a better value.
+
+    Raises:
+        DataError: It is neither a text of Unicode characters nor a finite number nor a boolean.
+    """
+    problem = _not_plain(value)
+    if problem:
+        remedy = f"{_CORRECT}, or {instead}" if instead else _CORRECT
+        raise DataError(name, value, f"in column {column!r} {problem}", remedy)
+
+
+def _not_plain(value: Any) -> str:
+    """Return what is wrong with a value; nothing for a text, a finite number or a boolean."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            unit = value[error.start]
+            return f"must be Unicode text, but {unit!r} is half of a surrogate pair"
+        return ""
+    if isinstance(value, numbers.Integral):  # of any size; a boolean is one
+        return ""
+    if isinstance(value, numbers.Real | Decimal) and math.isfinite(value):
+        return ""
+    return "must be a text, a finite number or a boolean"
