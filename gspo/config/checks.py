@@ -341,6 +341,9 @@ def _argument_problems(
     except ValueError:  # built in, without a signature
         return
     handled = set() if given is None else set(given.get(path, ()))
+    for name in sorted(handled & node.keys()):
+        problem = "is passed by the recipe"
+        yield InputError(f"{path}.{name}", node[name], problem, "leave it out")
     arguments = {name: value for name, value in node.items() if name not in handled}
     arguments.pop("_component_")
     named = _by_name(parameters)
