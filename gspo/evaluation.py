@@ -9,8 +9,9 @@ its random state.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gspo.data.sample import prompt_seed
 from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
@@ -31,6 +32,8 @@ class _Scores:
     num_correct: int  # completions
     total_reward: float
     num_failures: int  # reward calls
+    rewards: list[float]  # of each completion
+    is_correct: list[bool]  # of each completion
 
 
 def evaluate(
@@ -40,6 +43,7 @@ def evaluate(
     *,
     params: SamplingParams,
     num_samples: int = 0,
+    on_greedy: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> Metrics:
     """Return the metrics of this rank's prompts.
 
@@ -53,11 +57,14 @@ def evaluate(
         prompts: this rank's share; may be empty.
         params: of the sampled completions; the greedy ones keep only its length limit.
         num_samples: k, completions drawn for each prompt.
+        on_greedy: called with a row for each prompt and its greedy completion.
     """
     num_prompts = len(prompts)
     greedy_params = replace(params, temperature=0.0)
     completions = _draw(sampler, prompts, 1, greedy_params)
     greedy = _score(pool, prompts, completions)
+    if on_greedy is not None:
+        on_greedy(_rows(prompts, completions, greedy))
     num_failures = greedy.num_failures
     metrics: Metrics = {
         "eval/accuracy": Mean(greedy.num_solved, num_prompts),
@@ -103,14 +110,37 @@ def _score(
     totals = iter(result.totals)
     num_solved = 0
     num_correct = 0
+    is_correct = []
     for of_prompt in completions:
         num_full = 0
         for _ in of_prompt:
             is_full = next(totals) >= full_reward
+            is_correct.append(is_full)
             num_full += is_full
         num_correct += num_full
         if num_full:
             num_solved += 1
     total_reward = sum(result.totals)
     num_failures = sum(result.failures.values())
-    return _Scores(num_solved, num_correct, total_reward, num_failures)
+    rewards = list(result.totals)
+    return _Scores(num_solved, num_correct, total_reward, num_failures, rewards, is_correct)
+
+
+def _rows(
+    prompts: list[Prompt], completions: list[list[Completion]], scores: _Scores
+) -> list[dict[str, Any]]:
+    rows = []
+    for prompt, drawn, reward, is_correct in zip(
+        prompts, completions, scores.rewards, scores.is_correct, strict=True
+    ):
+        rows.append(
+            {
+                "prompt_id": prompt.id,
+                "prompt": prompt.text,
+                "completion": drawn[0].text,
+                "answer": prompt.answer,
+                "reward": reward,
+                "correct": is_correct,
+            }
+        )
+    return rows

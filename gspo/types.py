@@ -73,13 +73,15 @@ class GroupBatch:
     """The groups of one call of the sampler, on their way through scoring and advantages.
 
     ``dropped_documents`` and ``dropped_tokens`` count documents that were drawn, carry no gradient
-    and were taken out before the update; they stay in the denominators.
+    and were taken out before the update; they stay in the denominators. ``dead_groups`` are those
+    whose rewards are equal, in ``groups`` or taken out.
     """
 
     groups: list[Group]
     stats: Metrics = field(default_factory=dict)
     dropped_documents: int = 0
     dropped_tokens: int = 0
+    dead_groups: list[Group] = field(default_factory=list)
 
 
 class Axis(StrEnum):

@@ -108,6 +108,8 @@ class Advantage(TransformNode[GroupBatch]):
                 live = self._estimate(group, live)
                 _keep(group, live, kept)
             num_dead += is_dead
+            if is_dead:
+                kept.dead_groups.append(group)
             num_quarantined += len(group.completions) - len(live)
         kept.stats["dead_groups"] = Mean(float(num_dead), float(len(drawn.groups)))
         kept.stats["quarantined_documents"] = Sum(float(num_quarantined))

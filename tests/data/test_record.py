@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from gspo.data.advantage import Advantage
 from gspo.data.record import Record
 from tests.data.fakes import Items, completion, exact, rollout
 from tests.data.law import assert_resumes_anywhere
@@ -42,9 +43,25 @@ def test_record_says_what_was_asked_and_earned():
         "reward": 0.5,
         "rewards": {"odd": 0.5},
         "advantage": 1.5,
+        "dead": False,
         "finish_reason": "stop",
         "policy_version": 7,
     }
+
+
+@pytest.mark.parametrize("dropped", [True, False], ids=["dropped", "kept"])
+def test_record_writes_dead_groups_in_the_order_of_the_draws(dropped):
+    def make(_):
+        rewards = [(1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0)]
+        return rollout(*[[completion(reward=reward) for reward in pair] for pair in rewards])
+
+    rows = []
+    node = Advantage(Items(make, 1), estimator="group_mean", drop_dead_groups=dropped)
+    (passed,) = Record(node, rows.extend, num_per_rollout=3)
+    assert [row["prompt_id"] for row in rows] == ["p:0", "p:1", "p:2"]
+    assert [row["dead"] for row in rows] == [True, False, True]
+    assert [row["advantage"] for row in rows] == [0.0, 0.5, 0.0]
+    assert len(passed.groups) == (2 if dropped else 4)
 
 
 def test_record_resumes_anywhere():
