@@ -190,6 +190,11 @@ class Settings(BaseSettings):
     checkpointer: Component = Field(
         description="torchtune checkpointer: where the weights come from, and where they go."
     )
+    check_model_config: Switch = Field(
+        True,
+        description="Refuse a model that differs from the `config.json` in checkpoint_dir, such as "
+        "in rope_base.",
+    )
     reference_checkpointer: OptionalComponent = Field(
         None, description="Weights of the reference policy that kl_coef keeps the policy near."
     )

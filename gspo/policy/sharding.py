@@ -155,6 +155,14 @@ def _check_weights(in_model: dict[str, Tensor], in_checkpoint: dict[str, Tensor]
                 f"is {model_shape} in the model and {checkpoint_shape} in the checkpoint",
                 "name the builder, with its arguments, that the checkpoint was made for",
             )
+    for name, weight in in_checkpoint.items():
+        if not weight.is_floating_point():  # copying would turn codes into weights
+            raise InputError(
+                "checkpointer",
+                name,
+                f"is of {weight.dtype} in the checkpoint, which is no number of a weight",
+                "take a checkpoint that is not quantized",
+            )
 
 
 def _shape(weights: dict[str, Tensor], name: str) -> list[int] | str:

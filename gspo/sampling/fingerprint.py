@@ -12,6 +12,9 @@ from gspo.errors import InputError
 # vocabulary.
 _INNER = ("tokenizer", "tokenizer_model", "tt_model", "_spm_model", "spm_model", "base_tokenizer")
 
+_PROBES = ("two and 3", "solve 45")
+_READ_FILES = "give it the tokenizer files of the model, or correct its encode and decode"
+
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the vocabulary and the special tokens.
@@ -35,6 +38,36 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             digest.update(repr(entry).encode())
         digest.update(b"|")
     return digest.hexdigest()[:16]
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer that loses text: one that decodes to something else, or knows one id.
+
+    Raises:
+        InputError: It does.
+    """
+    name = type(tokenizer).__name__
+    all_ids = []
+    for text in _PROBES:
+        try:
+            ids = list(tokenizer.encode(text, add_bos=False, add_eos=False))
+            decoded = tokenizer.decode(ids)
+        except Exception as error:
+            problem = f"fails on {text!r}: {type(error).__name__}: {error}"
+            raise InputError("tokenizer", name, problem, _READ_FILES) from error
+        if _characters(text) not in _characters(decoded):
+            problem = f"makes {decoded!r} of {text!r} when it encodes and decodes it"
+            raise InputError("tokenizer", name, problem, _READ_FILES)
+        all_ids.append(ids)
+    first, second = all_ids
+    if first == second:
+        problem = f"gives {_PROBES[0]!r} and {_PROBES[1]!r} the same ids {first}"
+        raise InputError("tokenizer", name, problem, _READ_FILES)
+
+
+def _characters(text: str) -> str:
+    """Return letters and digits alone: tokenizers differ in blanks and in case."""
+    return "".join(character for character in text.lower() if character.isalnum())
 
 
 def _sorted_entries(ids: Mapping[Any, int]) -> list[tuple[int, bytes]]:

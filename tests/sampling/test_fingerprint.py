@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from gspo.errors import InputError
-from gspo.sampling.fingerprint import tokenizer_fingerprint
+from gspo.sampling.fingerprint import check_tokenizer, tokenizer_fingerprint
 
 
 def tokenizer(vocabulary, specials=None):
@@ -50,3 +50,39 @@ def test_fingerprint_finds_the_vocabulary_where_torchtune_keeps_it():
 def test_fingerprint_refuses_a_tokenizer_without_a_vocabulary():
     with pytest.raises(InputError, match="get_vocab"):
         tokenizer_fingerprint(SimpleNamespace(decode=str))
+
+
+class Characters:
+    """A tokenizer of characters, with its mistakes as functions of texts and ids."""
+
+    def __init__(self, change_ids=lambda ids: ids, change_text=lambda text: text):
+        self.change_ids = change_ids
+        self.change_text = change_text
+
+    def encode(self, text, add_bos, add_eos):
+        return self.change_ids([ord(character) for character in text])
+
+    def decode(self, ids):
+        return self.change_text("".join(chr(number) for number in ids))
+
+
+def test_tokenizer_that_keeps_letters_is_taken():
+    check_tokenizer(Characters())
+    check_tokenizer(Characters(change_text=lambda text: f"<s> {text.upper()} "))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (Characters(change_ids=lambda ids: [0]), "makes '\\x00' of 'two and 3' when it encodes"),
+        (Characters(change_ids=lambda ids: ids[:-1]), "makes 'two and ' of 'two and 3'"),
+        (Characters(lambda ids: [1], lambda text: "two and 3 solve 45"), "the same ids [1]"),
+        (Characters(change_text=lambda text: 1 / 0), "fails on 'two and 3': ZeroDivisionError: "),
+    ],
+    ids=["one_id", "cut", "decodes_anything", "raises"],
+)
+def test_tokenizer_that_loses_text_is_refused(tokenizer, message):
+    with pytest.raises(InputError) as refused:
+        check_tokenizer(tokenizer)
+    assert str(refused.value).startswith("tokenizer: 'Characters' ")
+    assert message in str(refused.value)
