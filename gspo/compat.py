@@ -7,9 +7,11 @@ needs it stays inside its function, so that this module is cheap to import.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ __all__ = [
     "component_from_path",
     "merge_overrides",
     "patch_stochastic_rounding",
+    "with_output_dir",
 ]
 
 # torch 2.13 has it by the first name, 2.11 by the second. Differentiable, known to torch.compile.
@@ -51,6 +54,13 @@ def component_from_path(path: str) -> Any:
 def merge_overrides(from_file: Namespace, overrides: Sequence[str]) -> DictConfig:
     """Merge ``key=value`` and ``~key`` into a config (torchtune 0.6.1, ``config._utils``)."""
     return _merge_yaml_and_cli_args(from_file, list(overrides))
+
+
+def with_output_dir(checkpointer: Any, folder: Path) -> Any:
+    """Return a copy of a checkpointer that saves in another folder (torchtune 0.6.1)."""
+    other = copy.copy(checkpointer)
+    other._output_dir = folder
+    return other
 
 
 def patch_stochastic_rounding() -> None:

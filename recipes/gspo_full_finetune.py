@@ -42,10 +42,10 @@ from gspo.data import (
 from gspo.data.pack import check_bin_length
 from gspo.diagnosis import Advisor, UpdateAudit, log_document_weights
 from gspo.metrics import Metrics, StepMetrics, Time, batch_metrics
-from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy
+from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy, check_model_config
 from gspo.rewards.pool import RewardPool
 from gspo.run import Progress, RunFolder, TrainState, build_profiler
-from gspo.sampling.fingerprint import tokenizer_fingerprint
+from gspo.sampling.fingerprint import check_tokenizer, tokenizer_fingerprint
 from gspo.types import PackedBatch, Prompt, SamplingParams
 
 log = utils.get_logger("INFO")
@@ -75,6 +75,7 @@ class GSPOFullFinetuneRecipe:
         """Build everything that the loop uses, in the order in which a mistake is cheapest."""
         cfg, ranks = self._cfg, self._ranks
         self._tokenizer = build(cfg, "tokenizer")
+        check_tokenizer(self._tokenizer)
         self._checkpointer = build(cfg, "checkpointer")
         self._pool = RewardPool(cfg.rewards, **cfg.reward_pool.model_dump())
         prompts = self._build_prompts()
@@ -158,6 +159,8 @@ class GSPOFullFinetuneRecipe:
         decoder = self._build_decoder(torch.device("meta"))
         with refusals("packing"):
             check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
+        if cfg.check_model_config:
+            check_model_config(decoder, getattr(cfg, key))
         with refusals(key, "correct the path, or get the model first"):
             checkpoint = checkpointer.load_checkpoint()
         weights = checkpoint[training.MODEL_KEY]
@@ -287,30 +290,30 @@ class GSPOFullFinetuneRecipe:
             self._held_out,
             params=self._params,
             num_samples=self._cfg.eval.num_samples,
+            on_greedy=self._run.write_held_out,
         )
         values = StepMetrics([metrics]).reduce()
         self._state.keep_evaluation(values)
         return values
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
         """Write the model in the format that it was read in."""
         weights = training.gather_cpu_state_dict(
             self._policy.decoder, self._ranks.is_first, self._device
         )
-        self._run.save_model(self._checkpointer, weights, self._dtype)
+        self._run.save_model(self._checkpointer, weights, self._dtype, last=last)
 
     def _finish(self) -> None:
-        """Do what a run that ended before ``num_steps`` has not done, save, and sum up."""
+        """Do what a run that ended before ``num_steps`` has not done, sum up, and save."""
         if self._state.evaluated_at != self._state.step:
             self._sync_sampler()
             self._run.log(self._evaluate())
-        self._save()
         self._run.write_summary(self._progress.seconds)
+        self._save(last=True)
 
     def cleanup(self) -> None:
         """End worker processes, loggers and the process group."""
         self._pool.close()
-        self._run.close()
         dist.destroy_process_group()
 
 
@@ -324,8 +327,9 @@ def recipe_main(cfg: Settings) -> None:
     """Configuration comes from the YAML file, then from key=value on the command line."""
     recipe = GSPOFullFinetuneRecipe(cfg)  # makes the process group, so that one rank logs alone
     config.log_config(recipe_name="GSPOFullFinetuneRecipe", cfg=cfg.resolved())
-    recipe.setup()
-    recipe.train()
+    with recipe._run:  # says what was saved when the run is interrupted
+        recipe.setup()
+        recipe.train()
     recipe.cleanup()
 
 

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def show_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate ``main`` so that an InputError is printed without a stack and ends with exit code 1.
 
     Under torchrun, ranks other than 0 print its first line only, and torchrun's summary, printed
-    last, repeats the message. Every other exception passes.
+    last, repeats the message. Ctrl-C ends with exit code 130 and a line of the first rank: the
+    interrupt's message, where it has one. Every other exception passes.
     """
 
     @functools.wraps(main)
@@ -97,6 +99,12 @@ def show_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         except InputError as error:
             _show(str(error))
             sys.exit(1)
+        except KeyboardInterrupt as interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes a second one on
+            if os.environ.get("RANK", "0") == "0":
+                sys.stderr.write(f"{str(interrupt) or 'Interrupted.'}\n")
+                sys.stderr.flush()
+            sys.exit(130)
 
     return wrapper
 

@@ -4,43 +4,55 @@
 |---|---|
 | ``metrics.jsonl`` | a row for each optimizer step, and one for the evaluation before |
 | ``completions[_rankN].jsonl`` | some groups of each rollout, one row each |
+| ``held_out.jsonl`` | greedy answers of each evaluation, of the first rank's share |
 | ``quarantine_rankN.jsonl`` | documents with a value that is not finite |
 | ``dumps/step_N.safetensors`` | what the objective of a step saw |
 | ``epoch_N/`` | the model after step N, in the format that it was read in |
 | ``summary.json`` | accuracy before and after, steps, seconds, seed |
+
+A disk that is full costs rows, and says so; it ends no run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchtune import training, utils
+from torchtune import utils
 
 from gspo.config import Settings, build, refusals
 from gspo.data.steps import StepBatches
+from gspo.errors import InputError, require
 from gspo.metrics import public
 from gspo.parallel.mesh import Ranks
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
 from gspo.run import dump
+from gspo.run.checkpoint import ModelWriter
+from gspo.run.lock import FolderLock
+from gspo.run.rows import RowFile
 from gspo.run.state import TrainState
 from gspo.update import QuarantinedDocument, find_not_finite
 
 log = utils.get_logger("INFO")
 
 MAX_SPOILED_DUMPS = 10  # a run of steps that are not finite must not fill the disk
+MAX_HELD_OUT = 64  # answers of an evaluation in held_out.jsonl
 
 
 class RunFolder:
     """The files that one rank writes of a run.
+
+    As a context it covers the run: an interruption leaves it with a message that says what was
+    saved.
 
     Args:
         cfg: the settings.
@@ -48,7 +60,8 @@ class RunFolder:
         state: of the run, which numbers what is written.
 
     Raises:
-        InputError: The folder cannot be made.
+        InputError: The folder cannot be made, another run writes in it, or the models of this run
+            would be written over those that it starts from.
     """
 
     def __init__(self, cfg: Settings, ranks: Ranks, state: TrainState) -> None:
@@ -56,16 +69,37 @@ class RunFolder:
         self._ranks = ranks
         self._state = state
         self._path = Path(cfg.output_dir)
+        self._models = Path(cfg.checkpointer.get("output_dir", self._path))
         suffix = "" if ranks.is_first else f"_rank{ranks.rank}"
-        self._metrics = self._path / "metrics.jsonl"
-        self._completions = self._path / f"completions{suffix}.jsonl"
-        self._quarantine = self._path / f"quarantine_rank{ranks.rank}.jsonl"
+        self._metrics = RowFile(self._path / "metrics.jsonl")
+        self._held_out = RowFile(self._path / "held_out.jsonl")
+        self._completions = RowFile(self._path / f"completions{suffix}.jsonl")
+        self._quarantine = RowFile(self._path / f"quarantine_rank{ranks.rank}.jsonl")
         self._dumps = self._path / "dumps"
         self._logger: Any = None
+        self._last_model: Path | None = None
         self._late_step: StepBatches | None = None  # whose late documents are in the next
         self._late: set[tuple[int, int]] = set()  # number of microbatch and document
+        _check_not_overwritten("checkpointer", cfg.checkpointer, self._models)
+        _check_not_overwritten("reference_checkpointer", cfg.reference_checkpointer, self._models)
         with refusals("output_dir", "choose a folder that can be written"):
             self._path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self._path) if ranks.is_first else None
+
+    def __enter__(self) -> RunFolder:
+        """Return the folder."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files, and give an interruption its message."""
+        self.close()
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(self._interruption()) from error
 
     def open(self) -> None:
         """Set the files of an earlier run aside and open the logger.
@@ -73,12 +107,13 @@ class RunFolder:
         It is called last, so that a run that is refused leaves earlier files as they are.
         """
         with refusals("output_dir", "choose a folder that can be written"):
-            set_aside(self._completions)
-            set_aside(self._quarantine)
+            set_aside(self._completions.path)
+            set_aside(self._quarantine.path)
             if self._ranks.is_first:
-                set_aside(self._metrics)
+                set_aside(self._metrics.path)
+                set_aside(self._held_out.path)
                 set_aside(self._dumps)
-                self._metrics.touch()
+                self._metrics.path.touch()
         if self._ranks.is_first and self._cfg.metric_logger is not None:
             self._logger = build(self._cfg, "metric_logger")
             self._logger.log_config(self._cfg.resolved())
@@ -93,14 +128,21 @@ class RunFolder:
             return
         step = self._state.step
         row = public(values)
-        append_jsonl(self._metrics, [{"step": step} | row])
+        self._metrics.append([{"step": step} | row])
         is_due = step % self._cfg.log_every_n_steps == 0 or "eval/reward" in row
         if self._logger is not None and is_due:
-            self._logger.log_dict(row, step=step)
+            with _unwritten_is_a_warning("The metric logger's row"):
+                self._logger.log_dict(row, step=step)
 
     def write_completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to this rank's completions."""
-        append_jsonl(self._completions, rows)
+        self._completions.append(rows)
+
+    def write_held_out(self, rows: list[dict[str, Any]]) -> None:
+        """Append the first rows of an evaluation."""
+        if self._ranks.is_first:
+            shown = rows[:MAX_HELD_OUT]
+            self._held_out.append({"step": self._state.step} | row for row in shown)
 
     def write_quarantined(self, record: Mapping[str, Any]) -> None:
         """Append a document that was quarantined before it reached a step.
@@ -141,7 +183,7 @@ class RunFolder:
 
     def _append_quarantined(self, stage: str, document: QuarantinedDocument) -> None:
         row = {"step": self._state.step + 1, "stage": stage, **asdict(document)}
-        append_jsonl(self._quarantine, [row])
+        self._quarantine.append([row])
 
     def dumps_now(self, *, spoiled: bool) -> bool:
         """Whether the step under way is to be dumped: its turn has come, or it is spoiled.
@@ -183,11 +225,13 @@ class RunFolder:
             "config": self._cfg.model_dump(),
             "metrics": public(values),
         }
-        with refusals("output_dir", "choose a folder that can be written and has space"):
+        with _unwritten_is_a_warning(f"The dump of step {number}"):
             path = self._dumps / f"step_{number}.safetensors"
             dump.write(path, dump.Dump(microbatches_of_all, metadata))
 
-    def save_model(self, checkpointer: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def save_model(
+        self, checkpointer: Any, weights: dict[str, Tensor], dtype: torch.dtype, *, last: bool
+    ) -> None:
         """Write the model through torchtune's checkpointer, in the format it was read in.
 
         Collective.
@@ -196,13 +240,23 @@ class RunFolder:
             checkpointer: torchtune's.
             weights: whole, on the first rank.
             dtype: of the weights.
+            last: no other model follows, so a failure ends the run; else it is a warning.
+
+        Raises:
+            InputError: On the first rank: the last model could not be written in its place.
         """
+        failure: InputError | None = None
         if self._ranks.is_first:
+            writer = ModelWriter(checkpointer, self._models, dtype)
             step = self._state.step
-            checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=step)
-            folder = self._cfg.checkpointer.get("output_dir", self._path)
-            _name_dtype(Path(folder, f"epoch_{step}", "config.json"), dtype)
-        dist.barrier()
+            try:
+                save = writer.save_last if last else writer.try_to_save
+                self._last_model = save(weights, step) or self._last_model
+            except InputError as error:
+                failure = error
+        dist.barrier()  # before the failure is raised: no rank waits for one that has ended
+        if failure is not None:
+            raise failure
 
     def write_summary(self, seconds: float) -> None:
         """Write ``summary.json``.
@@ -219,29 +273,59 @@ class RunFolder:
             "seconds": round(seconds, 1),
             "seed": self._cfg.seed,
         }
-        (self._path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        path = self._path / "summary.json"
+        with _unwritten_is_a_warning(str(path)):
+            path.write_text(json.dumps(summary, indent=2) + "\n")
         log.info("Done: %s", summary)
 
     def close(self) -> None:
-        """Close the metric logger."""
+        """Write the rows that wait, close the metric logger and give the folder free."""
+        for rows in (self._metrics, self._held_out, self._completions, self._quarantine):
+            rows.close()
         if self._logger is not None:
             self._logger.close()
+            self._logger = None
+        if self._lock is not None:
+            self._lock.release()
+
+    def _interruption(self) -> str:
+        """Say how far the run had come and where its last model is; only the first rank does."""
+        if not self._ranks.is_first:
+            return ""
+        saved = "nothing was saved yet"
+        if self._last_model is not None:
+            saved = f"the last saved model is {self._last_model}"
+        return f"Interrupted after step {self._state.step}; {saved}."
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _name_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Name the weights' dtype in a saved ``config.json``, which is a copy of the base model's."""
-    if not file.exists():  # torchtune's and Meta's formats have none
+def _check_not_overwritten(key: str, checkpointer: Mapping[str, Any] | None, models: Path) -> None:
+    """Refuse a checkpoint in the folders that this run writes its models into."""
+    folder = (checkpointer or {}).get("checkpoint_dir")
+    if not isinstance(folder, str):  # a checkpointer of the user's own may have none
         return
-    config = json.loads(file.read_text())
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = str(dtype).removeprefix("torch.")
-    file.unlink()  # it was copied with its permissions, which may forbid writing
-    file.write_text(json.dumps(config, indent=2))
+    resolved = Path(folder).resolve()
+    for path in (resolved, *resolved.parents):
+        is_model = path.parent == models.resolve() and path.name.startswith("epoch_")
+        require(
+            not is_model,
+            f"{key}.checkpoint_dir",
+            folder,
+            f"lies in {models}, where this run writes its own models and may write over it",
+            "set another output_dir",
+        )
+
+
+@contextlib.contextmanager
+def _unwritten_is_a_warning(what: str) -> Iterator[None]:
+    """Go on where something that a run can do without cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be written: %s. The run goes on.", what, error)
 
 
 def set_aside(path: Path) -> None:
@@ -252,18 +336,3 @@ def set_aside(path: Path) -> None:
     while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
     path.rename(kept)
-
-
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON objects, one a line, with null for a number that JSON cannot hold."""
-    lines = []
-    for row in rows:
-        clean = {key: _or_null(value) for key, value in row.items()}
-        lines.append(json.dumps(clean) + "\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
-def _or_null(value: Any) -> Any:
-    is_no_json = isinstance(value, float) and not math.isfinite(value)
-    return None if is_no_json else value

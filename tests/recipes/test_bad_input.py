@@ -28,7 +28,7 @@ REFUSED = {
         "gspo.losses has no 'GSPOLos'; did you mean 'GSPOLoss'",
     ),
     "wrong_model": (
-        ["model=torchtune.models.qwen2.qwen2_0_5b"],
+        ["model=torchtune.models.qwen2.qwen2_0_5b", "check_model_config=false"],
         "model: 'layers.0.attn.k_proj.bias' is [128] in the model and [64] in the",
     ),
     "wrong_model_type": (["checkpointer.model_type=QWEN3"], "checkpointer: "),
