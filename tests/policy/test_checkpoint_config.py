@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.gemma._component_builders import gemma
+from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_1 import llama3_1
