@@ -292,7 +292,8 @@ class GSPOFullFinetuneRecipe:
             num_samples=self._cfg.eval.num_samples,
             on_greedy=self._run.write_held_out,
         )
-        values = StepMetrics([metrics]).reduce()
+        sums = StepMetrics([metrics])
+        values = sums.reduce()
         self._state.keep_evaluation(values)
         return values
 
