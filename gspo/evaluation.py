@@ -1,9 +1,9 @@
 """Held-out evaluation with the sampler that trains: greedy accuracy and pass@k.
 
 A completion is correct when it earns the full reward: all that its rewards of positive weight can
-give, and nothing taken off by one. Beside a format reward or a length penalty that is stricter than
-a right answer, which ``eval/reward``, the mean, is not. Nothing here touches the training graph or
-its random state.
+give, nothing taken off by one, and no call failed. Beside a format reward or a length penalty that
+is stricter than a right answer, which ``eval/reward``, the mean, is not. Nothing here touches the
+training graph or its random state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo.data.sample import prompt_seed
-from gspo.data.score import FULL_REWARD_TOLERANCE, reward_items
+from gspo.data.score import full_rewards, reward_items
 from gspo.metrics import Mean, Metrics, Sum
 from gspo.rewards.pool import RewardPool
 from gspo.sampling import Sampler
@@ -106,17 +106,12 @@ def _score(
         groups.append(group)
     items = reward_items(groups)
     result = pool.score(items)
-    full_reward = pool.full_reward - FULL_REWARD_TOLERANCE
-    totals = iter(result.totals)
+    is_correct = full_rewards(pool, result)
+    flags = iter(is_correct)
     num_solved = 0
     num_correct = 0
-    is_correct = []
     for of_prompt in completions:
-        num_full = 0
-        for _ in of_prompt:
-            is_full = next(totals) >= full_reward
-            is_correct.append(is_full)
-            num_full += is_full
+        num_full = sum(next(flags) for _ in of_prompt)
         num_correct += num_full
         if num_full:
             num_solved += 1

@@ -35,7 +35,9 @@ class Pool:
     def score(self, items):
         totals = [1.5 if text == "1" else 1.0 for _, text, _, _ in items]
         return SimpleNamespace(
-            totals=totals, failures={"raised": totals.count(1.0), "nonfinite": totals.count(1.0)}
+            totals=totals,
+            failed=[total == 1.0 for total in totals],
+            failures={"raised": totals.count(1.0), "nonfinite": totals.count(1.0)},
         )
 
 
@@ -50,6 +52,15 @@ def test_evaluation_counts_full_rewards_only():
         "eval/sampled_accuracy": Mean(6, 12),
         "eval/reward_failures": Sum(2 * (1 + 6)),
     }
+
+
+def test_completion_with_a_failed_call_is_not_correct():
+    class Failing(Pool):
+        full_reward = 1.0  # a wrong answer earns it too, by a penalty whose call fails
+
+    metrics = evaluate(Sampler(), Failing(), [prompt(0), prompt(1)], params=PARAMS, num_samples=2)
+    assert metrics["eval/accuracy"] == Mean(1, 2)
+    assert metrics["eval/sampled_accuracy"] == Mean(1, 4)
 
 
 def test_evaluation_is_greedy_and_repeats_its_draws():

@@ -26,6 +26,8 @@ from gspo.config.value_types import (
     Must,
     OptionalComponent,
     OptionalCount,
+    Seconds,
+    Share,
     Switch,
     Text,
     is_number,
@@ -34,6 +36,7 @@ from gspo.config.value_types import (
 from gspo.config.value_types import Mapping as AnyMapping
 from gspo.errors import InputError, require
 from gspo.kernels import KERNELS
+from gspo.rewards.reward import reward_problems
 
 
 class Section(BaseModel):
@@ -138,11 +141,14 @@ class RewardWorkers(Section):
     """The processes that call the rewards."""
 
     num_workers: Count = Field(2, description="Processes on each rank.")
-    timeout: Annotated[
-        float, Must("a number of seconds above 0", lambda x: is_number(x) and x > 0)
-    ] = Field(10.0, description="Seconds that one call of one reward may take.")
+    timeout: Seconds = Field(10.0, description="Seconds that one call of one reward may take.")
     on_failure: Annotated[str, one_of("zero", "error")] = Field(
         "zero", description="zero counts a failed call as 0; error ends the run at the first."
+    )
+    max_failure_share: Share = Field(
+        0.5,
+        description="Share of a reward's calls in the last three rollouts or evaluations, eight "
+        "calls at least, beyond which its failures end the run; 1 never does.",
     )
 
 
@@ -371,6 +377,7 @@ class Settings(BaseSettings):
                 "set it",
             )
         yield from self._estimator_problems()
+        yield from reward_problems(self.rewards)
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:
             yield InputError(

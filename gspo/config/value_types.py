@@ -47,6 +47,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def is_between(value: Any, least: float, most: float) -> bool:
+    """Whether a value is an int or float from ``least`` to ``most``; True and False are none."""
+    return type(value) in (int, float) and least <= value <= most
+
+
 def is_component(value: Any) -> bool:
     """Whether a value is a mapping that names a component."""
     return isinstance(value, dict) and "_component_" in value
@@ -74,6 +79,14 @@ Mapping = Annotated[
     dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))
 ]
 AboveZero = Annotated[float, Must("a number above 0", lambda x: is_number(x) and x > 0)]
+Share = Annotated[float, Must("a share from 0 to 1", lambda x: is_between(x, 0, 1))]
+Seconds = Annotated[
+    float,
+    Must(
+        "a number of seconds above 0 and up to 86,400, a day",
+        lambda x: is_between(x, 0, 86_400) and x > 0,
+    ),
+]
 Component = Annotated[dict[str, Any], Must("a mapping with a _component_", is_component)]
 OptionalComponent = Annotated[
     dict[str, Any] | None, Must("a mapping with a _component_, or null", _or_none(is_component))

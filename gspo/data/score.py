@@ -22,8 +22,9 @@ class Score(TransformNode[GroupBatch]):
     completion's length, and ``finish_reason``, ``"stop"`` or ``"length"``.
 
     It adds to the stats: ``reward/mean`` and ``reward/<name>`` over completions, ``_reward_sq``
-    (the squares, for the standard deviation), ``solved`` (groups with a full reward in them, over
-    groups), ``reward_failures`` (reward calls that failed) and ``time/score``.
+    (the squares, for the standard deviation), ``solved`` (groups with a full reward in them, see
+    :func:`full_rewards`, over groups), ``reward_failures`` (reward calls that failed) and
+    ``time/score``.
 
     Args:
         source: a node of groups.
@@ -42,7 +43,7 @@ class Score(TransformNode[GroupBatch]):
         items = reward_items(groups)
         result = self._pool.score(items)
         _set_rewards(groups, result)
-        num_solved = sum(self._is_solved(group) for group in groups)
+        num_solved = self._count_solved(groups, result)
         batch.stats |= self._reward_stats(result)
         batch.stats["solved"] = Mean(num_solved, len(groups))
         num_failures = sum(result.failures.values())
@@ -67,12 +68,25 @@ class Score(TransformNode[GroupBatch]):
             stats[name] = Mean(total, num_completions)
         return stats
 
-    def _is_solved(self, group: Group) -> bool:
-        full_reward = self._pool.full_reward - FULL_REWARD_TOLERANCE
-        for completion in group.completions:
-            if completion.reward >= full_reward:
-                return True
-        return False
+    def _count_solved(self, groups: list[Group], result: RewardResult) -> int:
+        is_full = iter(full_rewards(self._pool, result))
+        num_solved = 0
+        for group in groups:
+            num_full = sum(next(is_full) for _ in group.completions)
+            num_solved += num_full > 0
+        return num_solved
+
+
+def full_rewards(pool: RewardPool, result: RewardResult) -> list[bool]:
+    """Return, for each scored item, whether all its calls went well and earn the full reward.
+
+    A failed call counts as 0, which is all that a penalty can give.
+    """
+    least = pool.full_reward - FULL_REWARD_TOLERANCE
+    is_full = []
+    for total, has_failed in zip(result.totals, result.failed, strict=True):
+        is_full.append(total >= least and not has_failed)
+    return is_full
 
 
 def reward_items(groups: list[Group]) -> list[Item]:

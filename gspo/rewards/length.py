@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gspo.errors import require
+from gspo.rewards.options import require_whole
 
 
 def overlong_penalty(
@@ -32,18 +33,26 @@ def overlong_penalty(
         buffer_tokens: the width of the slope, in tokens.
 
     Raises:
-        InputError: The buffer is not within 1 and ``max_tokens``.
+        InputError: The numbers are not whole, or the buffer is not from 1 to ``max_tokens``.
     """
-    require(
-        0 < buffer_tokens <= max_tokens,
-        "buffer_tokens",
-        buffer_tokens,
-        f"must be from 1 to max_tokens: {max_tokens}",
-    )
+    _check_options(max_tokens=max_tokens, buffer_tokens=buffer_tokens)
     num_over = metadata["num_tokens"] - (max_tokens - buffer_tokens)
     share = num_over / buffer_tokens
     return -min(max(share, 0.0), 1.0)
 
 
+def _check_options(*, max_tokens: int, buffer_tokens: int) -> None:
+    require_whole("max_tokens", max_tokens, least=1)
+    require_whole("buffer_tokens", buffer_tokens, least=1)
+    require(
+        buffer_tokens <= max_tokens,
+        "buffer_tokens",
+        buffer_tokens,
+        f"must be from 1 to max_tokens: {max_tokens}",
+        "shorten it, or raise max_tokens",
+    )
+
+
+overlong_penalty.check_options = _check_options  # type: ignore[attr-defined]
 # A full reward does not count on this one.
 overlong_penalty.max_value = 0.0  # type: ignore[attr-defined]

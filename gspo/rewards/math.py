@@ -9,6 +9,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from gspo.rewards.options import require_mark, require_switch, require_whole
 from gspo.rewards.text import extract_answer
 
 # The pool has a time limit of its own on the same signal, so the library's are off; it would warn
@@ -53,6 +54,17 @@ def math_verify(
         gold, stated, float_rounding=float_rounding, strict=strict, timeout_seconds=None
     )
     return float(is_equal)
+
+
+def _check_options(
+    *, answer_marker: str | None = None, float_rounding: int = 6, strict: bool = True
+) -> None:
+    require_mark("answer_marker", answer_marker)
+    require_whole("float_rounding", float_rounding, least=0)
+    require_switch("strict", strict)
+
+
+math_verify.check_options = _check_options  # type: ignore[attr-defined]
 
 
 def _reference_of(answer: str, marker: str | None) -> str:

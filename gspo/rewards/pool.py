@@ -15,18 +15,29 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any
 
 from gspo.errors import NO_VALUE, InputError, require
+from gspo.rewards.failures import FailureWatch, Tally
 from gspo.rewards.process import ENDED, START_SECONDS, WorkerLost, WorkerProcess, stop
-from gspo.rewards.reward import parse_reward
-from gspo.rewards.wire import FAILURES, BadMessage, Call, Outcome, read_outcome
+from gspo.rewards.reward import read_reward, reward_problems
+from gspo.rewards.wire import (
+    FAILURES,
+    BadMessage,
+    Call,
+    Loading,
+    Outcome,
+    Ready,
+    read_greeting,
+    read_outcome,
+)
 from gspo.rewards.worker import Item
 
 logger = logging.getLogger(__name__)
 
+MAX_TIMEOUT = 86_400.0  # seconds; timers overflow at some 1e9
 CHUNKS_PER_WORKER = 4  # more balance the load better, fewer cost fewer messages
 
 
@@ -43,18 +54,21 @@ class RewardResult:
 class RewardPool:
     """Runs named, weighted reward functions in worker processes that do not load torch.
 
-    Workers start at construction, side by side, and import while the caller goes on; :meth:`warm`
-    waits for them. A reward call that raises, passes its time limit, takes its process down or
-    returns something other than a finite number is a failure: it is counted, the first of each
-    kind per reward is logged, and its value is 0.
+    Workers start at construction, side by side. The first that has imported the rewards ends the
+    construction, since an import may do anything, and this process has to survive it; the others
+    import while the caller goes on, and :meth:`warm` waits for them. A reward call that raises,
+    passes its time limit, takes its process down or returns something other than a finite number is
+    a failure: it is counted, the first of each kind per reward is logged, and its value is 0.
 
     Args:
         rewards: by name, a mapping with ``function`` (dotted path), ``weight`` (default 1) and the
-            function's options. A function may carry an attribute ``max_value``, the largest value
-            it returns where that is not 1.
+            function's options. A function may carry attributes, see
+            :func:`gspo.rewards.reward.parse_reward`.
         num_workers: processes.
-        timeout: seconds that one call of one reward may take.
+        timeout: seconds that one call of one reward may take, up to a day.
         on_failure: ``zero``, or ``error`` to raise InputError at the first failure.
+        max_failure_share: share in [0, 1] of a reward's calls in the last scores that may fail,
+            beyond which :meth:`score` raises InputError; 1 allows all.
 
     Raises:
         InputError: A reward or another argument is not usable; the key is the config's in full.
@@ -67,13 +81,16 @@ class RewardPool:
         num_workers: int = 2,
         timeout: float = 10.0,
         on_failure: str = "zero",
+        max_failure_share: float = 0.5,
     ) -> None:
         # Unlike other components, which name their own argument, the pool names config keys in
         # full: its arguments are keys of two sections, so no caller can add one section to all.
-        _check_arguments(num_workers, timeout, on_failure)
-        remedy = "name at least one, e.g. {correct: {function: my_file.reward}}"
-        require(bool(rewards), "rewards", NO_VALUE, "there is none", remedy)
-        self.rewards = [parse_reward(name, entry) for name, entry in rewards.items()]
+        _check_arguments(num_workers, timeout, on_failure, max_failure_share)
+        for problem in reward_problems(rewards):
+            raise problem
+        self.rewards = [read_reward(name, entry) for name, entry in rewards.items()]
+        self._entries = [(name, dict(entry)) for name, entry in rewards.items()]
+        self._watch = FailureWatch(max_failure_share)
         self._timeout = timeout
         self._on_failure = on_failure
         self._num_workers = num_workers
@@ -84,8 +101,11 @@ class RewardPool:
         # A finalizer instead of __del__: it runs at interpreter exit too, once, and does not keep
         # the pool alive.
         self.close = weakref.finalize(self, stop, self._workers)
-        for _ in range(num_workers):
-            self._start_worker()
+        try:
+            self._start_all()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def full_reward(self) -> float:
@@ -113,7 +133,8 @@ class RewardPool:
         the reach of the alarm, in about ``timeout + 2.5`` seconds times the calls per worker.
 
         Raises:
-            InputError: A call failed and ``on_failure`` is ``error``, or a worker cannot start.
+            InputError: A call failed and ``on_failure`` is ``error``, more than
+                ``max_failure_share`` of a reward's calls failed, or a worker cannot start.
         """
         outcomes: dict[Call, Outcome] = {}
         with self._lock:
@@ -125,7 +146,7 @@ class RewardPool:
                     if queue and worker.is_idle:
                         worker.send(queue.popleft(), items)
                 queue.extend(self._exchange(outcomes))
-        return self._result(items, outcomes)
+            return self._result(items, outcomes)
 
     def _chunks(self, num_items: int) -> list[list[Call]]:
         """Return all calls in runs of whole items."""
@@ -142,10 +163,17 @@ class RewardPool:
             chunks.append(calls)
         return chunks
 
+    def _start_all(self) -> None:
+        """Start the workers, and wait until one has survived the import of the rewards."""
+        for _ in range(self._num_workers):
+            self._start_worker()
+        while not any(worker.ready for worker in self._workers):
+            self._exchange({})
+
     def _start_worker(self) -> None:
         if not self.close.alive:
             raise RuntimeError("the reward pool is closed")
-        worker = WorkerProcess.start(self.rewards, self._timeout)
+        worker = WorkerProcess.start(self._entries, self._timeout)
         self._workers.append(worker)
 
     def _replace(self, worker: WorkerProcess) -> int:
@@ -192,20 +220,29 @@ class RewardPool:
 
     def _take(self, worker: WorkerProcess, message: Any, outcomes: dict[Call, Outcome]) -> None:
         if not worker.ready:
-            _check_greeting(message)
-            worker.ready = True
+            self._take_greeting(worker, message)
             return
         call = worker.calls[0] if worker.calls else None
         outcome = read_outcome(message, call)
         outcomes[worker.calls.pop(0)] = outcome  # answers come in the order of the calls
         worker.extend_deadline()
 
+    def _take_greeting(self, worker: WorkerProcess, message: Any) -> None:
+        greeting = read_greeting(message, len(self.rewards))
+        match greeting:
+            case Loading():
+                worker.loading = greeting.reward
+            case Ready():
+                worker.ready = True
+                pairs = zip(self.rewards, greeting.max_values, strict=True)
+                self.rewards = [replace(reward, max_value=value) for reward, value in pairs]
+
     def _lose(
         self, worker: WorkerProcess, lost: WorkerLost, outcomes: dict[Call, Outcome]
     ) -> list[list[Call]]:
         """Replace a worker; return the calls to repeat, or put down a lone culprit's outcome."""
         if not worker.ready:
-            raise _start_error(lost)
+            raise self._start_error(worker, lost)
         exit_code = self._replace(worker)
         is_first_loss = self._suspects.isdisjoint(worker.calls)
         self._suspects.update(worker.calls)
@@ -220,6 +257,22 @@ class RewardPool:
         culprit = worker.calls[0]
         outcomes[culprit] = Outcome(failure=lost.failure, cause=cause)
         return []
+
+    def _start_error(self, worker: WorkerProcess, lost: WorkerLost) -> InputError:
+        """End a worker that does not get ready; return the error that names its last reward."""
+        exit_code = stop([worker])
+        cause = lost.cause
+        if lost.failure != "died":
+            cause = f"it was not ready after {START_SECONDS:g} s"
+        elif cause == ENDED:
+            cause = f"{ENDED} with exit code {exit_code}"
+        if worker.loading is None:
+            return InputError("rewards", NO_VALUE, f"a worker cannot start: {cause}")
+        reward = self.rewards[worker.loading]
+        must = f"cannot be imported: {cause}"
+        module_name, _, _ = reward.path.rpartition(".")
+        remedy = f"see what `import {module_name}` does in a python of its own"
+        return InputError(f"rewards.{reward.name}.function", reward.path, must, remedy)
 
     def _result(self, items: Sequence[Item], outcomes: dict[Call, Outcome]) -> RewardResult:
         result = RewardResult([], [], [], dict.fromkeys(FAILURES, 0))
@@ -238,13 +291,15 @@ class RewardPool:
             result.rewards.append(values)
             result.totals.append(total)
             result.failed.append(has_failed)
+        for index, reward in enumerate(self.rewards):
+            of_reward = [outcomes[item, index] for item in range(len(items))]
+            self._watch.add(reward.name, _tally(of_reward))
         return result
 
     def _report(self, index: int, outcome: Outcome, item: Item) -> None:
         reward = self.rewards[index]
         key = f"rewards.{reward.name}"
-        failure = outcome.failure.replace("_", " ")
-        message = f"{reward.path} {failure}: {outcome.cause}"
+        message = f"{reward.path} {_told(outcome)}"
         if self._on_failure == "error":
             _, completion, _, _ = item
             must = f"{message}, on the completion {completion[:200]!r}"
@@ -256,7 +311,22 @@ class RewardPool:
             logger.warning("%s: %s. %s", key, message, ending)
 
 
-def _check_arguments(num_workers: int, timeout: float, on_failure: str) -> None:
+def _tally(outcomes: Sequence[Outcome]) -> Tally:
+    """Count the outcomes of one reward's calls."""
+    causes = [_told(outcome) for outcome in outcomes if outcome.failure]
+    first_cause = causes[0] if causes else ""
+    return Tally(len(outcomes), len(causes), first_cause)
+
+
+def _told(outcome: Outcome) -> str:
+    """Return a failure in words."""
+    failure = outcome.failure.replace("_", " ")
+    return f"{failure}: {outcome.cause}"
+
+
+def _check_arguments(
+    num_workers: int, timeout: float, on_failure: str, max_failure_share: float
+) -> None:
     require(
         type(num_workers) is int and num_workers >= 1,
         "reward_pool.num_workers",
@@ -264,10 +334,10 @@ def _check_arguments(num_workers: int, timeout: float, on_failure: str) -> None:
         "must be a whole number of 1 or more",
     )
     require(
-        math.isfinite(timeout) and timeout > 0,
+        type(timeout) in (int, float) and 0 < timeout <= MAX_TIMEOUT,
         "reward_pool.timeout",
         timeout,
-        "must be a number of seconds above 0",
+        "must be a number of seconds above 0 and up to 86,400, a day",
     )
     require(
         on_failure in ("zero", "error"),
@@ -275,20 +345,9 @@ def _check_arguments(num_workers: int, timeout: float, on_failure: str) -> None:
         on_failure,
         "must be 'zero' or 'error'",
     )
-
-
-def _check_greeting(message: Any) -> None:
-    """Check the first message of a worker: null, or a text that tells why it cannot start."""
-    if isinstance(message, str):
-        raise InputError("rewards", NO_VALUE, f"a worker cannot start: {message}")
-    if message is not None:
-        beginning = str(message)[:80]
-        raise BadMessage(f"it wrote {beginning!r} before it was ready")
-
-
-def _start_error(lost: WorkerLost) -> InputError:
-    cause = lost.cause
-    if lost.failure != "died":
-        cause = f"it was not ready after {START_SECONDS:g} s"
-    remedy = "import the modules of your rewards by hand"
-    return InputError("rewards", NO_VALUE, f"a worker cannot start: {cause}", remedy)
+    require(
+        type(max_failure_share) in (int, float) and 0 <= max_failure_share <= 1,
+        "reward_pool.max_failure_share",
+        max_failure_share,
+        "must be a share from 0 to 1",
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import reasoning_gym as gym
 
+from gspo.rewards.options import require_mark, require_pattern, require_switch
 from gspo.rewards.text import extract_answer
 
 
@@ -50,6 +51,19 @@ def reasoning_gym(
         stated = extract_answer(completion, marker=marker, last_line=last_line)
     scorer = _scorer(entry["metadata"]["source_dataset"])
     return scorer(stated, entry)
+
+
+def _check_options(
+    *, marker: str | None = None, last_line: bool = False, tag: str | None = None
+) -> None:
+    require_mark("marker", marker)
+    require_switch("last_line", last_line)
+    require_mark("tag", tag)
+    if tag is not None:
+        require_pattern("tag", tag)  # the library puts it into one as it is
+
+
+reasoning_gym.check_options = _check_options  # type: ignore[attr-defined]
 
 
 @functools.cache

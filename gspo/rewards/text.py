@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from gspo.rewards.options import require_mark, require_pattern, require_switch, require_text
+
 
 def extract_answer(text: str, *, marker: str | None = None, last_line: bool = False) -> str | None:
     """Return the part of ``text`` that states the answer, stripped; None without the marker.
@@ -72,6 +74,22 @@ def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
     return text.casefold() if ignore_case else text
 
 
+def _check_exact_match(
+    *,
+    marker: str | None = None,
+    last_line: bool = False,
+    ignore: str = "",
+    ignore_case: bool = False,
+) -> None:
+    require_mark("marker", marker)
+    require_switch("last_line", last_line)
+    require_text("ignore", ignore)
+    require_switch("ignore_case", ignore_case)
+
+
+exact_match.check_options = _check_exact_match  # type: ignore[attr-defined]
+
+
 def regex_match(
     prompt: str,
     completion: str,
@@ -100,3 +118,11 @@ def regex_match(
     else:
         match = matcher.search(completion)
     return 0.0 if match is None else 1.0
+
+
+def _check_regex_match(*, pattern: str, whole: bool = True) -> None:
+    require_pattern("pattern", pattern)
+    require_switch("whole", whole)
+
+
+regex_match.check_options = _check_regex_match  # type: ignore[attr-defined]

@@ -14,9 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from gspo.errors import NO_VALUE, InputError
+
 MAX_LINE_BYTES = 65_536  # an outcome holds a number or a text of at most 500 characters
 FAILURES = ("raised", "timed_out", "died", "nonfinite")
 _READ_BYTES = 65_536
+_REFUSAL_LENGTH = 2000  # characters
 
 Call = tuple[int, int]  # number of the item, number of the reward
 
@@ -32,6 +35,57 @@ class Outcome:
     value: float = 0.0
     failure: str = ""  # one of FAILURES
     cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The start of a reward's import in a worker."""
+
+    reward: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The end of all imports in a worker, with the largest value of each reward."""
+
+    max_values: list[float]
+
+
+def write_loading(reward: int) -> list[Any]:
+    """Return the message that a worker is about to import a reward, by its number."""
+    return ["loading", reward]
+
+
+def write_ready(max_values: list[float]) -> list[Any]:
+    """Return the message that a worker waits for calls."""
+    return ["ready", max_values]
+
+
+def write_refusal(error: InputError) -> list[Any]:
+    """Return the message that a worker does not start, because of an error in a reward."""
+    text = str(error).removeprefix(f"{error.key}: ")
+    return ["refused", error.key, text[:_REFUSAL_LENGTH]]
+
+
+def read_greeting(message: Any, num_rewards: int) -> Loading | Ready:
+    """Return what a worker says before it takes calls.
+
+    Raises:
+        InputError: A reward is not usable.
+        BadMessage: The message is none of these.
+    """
+    match message:
+        case ["loading", int(reward)] if 0 <= reward < num_rewards:
+            return Loading(reward)
+        case ["refused", str(key), str(must)] if must:
+            raise InputError(key, NO_VALUE, must)
+        case ["ready", list(values)] if len(values) == num_rewards:
+            outcomes = [_checked_outcome("", value) for value in values]
+            max_values = [outcome.value for outcome in outcomes if outcome is not None]
+            if len(max_values) == num_rewards:
+                return Ready(max_values)
+    beginning = str(message)[:80]
+    raise BadMessage(f"it wrote {beginning!r} before it was ready")
 
 
 def write_outcome(call: Call, outcome: Outcome) -> list[Any]:

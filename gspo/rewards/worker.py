@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
 import os
 import pickle
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-from gspo.errors import InputError, did_you_mean
-from gspo.rewards.wire import Call, Outcome, send_lines, write_outcome
+from gspo.errors import InputError
+from gspo.rewards.reward import RewardFunction, parse_reward, resolve
+from gspo.rewards.wire import (
+    Call,
+    Outcome,
+    send_lines,
+    write_loading,
+    write_outcome,
+    write_ready,
+    write_refusal,
+)
 
-RewardFunction = Callable[..., float]
 Item = tuple[str, str, "str | None", dict[str, Any]]  # prompt, completion, answer, metadata
 
 # A result waits this long for others before it is sent: the sign of life that the pool counts on.
@@ -36,57 +40,12 @@ class _TimeUp(BaseException):
     """The time limit, which a reward's own ``except Exception`` lets through."""
 
 
-def resolve(path: str) -> RewardFunction:
-    """Return the function that a dotted path names; the current directory's modules are known.
-
-    Raises:
-        InputError: There is no such module or name, its import fails, or it cannot be called.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise InputError(
-            "function",
-            path,
-            "is not a dotted path",
-            "write it as gspo.rewards.exact_match or my_file.reward are",
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, name, None)  # which may import, too
-    except Exception as error:
-        raise _import_error(path, error) from error
-    if function is None:
-        hint = did_you_mean(name, _public_names(module))
-        raise InputError("function", path, f"is not there: {module_name} has no {name!r}", hint)
-    if not callable(function):
-        raise InputError("function", path, f"is a {type(function).__name__}, not a function")
-    return function
-
-
-def _import_error(path: str, error: Exception) -> InputError:
-    remedy = ""
-    if isinstance(error, ModuleNotFoundError):
-        remedy = f"looked in {os.getcwd()}: run from the file's folder or set PYTHONPATH"
-    kind = type(error).__name__
-    must = f"cannot be imported: {kind}: {error}"
-    return InputError("function", path, must, remedy)
-
-
-def _public_names(module: ModuleType) -> list[str]:
-    listed = getattr(module, "__all__", None)
-    if listed:
-        return listed
-    return [name for name in vars(module) if not name.startswith("_")]
-
-
 def main(file_descriptor: int) -> None:
     """Answer the pool's messages until it goes away."""
     # The descriptor was inherited. A program that a reward starts must not get it: it could answer
     # in our place.
     os.set_inheritable(file_descriptor, False)
-    # Ctrl-C reaches the whole process group; the pool ends its workers.
+    # A manager of jobs may send it to all processes; the pool ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
         _serve(socket.socket(fileno=file_descriptor))
@@ -94,16 +53,21 @@ def main(file_descriptor: int) -> None:
 
 def _serve(channel: socket.socket) -> None:
     from_pool = channel.makefile("rb")
-    rewards, timeout = pickle.load(from_pool)
+    entries, timeout = pickle.load(from_pool)
     functions: list[RewardFunction] = []
-    try:
-        for path, options in rewards:
-            function = resolve(path)
-            functions.append(functools.partial(function, **options))
-    except InputError as error:
-        send_lines(channel, [str(error)[:2000]])
-        return
-    send_lines(channel, [None])
+    max_values: list[float] = []
+    for number, (name, entry) in enumerate(entries):
+        # Said before: an import may end this process, and the pool then knows whose it was.
+        send_lines(channel, [write_loading(number)])
+        try:
+            reward = parse_reward(name, entry)
+        except InputError as error:
+            send_lines(channel, [write_refusal(error)])
+            return
+        function = resolve(reward.path)
+        functions.append(functools.partial(function, **reward.options))
+        max_values.append(reward.max_value)
+    send_lines(channel, [write_ready(max_values)])
     while True:
         items, calls = pickle.load(from_pool)
         _answer(channel, functions, items, calls, timeout)

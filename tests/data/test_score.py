@@ -92,6 +92,19 @@ def test_score_counts_failures():
     assert rollout.stats["reward/mean"] == Mean(0.0, 4)
 
 
+def test_failed_penalty_does_not_solve():
+    """A penalty counts as 0 where its call fails, which is the most that it gives."""
+    rewards = {
+        "right": {"function": "gspo.rewards.exact_match"},
+        "penalty": {"function": "tests.rewards.sample_rewards.fails_on_a_zero"},
+    }
+    pool = RewardPool(rewards, num_workers=1, max_failure_share=1)
+    rollouts = list(Score(Rollouts(), pool))
+    pool.close()
+    solved = [rollout.stats["solved"] for rollout in rollouts[:2]]
+    assert solved == [Mean(0, 2), Mean(1, 2)]
+
+
 def test_score_resumes_anywhere(pool):
     def text_and_reward(rollout):
         return [(g.prompt.id, c.text, c.reward) for g in rollout.groups for c in g.completions]

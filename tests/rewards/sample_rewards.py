@@ -30,6 +30,24 @@ def by_command(prompt, completion, answer, metadata):
     return COMMANDS[completion]()
 
 
+def fails_on_a_zero(prompt, completion, answer, metadata):
+    """A penalty, and its call fails for one completion."""
+    if completion == "0":
+        raise ValueError("zero")
+    return 0.0
+
+
+fails_on_a_zero.max_value = 0.0
+
+
+def leaves_a_program(prompt, completion, answer, metadata):
+    """Starts a program in the background, notes who is there, and does what the completion says."""
+    program = subprocess.Popen(["sleep", "600"])
+    with open(metadata["notes"], "a") as notes:
+        notes.write(f"{os.getppid()} {os.getpid()} {program.pid}\n")
+    return COMMANDS[completion]()
+
+
 def torch_is_loaded(prompt, completion, answer, metadata):
     return float("torch" in sys.modules)
 

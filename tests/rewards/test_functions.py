@@ -3,6 +3,7 @@ import logging
 import pytest
 import reasoning_gym as gym
 
+from gspo.errors import InputError
 from gspo.rewards import exact_match, math_verify, overlong_penalty, reasoning_gym, regex_match
 
 
@@ -152,3 +153,51 @@ def test_reasoning_gym_extracts_the_answer(text, options):
 def test_reasoning_gym_needs_an_entry():
     with pytest.raises(ValueError, match="reasoning_gym_prompts"):
         reasoning_gym("", "3", "3", {})
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "key"),
+    [
+        (overlong_penalty, {"max_tokens": 10, "buffer_tokens": 11}, "buffer_tokens"),
+        (overlong_penalty, {"max_tokens": 10, "buffer_tokens": 0}, "buffer_tokens"),
+        (overlong_penalty, {"max_tokens": "10", "buffer_tokens": 1}, "max_tokens"),
+        (overlong_penalty, {"max_tokens": 10, "buffer_tokens": True}, "buffer_tokens"),
+        (regex_match, {"pattern": "[a"}, "pattern"),
+        (regex_match, {"pattern": "a{99999999999}"}, "pattern"),
+        (regex_match, {"pattern": None}, "pattern"),
+        (regex_match, {"pattern": "a", "whole": 1}, "whole"),
+        (exact_match, {"marker": ""}, "marker"),
+        (exact_match, {"marker": 4}, "marker"),
+        (exact_match, {"last_line": "no"}, "last_line"),
+        (exact_match, {"ignore": None}, "ignore"),
+        (exact_match, {"ignore_case": 0}, "ignore_case"),
+        (math_verify, {"answer_marker": ""}, "answer_marker"),
+        (math_verify, {"float_rounding": 1.5}, "float_rounding"),
+        (math_verify, {"float_rounding": -1}, "float_rounding"),
+        (math_verify, {"strict": "yes"}, "strict"),
+        (reasoning_gym, {"marker": ["="]}, "marker"),
+        (reasoning_gym, {"last_line": None}, "last_line"),
+        (reasoning_gym, {"tag": "(a"}, "tag"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_options_out_of_range_are_refused(reward, options, key):
+    with pytest.raises(InputError) as caught:
+        reward.check_options(**options)
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("reward", "options"),
+    [
+        (overlong_penalty, {"max_tokens": 10, "buffer_tokens": 10}),
+        (regex_match, {"pattern": ""}),
+        (exact_match, {}),
+        (exact_match, {"marker": None, "ignore": "", "ignore_case": True}),
+        (math_verify, {"float_rounding": 0}),
+        (reasoning_gym, {"marker": "=", "tag": "answer"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_options_in_range_are_taken(reward, options):
+    reward.check_options(**options)

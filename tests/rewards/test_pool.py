@@ -16,7 +16,9 @@ BY_COMMAND = {"correct": {"function": f"{HERE}.by_command"}}
 
 
 def make_pool(rewards, **knobs):
-    pool = RewardPool(rewards, **{"num_workers": 2, "timeout": 0.3, **knobs})
+    pool = RewardPool(
+        rewards, **{"num_workers": 2, "timeout": 0.3, "max_failure_share": 1, **knobs}
+    )
     pool.warm()
     return pool
 
@@ -243,6 +245,8 @@ def test_full_reward_is_what_can_be_gained():
     ("rewards", "message"),
     [
         ({}, "rewards: there is none"),
+        (["gspo.rewards.exact_match"], r"rewards: .* must be a mapping of names to rewards"),
+        ("gspo.rewards.exact_match", r"rewards: .* must be a mapping of names to rewards"),
         ({"r": {"weight": 1.0}}, r"rewards\.r: .* needs a function"),
         ({"r": "gspo.rewards.exact_match"}, r"rewards\.r: .* needs a function"),
         ({"r": {"function": "reward"}}, r"rewards\.r\.function: 'reward' is not a dotted path"),
@@ -299,6 +303,9 @@ def test_bad_reward_names_its_key(rewards, message):
         ({"num_workers": 1.5}, "^reward_pool.num_workers: 1.5 must be a whole number"),
         ({"timeout": 0}, "^reward_pool.timeout: 0"),
         ({"timeout": float("inf")}, "^reward_pool.timeout: inf"),
+        ({"timeout": 1e300}, "^reward_pool.timeout: 1e.300 must .* up to 86,400"),
+        ({"timeout": 10**400}, "^reward_pool.timeout: 1000"),
+        ({"max_failure_share": 1.5}, "^reward_pool.max_failure_share: 1.5 must be a share from 0"),
         ({"on_failure": "nan"}, "^reward_pool.on_failure: 'nan' must be 'zero' or 'error'"),
     ],
     ids=[
@@ -307,6 +314,9 @@ def test_bad_reward_names_its_key(rewards, message):
         "half_a_worker",
         "no_timeout",
         "infinite_timeout",
+        "endless_timeout",
+        "timeout_beyond_floats",
+        "share_above_one",
         "on_failure",
     ],
 )
@@ -315,36 +325,114 @@ def test_bad_knob_names_its_key(knobs, message):
         RewardPool(BY_COMMAND, **knobs)
 
 
+REWARD = "def reward(prompt, completion, answer, metadata):\n    return 1.0\n"
+
+
 def write_module(folder, monkeypatch, text):
-    (folder / "worker_breaks.py").write_text(text)
+    (folder / "own_reward.py").write_text(text)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTEST_MAIN_PROCESS", str(os.getpid()))
 
 
 @pytest.mark.parametrize(
-    ("in_worker", "message"),
+    ("statement", "message"),
     [
-        ("raise ImportError('no GPU library')", "no GPU library"),
-        ("os._exit(1)", "its process ended"),
+        ("raise ImportError('no GPU library')", "ImportError: no GPU library"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("import os; os._exit(3)", "its process ended with exit code 3; see what `import own_"),
+        ("import os; os.kill(os.getpid(), 9)", "its process ended with exit code 137; see"),
     ],
-    ids=["import_error", "crash"],
+    ids=["import_error", "system_exit", "interrupt", "exit", "killed"],
 )
-def test_worker_that_cannot_start_is_an_error_and_no_hang(
-    tmp_path, monkeypatch, in_worker, message
-):
-    text = (
-        f"import os\nif os.environ['PYTEST_MAIN_PROCESS'] != str(os.getpid()):\n    {in_worker}\n"
-    )
-    write_module(
-        tmp_path,
-        monkeypatch,
-        f"{text}def reward(prompt, completion, answer, metadata):\n    return 1.0\n",
-    )
-    monkeypatch.delitem(sys.modules, "worker_breaks", raising=False)
-    pool = RewardPool({"r": {"function": "worker_breaks.reward"}})
-    with pytest.raises(InputError, match=f"rewards: a worker cannot start: .*{message}"):
+def test_import_that_fails_names_its_reward(tmp_path, monkeypatch, statement, message):
+    write_module(tmp_path, monkeypatch, f"{statement}\n{REWARD}")
+    rewards = {**BY_COMMAND, "bad": {"function": "own_reward.reward"}}
+    with pytest.raises(InputError) as caught:
+        RewardPool(rewards)
+    beginning = "rewards.bad.function: 'own_reward.reward' cannot be imported: "
+    assert str(caught.value).startswith(f"{beginning}{message}")
+
+
+def test_worker_that_cannot_start_later_is_an_error_and_no_hang(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, REWARD)
+    pool = make_pool({"r": {"function": "own_reward.reward"}})
+    assert pool.score(items_of("x")).totals == [1.0]
+    (tmp_path / "own_reward.py").write_text("import os; os._exit(3)")
+    for worker in pool._workers:
+        worker.process.kill()
+        worker.process.wait()
+    with pytest.raises(InputError, match="rewards.r.function: .* its process ended with exit code"):
         pool.score(items_of("x"))
     pool.close()
+
+
+def test_trainer_does_not_import_a_reward(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, f"{REWARD}reward.max_value = 2.5\n")
+    pool = make_pool({"r": {"function": "own_reward.reward", "weight": 2}})
+    assert pool.full_reward == 5.0
+    pool.close()
+    assert "own_reward" not in sys.modules
+
+
+FAIL, PASS = ["raise"], ["one"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "scores", "message"),
+    [
+        ({}, [5 * FAIL + 4 * PASS], "5 of its last 9 calls have failed (56%)"),
+        ({}, [4 * FAIL + 4 * PASS] * 3, ""),
+        ({}, [7 * FAIL], ""),
+        ({}, [7 * FAIL, FAIL], "8 of its last 8"),
+        ({}, [FAIL, FAIL, FAIL, FAIL, FAIL, FAIL, FAIL, FAIL], "8 of its last 8"),
+        (
+            {},
+            [9 * PASS] * 5 + [9 * FAIL, [], 9 * FAIL],
+            "18 of its last 27 calls have failed (67%)",
+        ),
+        ({}, [9 * FAIL], "than reward_pool.max_failure_share (0.5) allows; the first raised: Key"),
+        ({"max_failure_share": 0}, [8 * PASS, FAIL], "1 of its last 9"),
+        ({"max_failure_share": 1}, [9 * FAIL] * 3, ""),
+    ],
+    ids=[
+        "more_than_half",
+        "half",
+        "few",
+        "few_and_one",
+        "one_by_one",
+        "only_the_last_count",
+        "cause",
+        "none_allowed",
+        "all_allowed",
+    ],
+)
+def test_reward_that_fails_too_often_is_an_error(knobs, scores, message):
+    rewards = {**BY_COMMAND, "half": {"function": "gspo.rewards.regex_match", "pattern": "."}}
+    pool = make_pool(rewards, num_workers=1, **{"max_failure_share": 0.5, **knobs})
+    *before, last = [items_of(*completions) for completions in scores]
+    for items in before:
+        pool.score(items)
+    if message:
+        with pytest.raises(InputError) as caught:
+            pool.score(last)
+        assert str(caught.value).startswith("rewards.correct: ")
+        assert message in str(caught.value)
+    else:
+        pool.score(last)
+    pool.close()
+
+
+@pytest.mark.parametrize("max_value", ["float('nan')", "float('inf')", "'1'", "True", "None"])
+def test_max_value_is_a_finite_number(tmp_path, monkeypatch, max_value):
+    write_module(tmp_path, monkeypatch, f"{REWARD}reward.max_value = {max_value}\n")
+    with pytest.raises(InputError, match="rewards.r.function: .* has a max_value of .* finite"):
+        RewardPool({"r": {"function": "own_reward.reward"}}, num_workers=1)
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "a/b", "", " ", 7, None])
+def test_name_that_no_metric_can_have_is_refused(name):
+    with pytest.raises(InputError, match="^rewards: .* must not name a reward"):
+        RewardPool({name: {"function": "gspo.rewards.exact_match"}})
 
 
 def test_child_that_a_reward_forks_does_not_answer(pool):
