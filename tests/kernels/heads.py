@@ -111,3 +111,41 @@ def restated_loss(values, counts, loss_function):
     loss, clipped = loss_function(*restated(hidden, weight, *values[2:]), 0, len(counts))
     (3.0 * loss).backward()
     return float(loss.detach()), clipped, hidden.grad, weight.grad
+
+
+def gradients_beside_a_spoiled_row(function, value, *, device="cpu", **options):
+    """Return gradients with a row of ``value`` that has no coefficient, and those without the row.
+
+    The row's own gradient, which must be 0, stands beside zeros.
+    """
+    hidden, weight, labels, temperature = (x.to(device) for x in inputs((21, 16, 61)))
+    if function.__name__ == "logits_logps":
+        hidden, weight = hidden @ weight.T, None
+    clean = torch.arange(21, device=device) != 9
+    spoiled = hidden.clone()
+    spoiled[9] = value
+    d_spoiled, d_weight = _sum_gradients(
+        function, (spoiled, weight, labels, temperature), clean, options
+    )
+    rows = (hidden[clean], weight, labels[clean], temperature[clean])
+    d_clean, expected = _sum_gradients(function, rows, clean[clean], options)
+    pairs = [(d_spoiled[clean], d_clean), (d_spoiled[9], torch.zeros_like(d_spoiled[9]))]
+    return pairs if weight is None else [*pairs, (d_weight, expected)]
+
+
+def _sum_gradients(function, values, counted, options):
+    """Return the gradients of the sum of the log-probabilities of the rows that are counted."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in values[:2]]
+    arguments = [leaf * 1 for leaf in leaves if leaf is not None] + list(values[2:])
+    if function is linear_loss:
+        counts = [1] * len(counted)
+
+        def loss_function(logps, entropy, first, last):
+            return torch.where(counted[first:last], logps, 0.0).sum(), 0
+
+        loss, _ = function(*arguments, counts, loss_function, **options)
+    else:
+        logps, _ = function(*arguments, **options)
+        loss = torch.where(counted, logps, 0.0).sum()
+    loss.backward()
+    return [None if leaf is None else leaf.grad for leaf in leaves]

@@ -297,6 +297,15 @@ def test_a_row_of_nan_spoils_no_other():
     assert all(g.isfinite().all() for g in grads) and (grads[0][40] == 0).all()
 
 
+@each_kernel
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("function", [linear_logps, linear_loss, logits_logps])
+def test_a_row_without_a_coefficient_adds_nothing_whatever_it_holds(kernel, value, function):
+    gradients = heads.gradients_beside_a_spoiled_row(function, value, kernel=kernel)
+    for spoiled, without in gradients:
+        torch.testing.assert_close(spoiled, without, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_are_handed_out_once():
     values, counts, loss_function = loss_case((63, 16, 61))
     hidden = values[0].clone().requires_grad_()

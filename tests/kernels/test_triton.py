@@ -232,6 +232,17 @@ def test_a_nan_reaches_its_own_row_only():
         assert got[3].isnan() and torch.equal(got[[0, 1, 2, 4, 5]], want[[0, 1, 2, 4, 5]])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's, of inf - inf
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("function", [linear_logps, linear_loss, logits_logps])
+def test_a_row_without_a_coefficient_adds_nothing_whatever_it_holds(value, function):
+    gradients = heads.gradients_beside_a_spoiled_row(
+        function, value, device=DEVICE, kernel="triton"
+    )
+    for spoiled, without in gradients:
+        torch.testing.assert_close(spoiled, without, rtol=1e-5, atol=1e-6)
+
+
 def test_a_label_out_of_range_gives_nan():
     _, logits, _, temperature = surrounded_logits(61, torch.float32)
     logps, _, entropy = backend.statistics(

@@ -141,6 +141,49 @@ def test_padding_alone_gives_a_zero_loss_and_gradient(one_rank, kernel):
     assert all(p.grad.full_tensor().eq(0).all() for p in policy.parameters() if p.grad is not None)
 
 
+def gradients_with_nan(kernel, spoil):
+    """Return the gradients of six documents, of which the fourth has NaN, and how many left."""
+    policy = build_policy(GSPOLoss(), kernel=kernel)
+    batch = pack_documents(tiny_policy.documents(6), 512)
+    rows = ((batch.document_index == 3) & batch.loss_mask).view(batch.num_bins, -1)
+    handle = spoil(policy.decoder).register_forward_hook(
+        lambda module, inputs, hidden: hidden.masked_fill(rows[..., None], torch.nan)
+    )
+    metrics = StepMetrics()
+    for output in accumulate_gradients(policy, [Microbatch.prepare(batch, CPU)], 5.0):
+        metrics.add(output.metrics, output.not_finite)
+    metrics.reduce()
+    handle.remove()
+    named = policy.decoder.named_parameters()
+    return {name: p.grad.full_tensor() for name, p in named}, metrics.not_finite.documents
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
+@pytest.mark.parametrize("kernel", ["reference", "compile", "triton"])
+def test_nan_behind_the_decoder_takes_out_its_document_alone(one_rank, kernel):
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="triton is there on Linux only")
+    gradients, num_out = gradients_with_nan(kernel, lambda decoder: decoder.norm)
+    assert num_out == 1
+    policy = build_policy(GSPOLoss(), kernel="reference")
+    documents = tiny_policy.documents(6)
+    del documents[3]
+    microbatch = Microbatch.prepare(pack_documents(documents, 512), CPU)
+    list(accumulate_gradients(policy, [microbatch], 5.0))
+    for name, parameter in policy.decoder.named_parameters():
+        want = parameter.grad.full_tensor()
+        torch.testing.assert_close(gradients[name], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "compile"])
+def test_nan_inside_the_decoder_reaches_parameters(one_rank, kernel):
+    gradients, num_out = gradients_with_nan(kernel, lambda decoder: decoder.layers[0])
+    assert num_out == 6 and not gradients["norm.scale"].isfinite().all()
+    gradients, num_out = gradients_with_nan(kernel, lambda decoder: decoder.layers[-1])
+    spoiled = [name for name, grad in gradients.items() if not grad.isfinite().all()]
+    assert (num_out, spoiled) == (1, ["norm.scale"])
+
+
 @pytest.mark.parametrize("loss", [GSPOLoss, GRPOLoss])
 @pytest.mark.parametrize("chunk_size", [None, 40, 9])
 def test_chunks_of_the_head_change_neither_metrics_nor_gradient(one_rank, loss, chunk_size):
