@@ -321,15 +321,17 @@ def finalize(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics with those that are derived from others."""
     derived = dict(metrics)
     if square := metrics.get("_ratio_sq"):
-        derived["ratio/ess"] = metrics["ratio/mean"] ** 2 / square  # share of the units
+        mean = metrics["ratio/mean"]
+        derived["ratio/ess"] = mean * mean / square  # share of the units
     for stage in ("ratio", "weight"):
         if square := metrics.get(f"_correction_{stage}_sq"):
             mean = metrics[f"correction/{stage}_mean"]
-            derived[f"correction/{stage}_ess"] = mean**2 / square
+            derived[f"correction/{stage}_ess"] = mean * mean / square
     if "_mismatch_sq" in metrics:
         derived["mismatch/rms_token"] = math.sqrt(metrics["_mismatch_sq"])
     if "_reward_sq" in metrics:
-        variance = metrics["_reward_sq"] - metrics["reward/mean"] ** 2
+        mean = metrics["reward/mean"]
+        variance = metrics["_reward_sq"] - mean * mean  # ** raises where a product is infinite
         derived["reward/std"] = math.sqrt(max(variance, 0.0))
     if "_log_ratio_sq" in metrics:
         derived["log_ratio/rms_token"] = math.sqrt(metrics["_log_ratio_sq"])

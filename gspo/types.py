@@ -74,7 +74,8 @@ class GroupBatch:
 
     ``dropped_documents`` and ``dropped_tokens`` count documents that were drawn, carry no gradient
     and were taken out before the update; they stay in the denominators. ``dead_groups`` are those
-    whose rewards are equal, in ``groups`` or taken out.
+    whose rewards are equal, in ``groups`` or taken out. ``quarantined_documents`` were drawn too and
+    are in no denominator.
     """
 
     groups: list[Group]
@@ -82,6 +83,12 @@ class GroupBatch:
     dropped_documents: int = 0
     dropped_tokens: int = 0
     dead_groups: list[Group] = field(default_factory=list)
+    quarantined_documents: int = 0
+    lost_to: str = ""  # of a rollout quarantined as a whole: the most frequent of CAUSES
+
+
+# A completion is quarantined for the first of these that is not finite.
+CAUSES = ("reward", "logps", "advantage")
 
 
 class Axis(StrEnum):
@@ -151,6 +158,8 @@ class PackedBatch:
     temperature: torch.Tensor = _over(Axis.DOCUMENT)
     num_documents: int  # in the step's denominators: those here and the dropped ones
     num_label_tokens: int  # the same in labelled tokens
+    num_quarantined: int = 0  # documents drawn for the step that are in no denominator
+    lost_to: str = ""  # see GroupBatch
     ids: list[tuple[str, int]] = field(default_factory=list)  # (prompt id, group id) of each
     stats: Metrics = field(default_factory=dict)  # of the groups behind this batch
     continues: bool = False  # more of the same call of the sampler waits on this rank

@@ -81,6 +81,11 @@ def test_equal_rewards_have_no_std():
     assert metrics.finalize({"reward/mean": 0.1, "_reward_sq": 0.1**2 - 1e-18})["reward/std"] == 0.0
 
 
+def test_huge_rewards_have_no_std_instead_of_an_overflow():
+    numbers = metrics.finalize({"_reward_sq": math.inf, "reward/mean": 1e308})
+    assert "reward/std" not in metrics.public(numbers)
+
+
 def test_public_hides_ingredients_and_what_is_not_finite():
     assert metrics.public(
         {"loss": 1.0, "_slots": 2.0, "kl_ref": math.nan, "ratio/max": -math.inf}

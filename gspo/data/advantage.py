@@ -6,6 +6,7 @@ Not here: the formulas, see :mod:`gspo.advantages`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,8 @@ class Advantage(TransformNode[GroupBatch]):
     """A node that fills ``completion.advantage`` and keeps the completions that carry a gradient.
 
     - Quarantine: a completion whose reward, log-probabilities or advantage is not finite (in
-      float32) leaves the numerator and every denominator. The others of its group get advantages
-      from their own rewards; one that is left alone is a dead group.
+      float32) leaves the numerator and every denominator; it counts as drawn. The others of its
+      group get advantages from their own rewards; one that is left alone is a dead group.
     - Dead group: its rewards are exactly equal. Counted in ``dead_groups``; with
       ``drop_dead_groups`` taken out, its documents and label tokens staying in the denominators, or
       not when ``refill_dead_groups`` promises others.
@@ -91,12 +92,14 @@ class Advantage(TransformNode[GroupBatch]):
         self.drop_dead_groups = drop_dead_groups
         self.refill_dead_groups = refill_dead_groups
         self.on_quarantine = on_quarantine
+        self._causes: Counter[str] = Counter()  # of the rollout's quarantined completions
 
     def next(self) -> GroupBatch:
         """Return the next groups, their advantages filled in."""
         drawn = next(self.source)
         kept = GroupBatch([], dict(drawn.stats), drawn.dropped_documents, drawn.dropped_tokens)
-        num_dead = num_quarantined = 0
+        num_dead = 0
+        self._causes.clear()
         for group in drawn.groups:
             check_group_size(self.estimator, len(group.completions))
             live = self._finite(group)
@@ -110,10 +113,18 @@ class Advantage(TransformNode[GroupBatch]):
             num_dead += is_dead
             if is_dead:
                 kept.dead_groups.append(group)
-            num_quarantined += len(group.completions) - len(live)
         kept.stats["dead_groups"] = Mean(float(num_dead), float(len(drawn.groups)))
-        kept.stats["quarantined_documents"] = Sum(float(num_quarantined))
+        self._count_quarantined(drawn, kept)
         return kept
+
+    def _count_quarantined(self, drawn: GroupBatch, kept: GroupBatch) -> None:
+        """Count in ``kept`` the completions of ``drawn`` that were quarantined."""
+        num_quarantined = self._causes.total()
+        kept.quarantined_documents = drawn.quarantined_documents + num_quarantined
+        kept.stats["quarantined_documents"] = Sum(float(num_quarantined))
+        num_completions = sum(len(group.completions) for group in drawn.groups)
+        if num_quarantined == num_completions > 0:
+            ((kept.lost_to, _),) = self._causes.most_common(1)
 
     def _finite(self, group: Group) -> list[Completion]:
         """Return the completions with finite numbers, and report the others."""
@@ -141,6 +152,7 @@ class Advantage(TransformNode[GroupBatch]):
         return live
 
     def _report(self, group: Group, completion: Completion, cause: str) -> None:
+        self._causes[cause] += 1
         record = {"prompt_id": group.prompt.id, "group_id": group.id, "cause": cause}
         for name in _REPORTED_FIELDS:
             record[name] = getattr(completion, name)

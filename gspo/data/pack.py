@@ -70,11 +70,11 @@ class _Choice:
 class Pack(BaseNode[PackedBatch]):
     """A node that packs groups into microbatches of at most ``tokens_per_microbatch`` slots.
 
-    Each batch carries the stats of the rollouts drawn since the batch before it. Dropped documents
-    are spread over the batches as the live ones are, so that several optimizer steps on one rollout
-    divide by their share of them. A rollout without a live document gives at once one bin of
-    padding that carries all, so that a run whose groups are all dead moves on, and a model's
-    forward runs on every rank.
+    Each batch carries the stats of the rollouts drawn since the batch before it. Dropped and
+    quarantined documents are spread over the batches as the live ones are, so that several
+    optimizer steps on one rollout divide by their share of them and count them as drawn. A rollout
+    without a live document gives at once one bin of padding that carries all, so that a run whose
+    groups are all dead moves on, and a model's forward runs on every rank.
 
     Args:
         source: a node of groups with advantages; one of its items is a rollout.
@@ -126,21 +126,22 @@ class Pack(BaseNode[PackedBatch]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on from a state."""
         super().reset(initial_state)
-        state = initial_state or {"source": None, "documents": [], "dropped": [0, 0]}
+        state = initial_state or {"source": None, "documents": [], "dropped": [0, 0, 0]}
         self.source.reset(state["source"])
         documents = state["documents"]
         self._documents = [Document(**values) for values in documents]  # oldest first
         # Dropped, and carried by no batch yet.
-        num_documents, num_tokens = state["dropped"]
+        num_documents, num_tokens, num_quarantined = state["dropped"]
         self._dropped_documents = num_documents
         self._dropped_tokens = num_tokens
+        self._quarantined = num_quarantined
 
     def get_state(self) -> dict[str, Any]:
         """Return the source's state and the documents that wait, in plain containers."""
         return {
             "source": self.source.state_dict(),
             "documents": [_plain(document) for document in self._documents],
-            "dropped": [self._dropped_documents, self._dropped_tokens],
+            "dropped": [self._dropped_documents, self._dropped_tokens, self._quarantined],
         }
 
     def next(self) -> PackedBatch:
@@ -156,7 +157,9 @@ class Pack(BaseNode[PackedBatch]):
             stats.append(rollout.stats)
             num_live = self._add(rollout)
             if num_live == 0:
-                return self._emit(_Choice([], [], _EMPTY_BIN), stats)
+                batch = self._emit(_Choice([], [], _EMPTY_BIN), stats)
+                batch.lost_to = rollout.lost_to
+                return batch
         choice = self._choose_short() if self.bin_length is None else self._choose_long()
         return self._emit(choice, stats)
 
@@ -181,6 +184,7 @@ class Pack(BaseNode[PackedBatch]):
         self._documents += documents
         self._dropped_documents += rollout.dropped_documents
         self._dropped_tokens += rollout.dropped_tokens
+        self._quarantined += rollout.quarantined_documents
         return len(documents)
 
     def _check(self, document: Document) -> None:
@@ -238,14 +242,17 @@ class Pack(BaseNode[PackedBatch]):
         return batch
 
     def _hand_over_dropped(self, batch: PackedBatch, num_taken: int) -> None:
-        """Count in ``batch`` its share of the dropped documents."""
+        """Count in ``batch`` its share of the dropped and the quarantined documents."""
         share = num_taken / len(self._documents) if num_taken else 1.0
         num_documents = round(share * self._dropped_documents)
         num_tokens = round(share * self._dropped_tokens)
+        num_quarantined = round(share * self._quarantined)
         self._dropped_documents -= num_documents
         self._dropped_tokens -= num_tokens
+        self._quarantined -= num_quarantined
         batch.num_documents += num_documents
         batch.num_label_tokens += num_tokens
+        batch.num_quarantined += num_quarantined
 
 
 def _plain(document: Document) -> dict[str, Any]:

@@ -11,16 +11,35 @@ import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
 from gspo.data.layout import pack_documents
-from gspo.errors import InputError
+from gspo.errors import NO_VALUE, InputError
 from gspo.metrics import Metrics
 from gspo.parallel.mesh import sum_over_ranks
-from gspo.types import PackedBatch
+from gspo.types import CAUSES, PackedBatch
 
 logger = logging.getLogger(__name__)
 
 WARN_EMPTY_ROUNDS = 10
 # Of a step: a run that finds nothing to learn from ends instead of sampling for ever.
 MAX_EMPTY_ROUNDS = 200
+# A cause of the quarantine -> the key of what gave the value, what is wrong, and the remedy.
+_LOST = {
+    "reward": (
+        "rewards",
+        "gave no number that float32 holds",
+        "correct the reward function",
+    ),
+    "logps": (
+        "sampler",
+        "gave log-probabilities that are not finite",
+        "lower optimizer.lr or set clip_grad_norm, since the weights have diverged; before the "
+        "first step, look at the checkpoint and the sampler",
+    ),
+    "advantage": (
+        "advantages.estimator",
+        "gave no advantage that float32 holds",
+        "correct it, or the scale of the rewards",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,13 @@ class _Round:
     num_documents: int
     num_label_tokens: int
     num_sources: int  # that may have more
+    num_quarantined: int
+    lost_to: str  # most frequent cause, where all that was drawn was quarantined; else empty
+
+    @property
+    def num_drawn(self) -> int:
+        """Documents that count toward ``docs_per_step``."""
+        return self.num_documents + self.num_quarantined
 
 
 class FetchSteps(BaseNode[StepBatches]):
@@ -60,13 +86,13 @@ class FetchSteps(BaseNode[StepBatches]):
 
     Args:
         source: this rank's microbatches.
-        docs_per_step: documents over all ranks, dropped ones included.
+        docs_per_step: documents over all ranks, dropped and quarantined ones included.
         device: of the counts that are added up over the ranks.
         context_size: ranks that train on the same microbatch, whose counts are all the same.
 
     Raises:
-        InputError: From ``next``, on every rank: :data:`MAX_EMPTY_ROUNDS` in a row brought no
-            document.
+        InputError: From ``next``, on every rank: all completions of a rollout were quarantined, or
+            :data:`MAX_EMPTY_ROUNDS` in a row brought no document.
     """
 
     def __init__(
@@ -98,19 +124,21 @@ class FetchSteps(BaseNode[StepBatches]):
     def next(self) -> StepBatches:
         """Return the next step, or the rest when all sources have ended. Collective."""
         batches: list[PackedBatch] = []
-        num_documents = num_label_tokens = num_empty_rounds = 0
-        while num_documents < self.docs_per_step:
+        num_drawn = num_documents = num_label_tokens = num_empty_rounds = 0
+        while num_drawn < self.docs_per_step or not num_documents:
             drawn = self._draw()
             if drawn.num_sources == 0:
                 break
+            _check_not_lost(drawn)
             num_empty_rounds = 0 if drawn.num_documents else num_empty_rounds + 1
             self._check_empty_rounds(num_empty_rounds)
             batches.append(drawn.batch)
+            num_drawn += drawn.num_drawn
             num_documents += drawn.num_documents
             num_label_tokens += drawn.num_label_tokens
         if not num_documents:
             raise StopIteration
-        self._check_overshoot(num_documents)
+        self._check_overshoot(num_drawn)
         return StepBatches(batches, num_documents, num_label_tokens)
 
     def _draw(self) -> _Round:
@@ -118,17 +146,25 @@ class FetchSteps(BaseNode[StepBatches]):
         drawn = None if self._waits else next(self.source, None)
         batch = pack_documents([]) if drawn is None else drawn
         may_have_more = self._waits or drawn is not None
+        is_kept = drawn is not None and not drawn.lost_to
         counts = [
             batch.num_documents,
             batch.num_label_tokens,
             int(may_have_more),
             int(batch.continues),
+            batch.num_quarantined,
+            int(is_kept),
         ]
+        for cause in CAUSES:
+            num_lost = batch.num_quarantined if batch.lost_to == cause else 0
+            counts.append(num_lost)
         totals = [total // self.context_size for total in sum_over_ranks(counts, self.device)]
-        num_documents, num_label_tokens, num_sources, num_continuing = totals
+        num_documents, num_label_tokens, num_sources, num_continuing = totals[:4]
+        num_quarantined, num_kept, *lost = totals[4:]
         # Never all at once: a rank whose rollout continues draws.
         self._waits = num_continuing > 0 and not batch.continues
-        return _Round(batch, num_documents, num_label_tokens, num_sources)
+        lost_to = "" if num_kept or not any(lost) else CAUSES[lost.index(max(lost))]
+        return _Round(batch, num_documents, num_label_tokens, num_sources, num_quarantined, lost_to)
 
     def _check_empty_rounds(self, num_rounds: int) -> None:
         if num_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:
@@ -144,8 +180,8 @@ class FetchSteps(BaseNode[StepBatches]):
                 "false, or give prompts of which the policy solves some",
             )
 
-    def _check_overshoot(self, num_documents: int) -> None:
-        if self._warned or num_documents <= 1.5 * self.docs_per_step:
+    def _check_overshoot(self, num_drawn: int) -> None:
+        if self._warned or num_drawn <= 1.5 * self.docs_per_step:
             return
         self._warned = True
         if dist.get_rank() == 0:
@@ -154,5 +190,18 @@ class FetchSteps(BaseNode[StepBatches]):
                 "whole microbatches, one or more of every rank. Lower "
                 "packing.tokens_per_microbatch, or raise docs_per_step.",
                 self.docs_per_step,
-                num_documents,
+                num_drawn,
             )
+
+
+def _check_not_lost(drawn: _Round) -> None:
+    if not drawn.lost_to:
+        return
+    key, must, remedy = _LOST[drawn.lost_to]
+    raise InputError(
+        key,
+        NO_VALUE,
+        f"{must}: all {drawn.num_quarantined} completions of a rollout were quarantined, most "
+        f"often for this ({drawn.lost_to})",
+        f"{remedy}. Their values are in quarantine_rank<r>.jsonl in output_dir",
+    )

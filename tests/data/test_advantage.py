@@ -151,3 +151,19 @@ def test_advantage_resumes_anywhere():
         )
 
     assert_resumes_anywhere(make, 4, key=exact)
+
+
+def test_quarantined_completions_are_counted_apart_from_dropped_ones():
+    result = run([0.0, NAN, 1.0], [1.0, 1.0])
+    assert (result.quarantined_documents, result.dropped_documents) == (1, 2)
+    assert result.lost_to == ""
+
+
+def test_a_rollout_that_is_lost_says_to_which_cause_most_often():
+    mute = completion(3, logps=[-1.0, NAN, -1.0])
+    result = run([mute, mute, NAN], [NAN, mute], refill_dead_groups=True)
+    assert (result.quarantined_documents, result.lost_to) == (5, "logps")
+    dead = run([mute, mute], [1.0, 1.0], refill_dead_groups=True)
+    assert (dead.quarantined_documents, dead.lost_to) == (2, "")
+    infinite = run([0.0, 1.0], estimator=lambda rewards: [INF, -INF])
+    assert infinite.lost_to == "advantage"

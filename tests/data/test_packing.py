@@ -529,3 +529,20 @@ def test_pack_spreads_dropped_documents_as_the_live_ones():
     assert sum(dropped) == 40
     for count, number in zip(live, dropped, strict=True):
         assert abs(number - 40 * count / 24) <= 1
+
+
+def test_pack_spreads_quarantined_documents_over_batches_and_no_denominator():
+    def rollout(index):
+        groups = [Group(i, Prompt(f"p:{i}", "", [1, 2]), [completion(15, 0.5)]) for i in range(24)]
+        return GroupBatch(groups, quarantined_documents=40)
+
+    batches = list(pack(1, rollout, tokens_per_microbatch=64, bin_length=64))
+    assert len(batches) > 3 and sum(b.num_quarantined for b in batches) == 40
+    assert all(b.num_quarantined for b in batches)
+    assert sum(b.num_documents for b in batches) == 24
+
+
+def test_pack_hands_on_that_a_rollout_was_lost():
+    rollout = GroupBatch([], quarantined_documents=5, lost_to="reward")
+    (batch,) = pack(1, lambda index: rollout)
+    assert (batch.num_quarantined, batch.num_documents, batch.lost_to) == (5, 0, "reward")

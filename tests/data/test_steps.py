@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from gspo import parallel
 from gspo.data.steps import FetchSteps
+from gspo.errors import InputError
 from tests.data.fakes import Items
 from tests.distributed.launch import once_per_world_size
 from tests.distributed.steps import batch
@@ -95,3 +96,38 @@ def test_overshoot_by_more_than_half_is_logged_once(
         "microbatches, one or more of every rank. Lower packing.tokens_per_microbatch, or raise "
         "docs_per_step."
     ] * num_warnings
+
+
+def quarantined(num_documents, num_quarantined, lost_to=""):
+    made = batch(num_documents, dropped=0)
+    made.num_quarantined, made.lost_to = num_quarantined, lost_to
+    return made
+
+
+def test_quarantined_documents_count_as_drawn_and_in_no_denominator(one_process):
+    steps = FetchSteps(Items(lambda _: quarantined(5, 3), 4), docs_per_step=16, device=CPU)
+    assert [(len(step.batches), step.num_documents) for step in steps] == [(2, 10), (2, 10)]
+
+
+def test_a_step_has_a_document(one_process):
+    source = Items(lambda i: quarantined(0 if i < 3 else 5, 8), 4)
+    steps = FetchSteps(source, docs_per_step=8, device=CPU)
+    assert [(len(step.batches), step.num_documents) for step in steps] == [(4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        ("reward", "rewards: gave no number that float32 holds: all 7 completions"),
+        ("logps", "sampler: gave log-probabilities that are not finite: all 7 completions"),
+        ("advantage", "advantages.estimator: gave no advantage that float32 holds: all 7"),
+    ],
+)
+def test_a_rollout_that_is_lost_ends_the_run(one_process, cause, message):
+    source = Items(lambda i: quarantined(0, 7, cause) if i else quarantined(5, 1), 3)
+    steps = FetchSteps(source, docs_per_step=6, device=CPU)
+    assert next(steps).num_documents == 5
+    with pytest.raises(InputError) as refused:
+        next(steps)
+    assert str(refused.value).startswith(message)
+    assert "quarantine_rank<r>.jsonl in output_dir" in str(refused.value)
