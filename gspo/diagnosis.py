@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,8 @@ FEW_CHANGED = 0.01
 NOISY_CLIP = 0.1  # clip fraction of a policy that has not moved
 _LOOKED_AT = 65_536  # weights of a parameter's shard
 _INERT_STEPS = 50  # in a row without a ratio outside the clip range
+_RECENT_STEPS = 40
+_IDLE_STEPS = 20  # of the recent ones without a document
 # Metrics that are noise where the policy is still the one that sampled, and where they are read.
 _NOISE_FLOOR = {
     "mismatch/rms_token": "log_ratio/rms_token",
@@ -94,7 +97,7 @@ def _looked_at(parameter: Tensor) -> Tensor:
 class Advisor:
     """A reader of a run's own metrics that warns where a setting does not do what it is there for.
 
-    It warns once for each cause.
+    It warns once for each cause; of quarantined documents again whenever they have doubled.
 
     Args:
         loss: what it declares about a clip range decides whether a silent clip is a cause.
@@ -106,6 +109,10 @@ class Advisor:
         self._warns = warns
         self._causes: set[str] = set()  # already warned of
         self._quiet_steps = 0
+        self._idle: deque[bool] = deque(maxlen=_RECENT_STEPS)  # a recent step had no document
+        self._rewards: deque[float] = deque(maxlen=_RECENT_STEPS)  # of recent steps with rewards
+        self._num_quarantined = 0
+        self._told_quarantined = 0  # when it was last logged
 
     def look(self, values: Mapping[str, float], *, fresh: bool) -> dict[str, float]:
         """Take the metrics of a step and return those that are derived from them.
@@ -121,6 +128,9 @@ class Advisor:
             self._look_at_update(values)
             self._look_at_noise(values)
             self._look_at_clip(values)
+            self._look_at_documents(values)
+            self._look_at_rewards(values)
+            self._look_at_quarantine(values)
         return derived
 
     def look_for_older(self, batch: PackedBatch, version: int) -> None:
@@ -181,6 +191,50 @@ class Advisor:
                 "sync_every_steps), or narrow the clip range.",
                 _INERT_STEPS,
                 values.get("ratio/max", math.nan),
+            )
+
+    def _look_at_documents(self, values: Mapping[str, float]) -> None:
+        self._idle.append(values.get("documents") == 0)
+        num_idle = sum(self._idle)
+        if num_idle >= _IDLE_STEPS:
+            self._warn(
+                "idle",
+                "%d of the last %d steps trained on no document: the run learns nothing from them. "
+                "dead_groups is %.2g, quarantined_documents %.2g. See that the reward tells the "
+                "completions of a prompt apart (completions.jsonl), raise group_size, or give "
+                "prompts of which the policy solves some.",
+                num_idle,
+                len(self._idle),
+                values.get("dead_groups", math.nan),
+                values.get("quarantined_documents", 0.0),
+            )
+
+    def _look_at_rewards(self, values: Mapping[str, float]) -> None:
+        reward = values.get("reward/mean", math.nan)
+        if math.isnan(reward):  # a step on a rollout of before
+            return
+        self._rewards.append(reward)
+        if len(self._rewards) == _RECENT_STEPS and len(set(self._rewards)) == 1:
+            self._warn(
+                "reward",
+                "reward/mean has been %g in each of the last %d steps with rewards: there is "
+                "nothing to learn from. Read completions.jsonl: does the reward give what you "
+                "would give? Look at solved (prompts too hard or too easy), length/truncated "
+                "(sampling.max_new_tokens) and reward_failures.",
+                reward,
+                _RECENT_STEPS,
+            )
+
+    def _look_at_quarantine(self, values: Mapping[str, float]) -> None:
+        """Log the first quarantined documents, and then whenever there are twice as many."""
+        self._num_quarantined += int(values.get("quarantined_documents", 0))
+        total = self._num_quarantined
+        if total and total >= 2 * self._told_quarantined:
+            self._told_quarantined = total
+            logger.warning(
+                "Quarantined documents so far: %d, which had a value that is not finite and are in "
+                "no loss. quarantine_rank<r>.jsonl in output_dir says which they are and why.",
+                total,
             )
 
     def _warn(self, cause: str, message: str, *args: object) -> None:

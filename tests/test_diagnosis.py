@@ -180,3 +180,40 @@ def test_document_weights_are_logged_on_the_first_rank(caplog, monkeypatch):
 def test_a_loss_whose_weights_cannot_be_found_is_no_error(caplog, monkeypatch):
     (message,) = told_weights(caplog, monkeypatch, Loss(), rank=0)
     assert "8, 64, 256, 1024 tokens weigh could not be found: TypeError" in message
+
+
+IDLE = {"documents": 0.0, "dead_groups": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "num_warnings"),
+    [
+        ([IDLE] * 60, 1),
+        ([IDLE] * 19 + [{"documents": 8.0}] * 40 + [IDLE] * 19, 0),
+        ([IDLE, IDLE, {"documents": 8.0}] * 20, 1),  # most of them, if not in a row
+    ],
+    ids=["in_a_row", "short", "most"],
+)
+def test_steps_without_documents_are_named_once(caplog, steps, num_warnings):
+    messages = warnings_of(caplog, *steps)
+    assert len(messages) == num_warnings
+    for message in messages:
+        assert "of the last" in message and "steps trained on no document" in message
+        assert "dead_groups is 1" in message and "completions.jsonl" in message
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_a_reward_that_never_changes_is_named_once(caplog, reward):
+    stuck, without = {"reward/mean": reward}, {}
+    assert not warnings_of(caplog, *[stuck, without] * 39, {"reward/mean": 0.5}, *[stuck] * 39)
+    (message,) = warnings_of(caplog, *[stuck, without] * 60)
+    assert message.startswith(f"reward/mean has been {reward:g} in each of the last 40 steps")
+    assert "completions.jsonl" in message and "reward_failures" in message
+
+
+def test_quarantined_documents_are_logged_whenever_they_have_doubled(caplog):
+    steps = [{"quarantined_documents": 0.0}, *[{"quarantined_documents": 3.0}] * 10]
+    messages = warnings_of(caplog, *steps)
+    counts = [message.split(":")[1].split(",")[0] for message in messages]
+    assert counts == [" 3", " 6", " 12", " 24"]
+    assert "quarantine_rank<r>.jsonl in output_dir" in messages[0]

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from gspo.metrics import public
 
+_HELD_OUT = "eval/accuracy"
 # Name on the bar -> metric.
 _SHOWN = {
     "reward": "reward/mean",
-    "held-out": "eval/accuracy",
+    "held-out": _HELD_OUT,
     "clip": "clip/any_document",
     "tok/s": "tokens_per_second",
 }
@@ -50,7 +51,7 @@ class Progress:
         self._num_parameters = sum(p.numel() for p in policy.parameters())
         self._device = device
         self._shown = shown
-        self._last_values: dict[str, float] = {}
+        self._held_out: dict[str, float] = {}
         self._run_began = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -76,12 +77,17 @@ class Progress:
         return time.perf_counter() - self._run_began
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Show the values that have a place on the bar; the others stay as they last were."""
-        self._last_values |= public(values)
+        """Show the values that have a place on the bar, and a dash for one that is not there.
+
+        Held-out accuracy stays: it is the last evaluation's.
+        """
+        current = public(values)
+        if _HELD_OUT in current:
+            self._held_out = {_HELD_OUT: current[_HELD_OUT]}
+        current |= self._held_out
         shown = {}
         for name, metric in _SHOWN.items():
-            if metric in self._last_values:
-                shown[name] = f"{self._last_values[metric]:.3g}"
+            shown[name] = f"{current[metric]:.3g}" if metric in current else "-"
         self._bar.set_postfix(shown)
 
     def advance(self, values: Mapping[str, float]) -> dict[str, float]:
