@@ -74,8 +74,8 @@ class GroupBatch:
 
     ``dropped_documents`` and ``dropped_tokens`` count documents that were drawn, carry no gradient
     and were taken out before the update; they stay in the denominators. ``dead_groups`` are those
-    whose rewards are equal, in ``groups`` or taken out. ``quarantined_documents`` were drawn too and
-    are in no denominator.
+    whose rewards are equal, in ``groups`` or taken out. ``quarantined_documents`` were drawn too
+    and are in no denominator.
     """
 
     groups: list[Group]

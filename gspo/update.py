@@ -20,13 +20,41 @@ from torch.optim import Optimizer
 from torchtune import training
 
 from gspo.data.steps import StepBatches
+from gspo.errors import DataError, InputError
 from gspo.losses.inputs import LossOutput
-from gspo.metrics import NotFinite, Sum
+from gspo.metrics import Metrics, NotFinite, Sum
 from gspo.parallel.context import ContextAxis
 from gspo.parallel.mesh import Ranks
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
+from gspo.policy.sharding import check_weights
 from gspo.types import PackedBatch, field_specs
+
+# Names in a row of metrics.jsonl that no metric may take.
+RESERVED_METRICS = {"step"}
+
+
+def check_versions(batch: PackedBatch, version: int) -> None:
+    """Refuse a completion of weights that do not exist yet, whose staleness would be negative.
+
+    Args:
+        batch: about to be trained on.
+        version: the newest that the sampler was given.
+
+    Raises:
+        DataError: It names the prompt and both versions.
+    """
+    is_ahead = (batch.policy_version > version) & (batch.label_counts > 0)
+    if not is_ahead.any():
+        return
+    document = int(is_ahead.nonzero()[0])
+    prompt_id, _ = batch.ids[document]
+    raise DataError(
+        f"a completion of prompt {prompt_id}",
+        must=f"policy_version is {int(batch.policy_version[document])}, needed: at most {version}, "
+        "the newest that the sampler was given",
+        remedy="a sampler must give the version that its update was called with",
+    )
 
 
 def denominator_of(policy: Policy, num_documents: int, num_label_tokens: int) -> float:
@@ -53,6 +81,9 @@ def accumulate_gradients(
 
     Yields:
         The output of each microbatch, detached, with ``loss`` among its metrics.
+
+    Raises:
+        InputError: A metric of the loss has a name that is reserved.
     """
     # FSDP2 averages gradients over the ranks; a sum over documents needs them added up.
     scale = dist.get_world_size() / denominator
@@ -61,11 +92,23 @@ def accumulate_gradients(
         reduces = reduce_every_microbatch or i == last
         policy.set_requires_gradient_sync(reduces)
         output = policy(microbatch)
+        _check_names(policy.loss, output.metrics)
         scaled = output.loss * scale
         scaled.backward()
         loss = output.loss.detach()
         metrics = {**output.metrics, "loss": Sum(loss / denominator)}
         yield LossOutput(loss, metrics, output.not_finite)
+
+
+def _check_names(loss: Any, metrics: Metrics) -> None:
+    for name in metrics:
+        if name in RESERVED_METRICS:
+            raise InputError(
+                "loss",
+                type(loss).__name__,
+                f"gives a metric named {name!r}, the name of a row's number in metrics.jsonl",
+                "give it another name, e.g. own/step",
+            )
 
 
 def take_out(policy: Policy, not_finite: NotFinite, step: StepBatches, denominator: float) -> float:
@@ -129,6 +172,21 @@ def step_if_finite(optimizer: Optimizer, grad_norm: float) -> bool:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return is_finite
+
+
+def check_moved_weights(policy: Policy, step: int) -> None:
+    """Refuse weights that a step has made infinite or NaN. Collective.
+
+    Args:
+        policy: after the step.
+        step: its number, from 1.
+
+    Raises:
+        InputError: On every rank; it names the first such parameter.
+    """
+    device = next(policy.parameters()).device
+    remedy = "lower it, or set clip_grad_norm"
+    check_weights(policy, device, "optimizer.lr", f"after step {step}", remedy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,6 @@ class GSPOFullFinetuneRecipe:
             self._reference = self._build_policy("reference_checkpointer", checkpointer)
         if cfg.keeps_sampled_weights:  # optimizer steps move on from the weights that sampled
             self._sampled = self._build_policy("checkpointer", self._checkpointer)
-
         patch_stochastic_rounding()
         self._optimizer = build(cfg, "optimizer", self._policy.parameters())
         self._audit = UpdateAudit(self._policy.parameters())
@@ -166,7 +165,7 @@ class GSPOFullFinetuneRecipe:
         weights = checkpoint[training.MODEL_KEY]
         options = PolicyOptions(**cfg.policy_options)
         return build_policy(
-            decoder, weights, loss, ranks=self._ranks, device=self._device, options=options
+            decoder, weights, loss, ranks=self._ranks, device=self._device, options=options, key=key
         )
 
     def train(self) -> None:
@@ -200,6 +199,7 @@ class GSPOFullFinetuneRecipe:
 
     def _prepare(self, batch: PackedBatch) -> Microbatch:
         """Take this rank's part to the device, with log-probabilities that a model computes."""
+        update.check_versions(batch, self._state.version)
         microbatch = Microbatch.prepare(batch, self._device, self._ranks.context)
         if self._cfg.old_logps == "recompute":
             self._advisor.look_for_older(batch, self._state.version)
@@ -247,6 +247,8 @@ class GSPOFullFinetuneRecipe:
             grad_norm = update.clip_gradients(self._policy, cfg.clip_grad_norm)
             update.seed_rounding(cfg.seed, state.step, self._ranks)
             moved = update.step_if_finite(self._optimizer, grad_norm)
+        if moved and state.step == state.num_skipped:  # the first step that moves the weights
+            update.check_moved_weights(self._policy, state.step + 1)
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         state.finish_step(moved, grad_norm, max_skipped=cfg.max_skipped_steps)

@@ -10,6 +10,7 @@ import torch
 
 from gspo import update
 from gspo.data.layout import pack_documents
+from gspo.errors import DataError
 from tests import tiny_policy
 
 
@@ -48,3 +49,16 @@ def test_a_step_is_made_of_finite_gradients_alone(norm):
     moved = update.step_if_finite(torch.optim.SGD([weight], lr=0.5), norm)
     assert moved == math.isfinite(norm) and weight.grad is None
     assert weight.tolist() == [0.5 if moved else 1.0] * 3
+
+
+def test_a_version_from_the_future_is_refused_with_its_prompt():
+    batch = pack_documents(tiny_policy.documents(6), 128)
+    batch.policy_version[:6] = torch.tensor([3, 1, 2, 3, 0, 3])
+    update.check_versions(batch, 3)
+    batch.policy_version[2] = 99
+    prompt_id, _ = batch.ids[2]
+    with pytest.raises(DataError) as refused:
+        update.check_versions(batch, 3)
+    assert str(refused.value).startswith(
+        f"a completion of prompt {prompt_id}: policy_version is 99, needed: at most 3"
+    )

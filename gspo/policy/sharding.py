@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
@@ -43,6 +45,7 @@ def build_policy(
     ranks: Ranks,
     device: torch.device,
     options: PolicyOptions,
+    key: str = "checkpointer",
 ) -> Policy:
     """Make a sharded policy with the weights of a checkpoint.
 
@@ -53,9 +56,10 @@ def build_policy(
         ranks: over which it is sharded.
         device: this rank's.
         options: see there.
+        key: of the config, that the weights come from.
 
     Raises:
-        InputError: The weights are not those of the decoder.
+        InputError: The weights are not those of the decoder, or not finite.
     """
     policy = Policy(
         decoder,
@@ -73,7 +77,7 @@ def build_policy(
         reshard_after_forward=options.reshard_after_forward,
         cpu_offload=options.cpu_offload,
     )
-    load_weights(policy, weights, device, cpu_offload=options.cpu_offload)
+    load_weights(policy, weights, device, cpu_offload=options.cpu_offload, key=key)
     return policy
 
 
@@ -120,17 +124,20 @@ def load_weights(
     device: torch.device,
     *,
     cpu_offload: bool = False,
+    key: str = "checkpointer",
 ) -> None:
-    """Give a policy that was built on the meta device its memory and its weights.
+    """Give a policy that was built on the meta device its memory and its weights. Collective.
 
     Args:
         policy: sharded.
         state_dict: whole weights by torchtune's names.
         device: this rank's.
         cpu_offload: the shards lie in the host's memory.
+        key: of the config, that the weights come from.
 
     Raises:
-        InputError: Names or shapes are not those of the decoder.
+        InputError: Names or shapes are not those of the decoder, or, on every rank, a weight is not
+            finite.
     """
     _check_weights(policy.decoder.state_dict(), state_dict)
     policy.to_empty(device="cpu" if cpu_offload else device)
@@ -142,6 +149,49 @@ def load_weights(
         policy.decoder, state_dict, device, strict=True, cpu_offload=cpu_offload
     )
     training.validate_no_params_on_meta_device(policy)
+    check_weights(
+        policy,
+        device,
+        key,
+        "in the checkpoint",
+        "load weights that are finite: the run that saved these had diverged, or a file is damaged",
+    )
+
+
+def check_weights(policy: Policy, device: torch.device, key: str, place: str, remedy: str) -> None:
+    """Refuse weights that are not finite. Collective, with the same verdict on every rank.
+
+    Args:
+        policy: sharded.
+        device: this rank's, for the counts that are added up.
+        key: of the config, whose value caused it.
+        place: where the weights are so, for the message.
+        remedy: for the message.
+
+    Raises:
+        InputError: It names the first such parameter, and how many of its values are not finite.
+    """
+    weights = policy.decoder.state_dict()
+    counts = []
+    for weight in weights.values():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        num_finite = local.isfinite().sum()
+        num_not_finite = local.numel() - num_finite
+        counts.append(num_not_finite / _num_copies(weight))
+    totals = torch.stack(counts).to(device, torch.float64)
+    dist.all_reduce(totals)
+    for (name, weight), total in zip(weights.items(), totals.tolist(), strict=True):
+        if total:
+            must = f"has {total:.0f} of {weight.numel()} values that are not finite, {place}"
+            raise InputError(key, name, must, remedy)
+
+
+def _num_copies(weight: Tensor) -> int:
+    """Return how many ranks hold the same part of a weight."""
+    if not isinstance(weight, DTensor):
+        return dist.get_world_size()
+    mesh = weight.device_mesh
+    return mesh.size(0) if mesh.ndim == 2 else 1  # replicate before shard
 
 
 def _check_weights(in_model: dict[str, Tensor], in_checkpoint: dict[str, Tensor]) -> None:
