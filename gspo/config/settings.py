@@ -265,7 +265,8 @@ class Settings(BaseSettings):
         None, description="Schedule of the learning rate over num_steps."
     )
     docs_per_step: Count = Field(
-        description="Documents of an optimizer step over all ranks, dropped ones included."
+        description="Documents of an optimizer step over all ranks, dropped and quarantined ones "
+        "included."
     )
     packing: Packing = Field(description="Layout of the documents in microbatches.")
     clip_grad_norm: Annotated[

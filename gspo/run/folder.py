@@ -45,6 +45,7 @@ from gspo.update import QuarantinedDocument, find_not_finite
 log = utils.get_logger("INFO")
 
 MAX_SPOILED_DUMPS = 10  # a run of steps that are not finite must not fill the disk
+MAX_QUARANTINED = 1_000  # rows of a rank's file; more are counted in quarantined_documents alone
 MAX_HELD_OUT = 64  # answers of an evaluation in held_out.jsonl
 
 
@@ -80,6 +81,7 @@ class RunFolder:
         self._last_model: Path | None = None
         self._late_step: StepBatches | None = None  # whose late documents are in the next
         self._late: set[tuple[int, int]] = set()  # number of microbatch and document
+        self._num_quarantined = 0  # rows in the file
         _check_not_overwritten("checkpointer", cfg.checkpointer, self._models)
         _check_not_overwritten("reference_checkpointer", cfg.reference_checkpointer, self._models)
         with refusals("output_dir", "choose a folder that can be written"):
@@ -182,6 +184,9 @@ class RunFolder:
                     self._append_quarantined("update", document)
 
     def _append_quarantined(self, stage: str, document: QuarantinedDocument) -> None:
+        if self._num_quarantined == MAX_QUARANTINED:
+            return
+        self._num_quarantined += 1
         row = {"step": self._state.step + 1, "stage": stage, **asdict(document)}
         self._quarantine.append([row])
 

@@ -147,7 +147,9 @@ def test_ranks_draw_differently_from_equal_prompts():
 def test_record_stands_between_advantages_and_packing():
     rows = []
     list(compose(write=rows.extend))
-    assert rows and all(row["advantage"] != 0.0 for row in rows)
+    dead = [row["dead"] for row in rows]
+    assert any(dead) and not all(dead)
+    assert [row["advantage"] == 0.0 for row in rows] == dead
 
 
 @pytest.mark.parametrize(
