@@ -191,3 +191,19 @@ def set_attention(layer: Any, attend: Callable[..., Tensor]) -> None:
 def attention_of(layer: Any) -> Callable[..., Tensor]:
     """Return the product of queries, keys and values in a layer (torchtune 0.6.1)."""
     return layer.attn._attention_call
+
+
+@contextlib.contextmanager
+def rotary_scaling_without_arithmetic() -> Iterator[None]:
+    """Leave out the scaling of Llama 3.1's rotary frequencies, which branches on their values.
+
+    Tensors without values have the same shapes without it (torchtune 0.6.1).
+    """
+    from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+
+    scale = Llama3ScaledRoPE.apply_scaling
+    Llama3ScaledRoPE.apply_scaling = lambda self, freqs, *_: torch.empty_like(freqs)
+    try:
+        yield
+    finally:
+        Llama3ScaledRoPE.apply_scaling = scale

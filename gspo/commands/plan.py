@@ -20,6 +20,7 @@ from gspo.plan.remedies import remedies
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "TIB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
+MAX_WORLD_SIZE = 2**16  # a mesh of torch takes 0.1 ms and 140 bytes a rank, several times over
 _SMALLEST_SHOWN = 1e5  # bytes
 
 
@@ -77,6 +78,13 @@ def _check(args: argparse.Namespace) -> None:
         args.world_size,
         "must be at least 1",
         "give the number of ranks",
+    )
+    require(
+        args.world_size <= MAX_WORLD_SIZE,
+        "--world-size",
+        args.world_size,
+        f"must be at most {MAX_WORLD_SIZE}",
+        "give fewer ranks",
     )
     require(
         args.ranks_per_node >= 1,

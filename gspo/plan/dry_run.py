@@ -33,6 +33,7 @@ from gspo.compat import (
     join_fake_group,
     optimizer_without_arithmetic,
     patch_stochastic_rounding,
+    rotary_scaling_without_arithmetic,
     set_attention,
 )
 from gspo.kernels import rows
@@ -116,8 +117,7 @@ def dry_run(options: Options) -> DryRun:
     Raises:
         InputError: The mesh does not fit the number of ranks.
     """
-    with _fake_ranks(options.world_size), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's remarks on a step that no one runs
+    with _fake_step(options.world_size):
         num_layers, are_alike = _layers(options)
         if num_layers <= _MAX_LAYERS or not are_alike:
             return _run(options, num_layers)
@@ -144,6 +144,14 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _fake_step(world_size: int) -> Iterator[None]:
+    """Prepare this process for a step that no one runs."""
+    quiet = warnings.catch_warnings(action="ignore")  # torch's remarks on it
+    with _fake_ranks(world_size), quiet, rotary_scaling_without_arithmetic():
+        yield
 
 
 def _layers(options: Options) -> tuple[int, bool]:

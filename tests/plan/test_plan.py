@@ -16,6 +16,7 @@ from gspo.plan import memory_tracker as labels
 from gspo.plan.estimate import IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Planner
 from gspo.plan.machine import DEFAULT_RATES, Machine
 from gspo.plan.remedies import remedies
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
 
 # tiny/gspo by hand: tied embedding, final norm, and in each layer q, k, v with bias, the output,
 # the MLP and two norms.
@@ -31,6 +32,12 @@ SMALL = (
     "head_chunk_size=32",
     "kernel=compile",
 )
+
+OURS = [name for name in shipped_configs() if name not in CONFIGS_OF_OTHER_RECIPES]
+FOR_80_GB = {  # ranks and parameters
+    "deepseek_r1_distill_qwen_1_5b/gspo_math": (1, 1_777_088_000),
+    "qwen2_5/7B_gspo_math": (32, 7_615_616_512),
+}
 
 
 def machine(memory=2**33):
@@ -224,10 +231,7 @@ def test_command_prints_one_json_object_alone():
 
 @pytest.mark.parametrize(
     ("name", "world_size", "parameters"),
-    [
-        ("deepseek_r1_distill_qwen_1_5b/gspo_math", 1, 1_777_088_000),
-        ("qwen2_5/7B_gspo_math", 32, 7_615_616_512),
-    ],
+    [(name, *sizes) for name, sizes in FOR_80_GB.items()],
 )
 def test_shipped_config_for_80_gb_fits(name, world_size, parameters, capsys):
     main(["--config", name, "--world-size", str(world_size), "--json", "-"])
@@ -240,6 +244,16 @@ def test_shipped_config_for_80_gb_fits(name, world_size, parameters, capsys):
     text = report(found)
     assert f"{name} on {world_size} ranks: fits. Expected, nothing here is measured." in text
     assert all(f"- {line}" in text for line in found["assumptions"])
+
+
+@pytest.mark.parametrize("name", ["llama3_2/1B_grpo", "tiny/grpo", "tiny/gspo"])
+def test_every_shipped_config_is_planned(name):
+    cfg = read_checked([name])
+    planned = Planner(cfg, machine(80 * 2**30)).plan(8)
+    parameters = {"llama3_2/1B_grpo": 1_235_814_400}.get(name, PARAMETERS)
+    assert planned["layout"]["parameters"] == parameters
+    assert planned["memory"]["fits"] is True
+    assert set(OURS) == {"llama3_2/1B_grpo", "tiny/grpo", "tiny/gspo", *FOR_80_GB}
 
 
 @pytest.mark.parametrize(
