@@ -1,10 +1,14 @@
-"""The curves of a run, from its ``metrics.jsonl``."""
+"""The curves of a run, from its ``metrics.jsonl``: ``python -m gspo.run.plot RUN_FOLDER``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from gspo.config import refusals, show_errors
+from gspo.errors import DataError, require
 
 PANELS = {
     "reward": ["reward/mean"],
@@ -16,6 +20,30 @@ PANELS = {
 }
 COLORS = ("tab:blue", "tab:orange")
 MAX_POINTS = 40  # a series with fewer is drawn as it is, a longer one as dots with a running mean
+
+
+@show_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the curves of the run whose folder the command line names.
+
+    Args:
+        arguments: None takes those of the process.
+
+    Raises:
+        InputError: There is no such run, or matplotlib is missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.run.plot", description="Draw curves.png into the folder of a run."
+    )
+    parser.add_argument("folder", metavar="RUN_FOLDER", help="with the run's metrics.jsonl")
+    folder = Path(parser.parse_args(arguments).folder)
+    has_metrics = (folder / "metrics.jsonl").is_file()
+    require(
+        has_metrics, "RUN_FOLDER", str(folder), "has no metrics.jsonl", "name a run's output_dir"
+    )
+    with refusals("RUN_FOLDER", "choose a folder that can be written"):
+        path = plot_run(folder)
+    print(f"wrote {path}")
 
 
 def plot_run(output: Path) -> Path:
@@ -39,10 +67,20 @@ def _read_records(output: Path) -> list[dict[str, Any]]:
     path = output / "metrics.jsonl"
     text = path.read_text()
     records = []
-    for line in text.splitlines():
-        record = json.loads(line)
-        records.append(record)
+    for number, line in enumerate(text.splitlines(), start=1):
+        records.append(_parse(line, f"{path}:{number}"))
     return records
+
+
+def _parse(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(place, must=f"not JSON: {error}", remedy="take the line out") from error
+    is_row = isinstance(record, dict) and "step" in record
+    if not is_row:
+        raise DataError(place, line, "is no row of a step", "take the line out")
+    return record
 
 
 def _draw_panel(axis: Any, records: list[dict[str, Any]], title: str, names: list[str]) -> None:
@@ -85,3 +123,7 @@ def _running_means(values: list[float], width: int) -> list[float]:
         mean = sum(window) / width
         means.append(mean)
     return means
+
+
+if __name__ == "__main__":
+    main()
