@@ -11,6 +11,7 @@ per-turn advantages, which go through ``segment_index``.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 from gspo.errors import InputError, require
@@ -80,19 +81,37 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def get_estimator(estimator: str | Estimator) -> Estimator:
-    """Return the estimator of a name; a callable ``[G] rewards -> [G] advantages`` is its own.
+    """Return the estimator of a name or of a dotted path; a callable is its own.
+
+    Args:
+        estimator: A name in :data:`ESTIMATORS`, or a function ``[G] rewards -> [G] advantages``,
+            itself or by its dotted path.
 
     Raises:
-        InputError: No estimator has that name.
+        InputError: No estimator has that name, or the path leads to no function.
     """
     if callable(estimator):
         return estimator
+    if isinstance(estimator, str) and "." in estimator:
+        return _import(estimator)
     is_known = isinstance(estimator, str) and estimator in ESTIMATORS
     if not is_known:
         names = ", ".join(ESTIMATORS)
-        remedy = f"use one of {names}, or a callable"
+        remedy = f"use one of {names}, or the dotted path of a function"
         raise InputError("estimator", estimator, "is not known", remedy)
     return ESTIMATORS[estimator]
+
+
+def _import(path: str) -> Estimator:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module does
+        problem = f"cannot be imported: {type(error).__name__}: {error}"
+        raise InputError("estimator", path, problem, "correct the path or the module") from error
+    must = f"is a {type(function).__name__}, not a function of a group's rewards"
+    require(callable(function), "estimator", path, must)
+    return function
 
 
 def check_group_size(estimator: str | Estimator, group_size: int) -> None:

@@ -84,6 +84,16 @@ def test_get_estimator_names_what_there_is():
     assert get_estimator(max) is max
     for unknown in ("mean", ["group_mean"]):
         names = "group_mean_std, group_mean, leave_one_out"
-        message = f"estimator: {unknown!r} is not known; use one of {names}, or a callable"
+        remedy = f"use one of {names}, or the dotted path of a function"
+        message = f"estimator: {unknown!r} is not known; {remedy}"
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             get_estimator(unknown)
+
+
+def test_estimator_by_its_dotted_path():
+    assert get_estimator("gspo.advantages.group_mean") is group_mean
+
+
+def test_dotted_path_to_no_function_is_refused():
+    with pytest.raises(InputError, match="estimator: 'math.pi' is a float, not a function"):
+        get_estimator("math.pi")
