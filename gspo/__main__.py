@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from gspo.plugin import hide_torchao_note
+
 TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run")
 COMMANDS = {
     "validate": "gspo.commands.validate:main",
@@ -15,7 +17,8 @@ USAGE = f"usage: python -m gspo {{{','.join((*TUNE_COMMANDS, *COMMANDS))}}} ..."
 HELP = f"""{USAGE}
 
 {", ".join(TUNE_COMMANDS)}: as in tune; see `python -m gspo run --help` and the like
-validate CONFIG [key=value ...]: names and values as the recipe checks them; tune's own does not
+validate CONFIG [--no-files] [key=value ...]: names, values and files as the recipe checks them;
+    tune's own does not
 plan --config CONFIG --world-size N [...]: memory and time of a step on a machine that is not here
 presets [--json FILE]: the objectives that `preset: NAME` in a config means
 replay FILE [--preset NAME] [loss.key=value ...]: a dumped step under any objective, without the
@@ -25,6 +28,7 @@ Each command has --help."""
 
 def main() -> None:
     """Run the command named by the first argument."""
+    hide_torchao_note()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         from gspo.config.command_line import show_errors

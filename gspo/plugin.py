@@ -10,6 +10,7 @@ torchtune's registry is named here and not in ``gspo.compat``. ``TORCH_DEVICE_BA
 switches the entry point off; ``python -m gspo`` opens the same doors without it.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -27,9 +28,23 @@ def register() -> None:
     if "torchtune" not in sys.modules:
         return
     try:
+        hide_torchao_note()
         add_recipes()
     except Exception as error:
         print(f"gspo: not registered with tune: {error!r}", file=sys.stderr)
+
+
+def hide_torchao_note() -> None:
+    """Hide the line that torchao logs when its compiled kernels do not fit torch's version.
+
+    Nothing here uses them. It has to be called before torchao is imported.
+    """
+    logging.getLogger("torchao").addFilter(_is_no_torchao_note)
+
+
+def _is_no_torchao_note(record: logging.LogRecord) -> bool:
+    note = "Skipping import of cpp extensions due to incompatible torch version"
+    return not record.getMessage().startswith(note)
 
 
 def add_recipes() -> None:
