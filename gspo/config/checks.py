@@ -36,6 +36,7 @@ FILE_VARIABLES = "_file_variables"  # attribute of a config that was read from a
 _NUMBERS = {"int", "float"}
 # Words that may stand beside a number in an annotation.
 _BESIDE_NUMBERS = {"class", "typing", "Union", "Optional", "None", "NoneType", "torch", "Tensor"}
+_CORRECT = "correct its arguments"
 _GET_MODEL = (
     "correct the path, or get the model first: the head of a copy made with `tune cp` has the "
     "commands"
@@ -45,10 +46,25 @@ _REMEDIES = {
     "checkpointer": _GET_MODEL,
     "reference_checkpointer": _GET_MODEL,
 }
+# What the recipe uses of the component at a key.
+_USED = {
+    "model": ("layers", "tok_embeddings", "norm", "max_seq_len"),
+    "tokenizer": ("encode", "decode"),
+    "checkpointer": ("load_checkpoint", "save_checkpoint"),
+    "reference_checkpointer": ("load_checkpoint",),
+    "prompts": ("reset", "next", "get_state"),
+    "eval_prompts": ("__iter__",),
+    "segments": ("__call__",),
+    "sampler": ("sample", "update"),
+    "loss": ("__call__", "denominator"),
+    "optimizer": ("step", "zero_grad", "param_groups"),
+    "lr_scheduler": ("step",),
+    "metric_logger": ("log_config", "log_dict", "close"),
+}
 
 
 @contextlib.contextmanager
-def refusals(key: str, remedy: str = "correct its arguments") -> Iterator[None]:
+def refusals(key: str, remedy: str = _CORRECT) -> Iterator[None]:
     """Show what a component or a library raises over the value of ``key`` as the user's input.
 
     Raises:
@@ -59,8 +75,11 @@ def refusals(key: str, remedy: str = "correct its arguments") -> Iterator[None]:
         yield
     except InputError as error:
         raise error.within(key) from error
-    except Exception as error:  # torchtune's checkpointers raise a bare Exception
+    except (Exception, SystemExit) as error:  # torchtune's checkpointers raise a bare Exception
         problem = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and remedy == _CORRECT:
+            package = (error.name or "").partition(".")[0]
+            remedy = f"install the package of {package!r}"
         raise InputError(key, NO_VALUE, problem, remedy) from error
 
 
@@ -79,8 +98,23 @@ def build(cfg: BaseSettings, key: str, *args: Any, **kwargs: Any) -> Any:
     component = getattr(cfg, key)
     if component is None:
         return None
-    with refusals(key, _REMEDIES.get(key, "correct its arguments")):
-        return config.instantiate(OmegaConf.create(component), *args, **kwargs)
+    with refusals(key, _REMEDIES.get(key, _CORRECT)):
+        built = config.instantiate(OmegaConf.create(component), *args, **kwargs)
+    _check_kind(key, component["_component_"], built)
+    return built
+
+
+def _check_kind(key: str, dotpath: str, built: Any) -> None:
+    """Refuse a component of another kind by what the recipe uses of it."""
+    missing = [name for name in _USED.get(key, ()) if not hasattr(built, name)]
+    if missing:
+        kind = type(built).__name__
+        raise InputError(
+            f"{key}._component_",
+            dotpath,
+            f"gives a {kind}, which has no {' and no '.join(missing)}",
+            f"name a component that is fit for {key}",
+        )
 
 
 def build_loss(cfg: Settings) -> Loss:
@@ -289,6 +323,11 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
             problem, remedy = _what_is_missing(dotpath)
             raise InputError(key, dotpath, problem, remedy) from error
         problem = f"cannot be imported: {error.__cause__!r}"
+        raise InputError(key, dotpath, problem, "correct the module") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may exit, too
+        problem = f"cannot be imported: it raises {error!r}"
         raise InputError(key, dotpath, problem, "correct the module") from error
     if not callable(component):
         kind = type(component).__name__

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +56,8 @@ def read_command_line(description: str | None = None) -> DictConfig:
         raise InputError(
             "--config", error.filename, "is no file and no registered config", "see `tune ls`"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # whatever goes wrong, it is in the file or on the command line
         raise InputError("--config", NO_VALUE, f"cannot be read: {error}") from error
 
@@ -69,6 +71,9 @@ def _merge(from_file: argparse.Namespace, overrides: list[str]) -> DictConfig:
             delattr(from_file, override[1:])  # torchtune removes no key with a _component_
         else:
             kept.append(override)
+    kept = [_escape_equals_signs(override) for override in kept]
+    for override in kept:
+        _check_value(override, vars(from_file))
     make_room(vars(from_file), kept)
     loss = vars(from_file).get("loss") or {}
     if "_component_" not in loss:  # a preset's, which torchtune's merge cannot see
@@ -76,6 +81,46 @@ def _merge(from_file: argparse.Namespace, overrides: list[str]) -> DictConfig:
     cfg = merge_overrides(from_file, kept)
     vars(cfg)[FILE_VARIABLES] = variables  # beside the config's keys
     return cfg
+
+
+def _escape_equals_signs(override: str) -> str:
+    """Write each ``=`` in the value as YAML can, because torchtune's merge takes a single one."""
+    key, _, value = override.partition("=")
+    if override.startswith("~") or "=" not in value:
+        return override
+    if value == "=":  # a type of its own in YAML
+        plain: Any = value
+    else:
+        loaded = OmegaConf.from_dotlist([f"value={value}"])
+        plain = OmegaConf.to_container(loaded, resolve=False)["value"]
+    escaped = json.dumps(plain).replace("=", r"\u003D")  # JSON is YAML
+    return f"{key}={escaped}"
+
+
+def _check_value(override: str, from_file: Mapping[str, Any]) -> None:
+    """Refuse a value that a merge with the file's would drop in silence or not name."""
+    if override.startswith("~"):
+        return
+    values = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+    for key in _missing_values(values, ""):
+        raise InputError(
+            key, "???", "is the mark for a missing value", "give a value, or leave it out"
+        )
+    assert isinstance(values, dict)
+    for name, value in values.items():
+        in_file = from_file.get(str(name))
+        is_section = isinstance(in_file, dict) and "_component_" not in in_file
+        if is_section and isinstance(value, list):
+            raise InputError(str(name), value, "must be a mapping of keys to values", "change it")
+
+
+def _missing_values(value: Any, key: str) -> Iterator[str]:
+    """Yield the keys of OmegaConf's mark for a missing value, at any depth."""
+    if value == "???":
+        yield key
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from _missing_values(child, f"{key}.{name}" if key else str(name))
 
 
 def _with_component(override: str, key: str) -> str:

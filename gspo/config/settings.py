@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.advantages import check_group_size, get_estimator
+from gspo.config.arguments import not_finite_numbers, profiler_problems, warmup_problems
 from gspo.config.value_types import (
     AboveZero,
     Component,
@@ -27,6 +28,7 @@ from gspo.config.value_types import (
     OptionalComponent,
     OptionalCount,
     Seconds,
+    Seed,
     Share,
     Switch,
     Text,
@@ -123,7 +125,8 @@ class Advantages(Section):
 
     estimator: Any = Field(
         "group_mean_std",
-        description="Name of an estimator: group_mean_std, group_mean or leave_one_out.",
+        description="Name of an estimator, group_mean_std, group_mean or leave_one_out, or the "
+        "dotted path of a function of a group's rewards.",
     )
     drop_dead_groups: Switch = Field(
         True,
@@ -176,7 +179,7 @@ class Settings(BaseSettings):
 
     # What a run is
     output_dir: Text = Field(description="Folder for all that a run writes.")
-    seed: CountOrZero = Field(description="Seed of the prompts' order, the draws and the rounding.")
+    seed: Seed = Field(description="Seed of the prompts' order, the draws and the rounding.")
     device: Text = Field(description="Type of the device: cpu or cuda.")
     dtype: Annotated[str, one_of("fp32", "bf16")] = Field(
         description="Dtype of the weights; objectives are computed in float32."
@@ -379,6 +382,10 @@ class Settings(BaseSettings):
             )
         yield from self._estimator_problems()
         yield from reward_problems(self.rewards)
+        yield from not_finite_numbers("optimizer", self.optimizer)
+        yield from not_finite_numbers("lr_scheduler", self.lr_scheduler)
+        yield from warmup_problems(self.lr_scheduler, self.num_steps)
+        yield from profiler_problems(self.profiler)
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:
             yield InputError(

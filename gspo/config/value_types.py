@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 from pydantic_core import PydanticCustomError, core_schema
 
+# numpy's generators take 32 bits, and torchtune adds the rank: room is left for 2**20 ranks.
+LARGEST_SEED = 2**32 - 2**20
+
 
 @dataclass(frozen=True)
 class Must:
@@ -72,6 +75,12 @@ CountOrZero = Annotated[int, Must("a whole number of 0 or more", lambda x: is_wh
 OptionalCount = Annotated[
     int | None,
     Must("a whole number of 1 or more, or left out", _or_none(lambda x: is_whole(x, 1))),
+]
+Seed = Annotated[
+    int,
+    Must(
+        f"a whole number from 0 to {LARGEST_SEED}", lambda x: is_whole(x, 0) and x <= LARGEST_SEED
+    ),
 ]
 Switch = Annotated[bool, Must("true or false", lambda x: type(x) is bool)]
 Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]

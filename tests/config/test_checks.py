@@ -344,6 +344,32 @@ def test_removed_keys_are_gone_with_or_without_a_component(command_line):
     assert read_command_line() == {"d": {"_component_": "x", "f": 4}}
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["=", "==", "a=b", "x=${seed}", r"^\s*answer\s*=\s*(\d+)$", "a=b=c"],
+)
+def test_value_with_an_equals_sign_is_taken_as_it_is(command_line, value):
+    command_line("a: {b: 1}\nseed: 3", f"a.b={value}")
+    raw = OmegaConf.to_container(read_command_line(), resolve=False)
+    assert raw["a"]["b"] == value
+
+
+def test_mapping_with_an_equals_sign_stays_a_mapping(command_line):
+    command_line("a: 1", "c={d: 'x=y', e: 1e-6, f: null}")
+    assert read_command_line() == {"a": 1, "c": {"d": "x=y", "e": 1e-6, "f": None}}
+
+
+def test_component_with_an_equals_sign_in_an_argument(command_line):
+    command_line("b: {_component_: x}", "b=y", "b.c==")
+    assert read_command_line() == {"b": {"_component_": "y", "c": "="}}
+
+
+def test_missing_package_is_to_be_installed():
+    with pytest.raises(InputError) as caught, refusals("metric_logger"):
+        raise ModuleNotFoundError("No module named 'a.b'", name="a.b")
+    assert str(caught.value).endswith("No module named 'a.b'; install the package of 'a'")
+
+
 TEXT_WITH_A_VARIABLE = "seed: 1\ngroup_size: 4\ndata_dir: /x\noutput_dir: ${data_dir}/y"
 
 

@@ -263,10 +263,9 @@ def test_missing_tensorboard_is_one_message(run, capsys, monkeypatch):
         "log_dir: log}"
     )
     assert code == 1
-    assert (
-        "error: metric_logger: ModuleNotFoundError: import of tensorboard halted"
-        in capsys.readouterr().err
-    )
+    shown = capsys.readouterr().err
+    assert "error: metric_logger: ModuleNotFoundError: import of tensorboard halted" in shown
+    assert shown.rstrip().endswith("install the package of 'tensorboard'")
     gc.collect()
 
 
