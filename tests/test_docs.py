@@ -38,6 +38,7 @@ PAGES = {
     )
 }
 OWN_FILE = re.compile(r"# (my_\w+\.py)\b")
+NO_FILES = "--no-files"  # models and data are not here
 RECIPE_CHANGES = "my_recipe.py"  # not a whole file: what a copied recipe gets
 
 
@@ -191,7 +192,7 @@ def test_own_splitter_cuts_in_two(open_page, num_tokens):
 def test_own_key_of_a_copied_recipe_is_known_to_it_alone(open_page, capsys):
     open_page(page_with(RECIPE_CHANGES))
     changed = ["--config", "my.yaml", "temperature_floor=0.25"]
-    validate.main(["--recipe", "my_recipe.py", *changed])
+    validate.main(["--recipe", "my_recipe.py", NO_FILES, *changed])
     with pytest.raises(SystemExit):
         validate.main(changed)
     assert "temperature_floor" in capsys.readouterr().err
@@ -208,7 +209,7 @@ def test_yaml_fits_into_a_config(open_page, page, block):
     OmegaConf.save(
         dict(tiny.items_ex(resolve=False)) | dict(own.items_ex(resolve=False)), "my.yaml"
     )
-    validate.main(["my.yaml"])
+    validate.main(["my.yaml", NO_FILES])
     if "rewards" in own:
         check_rewards(OmegaConf.to_container(own.rewards))
 
@@ -246,10 +247,10 @@ def understand_tune(words, monkeypatch):
     assert words[1] == "run", "a command that needs a network: say here how it is checked"
     assert arguments.recipe_args[0] == "--config"
     if arguments.recipe == "my_recipe.py":
-        validate.main(["--recipe", "my_recipe.py", *arguments.recipe_args])
+        validate.main(["--recipe", "my_recipe.py", NO_FILES, *arguments.recipe_args])
     else:
         assert arguments.recipe == plugin.RECIPE
-        validate.main(arguments.recipe_args)
+        validate.main([NO_FILES, *arguments.recipe_args])
         cfg = OmegaConf.from_dotlist([w for w in words if w.startswith("rewards.")])
         if cfg:
             check_rewards(OmegaConf.to_container(cfg.rewards))
@@ -258,7 +259,7 @@ def understand_tune(words, monkeypatch):
 def understand_gspo(words, monkeypatch):
     command, arguments = words[0], words[1:]
     if command == "validate":
-        validate.main(arguments)
+        validate.main([NO_FILES, *arguments])
     elif command == "presets":
         presets.main(arguments)
     elif command in ("plan", "replay"):

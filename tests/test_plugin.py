@@ -217,7 +217,7 @@ def test_configs_go_to_the_recipe_that_they_are_for(recipes, monkeypatch, tmp_pa
 def test_module_validates_a_config(monkeypatch, capsys, tmp_path, arguments, refused):
     shutil.copy(plugin.shipped_configs()["tiny/gspo"], tmp_path / "my.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gspo", "validate", *arguments])
+    monkeypatch.setattr(sys, "argv", ["gspo", "validate", "--no-files", *arguments])
     with pytest.raises(SystemExit) as stopped:
         gspo.__main__.main()
     shown = capsys.readouterr()

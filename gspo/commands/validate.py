@@ -1,7 +1,7 @@
-"""``python -m gspo validate``: check a config as the recipe does, before anything is loaded.
+"""``python -m gspo validate``: check a config as the recipe does, before weights are loaded.
 
 ``tune validate`` tries the arguments of each component and passes a misspelt key. No recipe is
-executed, but for one that ``--recipe`` names. Not here: whether files exist.
+executed, but for one that ``--recipe`` names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torchtune import config
 
+from gspo.commands.trial import try_parts
 from gspo.config import (
     BaseSettings,
     Settings,
@@ -36,7 +37,7 @@ _REMEDY = "decorate the recipe's main with @parse(MySettings), from gspo.config"
 
 @show_errors
 def main(arguments: list[str]) -> None:
-    """Check the names and values of a config.
+    """Check the names and values of a config, and build what needs no weights.
 
     Raises:
         InputError: The recipe would refuse the config.
@@ -47,19 +48,27 @@ def main(arguments: list[str]) -> None:
         config.validate(OmegaConf.load(shipped_configs()[words.config]))
     else:
         settings = Settings if words.recipe is None else settings_of(words.recipe)
-        read_checked([words.config, *words.overrides], settings)
+        cfg = read_checked([words.config, *words.overrides], settings)
+        if isinstance(cfg, Settings):
+            try_parts(cfg, with_files=words.files)
     print("Config is well-formed!")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gspo validate",
-        usage="%(prog)s [-h] CONFIG [--recipe FILE] [key=value ...]",
+        usage="%(prog)s [-h] CONFIG [--recipe FILE] [--no-files] [key=value ...]",
         description="Check the names and values of a config, as the recipe does before it loads "
-        "anything.",
+        "weights, and whether its files are there.",
     )
     parser.add_argument("--config", help="the config, in place of the first word")
     add_recipe_option(parser)
+    parser.add_argument(
+        "--no-files",
+        dest="files",
+        action="store_false",
+        help="look at no tokenizer, model or prompts, which may not be here yet",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
-from gspo.commands import validate
+from gspo.commands import trial, validate
 from gspo.commands.validate import read_checked, settings_of
 from gspo.config import Settings
 from gspo.errors import InputError
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
 
+OURS = [name for name in shipped_configs() if name not in CONFIGS_OF_OTHER_RECIPES]
 RECIPE = """
 import sys
 from pathlib import Path
@@ -48,19 +50,19 @@ def write(folder, text):
     "arguments", [["tiny/gspo"], ["--config", "tiny/gspo"], ["seed=3", "--config", "tiny/gspo"]]
 )
 def test_config_is_the_first_word_or_an_option(arguments, capsys):
-    validate.main([*arguments, "num_steps=5"])
+    validate.main([*arguments, "--no-files", "num_steps=50"])
     assert capsys.readouterr().out == "Config is well-formed!\n"
 
 
 def test_command_line_is_left_as_it_was():
-    cfg = read_checked(["tiny/gspo", "num_steps=5"])
-    assert cfg.num_steps == 5
+    cfg = read_checked(["tiny/gspo", "num_steps=50"])
+    assert cfg.num_steps == 50
     assert sys.argv == ["gspo", "an argument"]
 
 
 def test_recipe_is_imported_and_not_started(folder):
     recipe = write(folder, RECIPE)
-    validate.main(["tiny/gspo", "--recipe", recipe, "floor=4"])
+    validate.main(["tiny/gspo", "--no-files", "--recipe", recipe, "floor=4"])
     assert not (folder / "started").exists()
     assert settings_of(recipe).__name__ == "MySettings"
     assert issubclass(settings_of(recipe), Settings)
@@ -114,9 +116,31 @@ def test_what_a_loss_needs_of_the_config_is_checked(capsys):
     assert "loss.correction: 'sequence_geometric' needs old_logps" in capsys.readouterr().err
 
 
+def test_files_are_read_and_no_folder_is_left(base, folder):
+    files = [f"base_dir={base / 'base'}", f"data_dir={base / 'data'}"]
+    weights = "checkpointer.checkpoint_files=[model.safetensors]"
+    validate.main(["tiny/gspo", *files, weights, "output_dir=runs/of/mine"])
+    assert not (folder / "runs").exists()
+
+
+def test_prompts_on_a_hub_are_not_fetched(base, monkeypatch):
+    monkeypatch.setattr(trial, "build", lambda cfg, key, *_, **__: pytest.fail(key))
+    cfg = read_checked(["llama3_2/1B_grpo"])
+    _, *prompts = trial._try_prompts(cfg)
+    assert not prompts
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_shipped_config_fits_without_its_files(name, capsys):
+    validate.main([name, "--no-files"])
+    printed = capsys.readouterr()
+    assert printed.out == "Config is well-formed!\n"
+
+
 @pytest.mark.parametrize("command", ["validate", "plan", "presets", "replay"])
 def test_every_command_has_help(command):
     shown = subprocess.run(
         [sys.executable, "-m", "gspo", command, "--help"], capture_output=True, text=True
     )
     assert shown.returncode == 0 and f"python -m gspo {command}" in shown.stdout, shown.stderr
+    assert not shown.stderr
