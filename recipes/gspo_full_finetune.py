@@ -294,17 +294,16 @@ class GSPOFullFinetuneRecipe:
             num_samples=self._cfg.eval.num_samples,
             on_greedy=self._run.write_held_out,
         )
-        sums = StepMetrics([metrics])
-        values = sums.reduce()
+        values = StepMetrics([metrics]).reduce()
         self._state.keep_evaluation(values)
         return values
 
-    def _save(self, *, last: bool = False) -> None:
+    def _save(self) -> None:
         """Write the model in the format that it was read in."""
         weights = training.gather_cpu_state_dict(
             self._policy.decoder, self._ranks.is_first, self._device
         )
-        self._run.save_model(self._checkpointer, weights, self._dtype, last=last)
+        self._run.save_model(self._checkpointer, weights, self._dtype)
 
     def _finish(self) -> None:
         """Do what a run that ended before ``num_steps`` has not done, sum up, and save."""
@@ -312,7 +311,7 @@ class GSPOFullFinetuneRecipe:
             self._sync_sampler()
             self._run.log(self._evaluate())
         self._run.write_summary(self._progress.seconds)
-        self._save(last=True)
+        self._save()
 
     def cleanup(self) -> None:
         """End worker processes, loggers and the process group."""

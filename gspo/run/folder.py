@@ -234,18 +234,15 @@ class RunFolder:
             path = self._dumps / f"step_{number}.safetensors"
             dump.write(path, dump.Dump(microbatches_of_all, metadata))
 
-    def save_model(
-        self, checkpointer: Any, weights: dict[str, Tensor], dtype: torch.dtype, *, last: bool
-    ) -> None:
+    def save_model(self, checkpointer: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write the model through torchtune's checkpointer, in the format it was read in.
 
-        Collective.
+        A model that cannot be written is a warning, unless the run has ended. Collective.
 
         Args:
             checkpointer: torchtune's.
             weights: whole, on the first rank.
             dtype: of the weights.
-            last: no other model follows, so a failure ends the run; else it is a warning.
 
         Raises:
             InputError: On the first rank: the last model could not be written in its place.
@@ -255,7 +252,7 @@ class RunFolder:
             writer = ModelWriter(checkpointer, self._models, dtype)
             step = self._state.step
             try:
-                save = writer.save_last if last else writer.try_to_save
+                save = writer.save_last if self._state.has_ended else writer.try_to_save
                 self._last_model = save(weights, step) or self._last_model
             except InputError as error:
                 failure = error
@@ -264,11 +261,12 @@ class RunFolder:
             raise failure
 
     def write_summary(self, seconds: float) -> None:
-        """Write ``summary.json``.
+        """Note that the run has ended, so that its model is the last, and write ``summary.json``.
 
         Args:
             seconds: that training took.
         """
+        self._state.has_ended = True
         if not self._ranks.is_first:
             return
         summary = {

@@ -20,6 +20,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     num_spoiled_dumps: int = 0  # dumps of steps with a document that is not finite
     evaluated_at: int = -1  # step of the last evaluation
+    has_ended: bool = False  # no optimizer step follows
     accuracy_before: float | None = None  # held-out, of the weights that the run began with
     accuracy_after: float | None = None  # of the last evaluation
 
