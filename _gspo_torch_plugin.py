@@ -5,12 +5,16 @@ user's folder hides the package from the scripts there; were the entry point ins
 ``import torch`` would fail. What it does is told in ``gspo/plugin.py``.
 """
 
+import os
 import sys
 
 
 def register() -> None:
-    """Hand over to :func:`gspo.plugin.register` if torchtune is being imported; never raise."""
-    if "torchtune" not in sys.modules:
+    """Hand over to :func:`gspo.plugin.register` if torchtune is being imported; never raise.
+
+    A process that ``tune`` has started, with torch imported first, hides torchao's note as well.
+    """
+    if "torchtune" not in sys.modules and "GSPO_HIDES_TORCHAO_NOTE" not in os.environ:
         return
     try:
         from gspo.plugin import register as register_recipes

@@ -11,10 +11,12 @@ switches the entry point off; ``python -m gspo`` opens the same doors without it
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 RECIPE = "gspo_full_finetune"
+HIDES_TORCHAO_NOTE = "GSPO_HIDES_TORCHAO_NOTE"  # in the environment of what tune starts
 
 # Configs for recipes of torchtune's own; every other file in the folder is one for RECIPE.
 CONFIGS_OF_OTHER_RECIPES = {"tiny/sft": "full_finetune_single_device"}
@@ -25,11 +27,12 @@ def register() -> None:
 
     Never raises: an exception here would break ``import torch``.
     """
-    if "torchtune" not in sys.modules:
-        return
     try:
-        hide_torchao_note()
-        add_recipes()
+        if HIDES_TORCHAO_NOTE in os.environ:
+            hide_torchao_note()
+        if "torchtune" in sys.modules:
+            hide_torchao_note()
+            add_recipes()
     except Exception as error:
         print(f"gspo: not registered with tune: {error!r}", file=sys.stderr)
 
@@ -37,9 +40,11 @@ def register() -> None:
 def hide_torchao_note() -> None:
     """Hide the line that torchao logs when its compiled kernels do not fit torch's version.
 
-    Nothing here uses them. It has to be called before torchao is imported.
+    Nothing here uses them. It has to be called before torchao is imported. Processes that this one
+    starts, such as the ranks of a run, do the same when they import torch.
     """
     logging.getLogger("torchao").addFilter(_is_no_torchao_note)
+    os.environ[HIDES_TORCHAO_NOTE] = "1"
 
 
 def _is_no_torchao_note(record: logging.LogRecord) -> bool:

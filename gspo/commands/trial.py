@@ -16,6 +16,7 @@ import torch
 from gspo.config import Settings, build, refusals
 from gspo.data.pack import check_bin_length
 from gspo.errors import InputError, InputErrors
+from gspo.policy import check_model_config
 from gspo.rewards.reward import parse_reward
 
 _LOCAL_READERS = ("jsonl_prompts", "parquet_prompts")
@@ -54,6 +55,8 @@ def _try_model(cfg: Settings) -> Parts:
             decoder = build(cfg, "model")
         with refusals("packing"):
             check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
+        if cfg.check_model_config:  # nothing is compared where the folder is not there yet
+            check_model_config(decoder, cfg.checkpointer)
 
     yield build_model
 

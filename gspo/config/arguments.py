@@ -49,25 +49,24 @@ def profiler_problems(options: Mapping[str, Any] | None) -> Iterator[InputError]
             yield InputError(key, value, f"must be {must.words}", "change it")
 
 
-def warmup_problems(scheduler: Mapping[str, Any] | None, num_steps: int) -> Iterator[InputError]:
+def warmup_problems(scheduler: Mapping[str, Any] | None) -> Iterator[InputError]:
     """Yield what is wrong with the warm-up of torchtune's schedules.
 
     A negative one would begin in the midst of the cosine.
 
     Args:
         scheduler: The section ``lr_scheduler``.
-        num_steps: Of the run.
     """
     options = scheduler or {}
     is_torchtunes = str(options.get("_component_")).startswith("torchtune.")
     num_warmup_steps = options.get("num_warmup_steps", 0)
-    if not is_torchtunes or (is_whole(num_warmup_steps, 0) and num_warmup_steps <= num_steps):
+    if not is_torchtunes or is_whole(num_warmup_steps, 0):
         return
     yield InputError(
         "lr_scheduler.num_warmup_steps",
         num_warmup_steps,
-        f"must be a whole number from 0 to num_steps ({num_steps})",
-        "change one of them",
+        "must be a whole number of 0 or more",
+        "change it",
     )
 
 

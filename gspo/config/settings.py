@@ -384,7 +384,7 @@ class Settings(BaseSettings):
         yield from reward_problems(self.rewards)
         yield from not_finite_numbers("optimizer", self.optimizer)
         yield from not_finite_numbers("lr_scheduler", self.lr_scheduler)
-        yield from warmup_problems(self.lr_scheduler, self.num_steps)
+        yield from warmup_problems(self.lr_scheduler)
         yield from profiler_problems(self.profiler)
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:

@@ -80,7 +80,9 @@ class FakePool:
 
     def score(self, items):
         totals = [float(int(completion) % 2) for _, completion, _, _ in items]
-        return SimpleNamespace(rewards=[{"odd": t} for t in totals], totals=totals, failures={})
+        rewards = [{"odd": total} for total in totals]
+        failed = [False] * len(totals)
+        return SimpleNamespace(rewards=rewards, totals=totals, failed=failed, failures={})
 
 
 def completion(num_tokens: int = 3, reward: float = 0.0, **fields: Any) -> Completion:

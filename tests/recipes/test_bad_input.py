@@ -300,6 +300,7 @@ def test_port_in_use_names_the_address(base, tmp_path):
 @pytest.mark.parametrize("reward", ["raises", "hangs", "nan"])
 def test_failing_reward_is_counted_and_the_run_goes_on(run, reward):
     options = ["reward_pool.timeout=0.1", "prompts_per_rollout=4", "docs_per_step=16"]
+    options += ["reward_pool.max_failure_share=1"]
     code, output = run(
         *options,
         "eval={every_n_steps: 1, num_samples: 2}",
