@@ -2,7 +2,7 @@
 
     python -m gspo.demo --output runs/demo --seed 0
 
-writes the run folder that the README describes. ``--base-only`` stops before GSPO.
+writes the run folder that the tutorial describes. ``--base-only`` stops before GSPO.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gspo.plugin import hide_torchao_note
+
 if TYPE_CHECKING:
     from gspo.rewards.pool import RewardPool
     from gspo.types import Prompt
@@ -30,6 +32,7 @@ MAX_SFT_ROUNDS = 6  # of 400 steps; the step at which addition "clicks" differs 
 def main() -> None:
     """Parse the command line and run the steps that are asked for."""
     args = _parse_arguments()
+    hide_torchao_note()  # here and in the processes that start from here
     # A model this small gains a quarter from a second thread, and loses tenfold when another
     # process wants the core. Read when torch is first imported, which is below, and in the
     # processes that start from here.
