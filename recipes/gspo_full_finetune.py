@@ -39,10 +39,9 @@ from gspo.data import (
     StepBatches,
     prefetched,
 )
-from gspo.data.pack import check_bin_length
 from gspo.diagnosis import Advisor, UpdateAudit, log_document_weights
 from gspo.metrics import Metrics, StepMetrics, Time, batch_metrics
-from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy, check_model_config
+from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy, check_decoder
 from gspo.rewards.pool import RewardPool
 from gspo.run import Progress, RunFolder, TrainState, build_profiler
 from gspo.sampling.fingerprint import check_tokenizer, tokenizer_fingerprint
@@ -77,7 +76,8 @@ class GSPOFullFinetuneRecipe:
         self._tokenizer = build(cfg, "tokenizer")
         check_tokenizer(self._tokenizer)
         self._checkpointer = build(cfg, "checkpointer")
-        self._pool = RewardPool(cfg.rewards, **cfg.reward_pool.model_dump())
+        workers = cfg.reward_pool.model_dump()
+        self._pool = RewardPool(cfg.rewards, **workers)
         prompts = self._build_prompts()
 
         loss = build_loss(cfg)
@@ -100,8 +100,9 @@ class GSPOFullFinetuneRecipe:
         self._sampler = build(cfg, "sampler", self._build_decoder, self._tokenizer)
         self._sampler.update(self._policy, self._state.version)
         rollouts = self._rollouts(prompts) if ranks.draws else None
+        shared = ShareOverContext(rollouts, ranks.context)
         self._steps = FetchSteps(
-            ShareOverContext(rollouts, ranks.context),
+            shared,
             docs_per_step=cfg.docs_per_step,
             device=self._device,
             context_size=ranks.context.size,
@@ -125,17 +126,15 @@ class GSPOFullFinetuneRecipe:
             **self._ranks.data_share,
         )
         node = Score(node, self._pool)
+        advantages = cfg.advantages.model_dump()
         with refusals("advantages"):
-            node = Advantage(
-                node, on_quarantine=self._run.write_quarantined, **cfg.advantages.model_dump()
-            )
+            node = Advantage(node, on_quarantine=self._run.write_quarantined, **advantages)
         if cfg.segments is not None:
             node = Segment(node, build(cfg, "segments", self._tokenizer))
         node = Record(node, self._run.write_completions, num_per_rollout=cfg.log_completions)
+        packing = cfg.packing.model_dump()
         with refusals("packing"):
-            node = Pack(
-                node, max_seq_len=self._policy.decoder.max_seq_len, **cfg.packing.model_dump()
-            )
+            node = Pack(node, max_seq_len=self._policy.decoder.max_seq_len, **packing)
         return prefetched(node, cfg.prefetch) if cfg.prefetch else node
 
     def _build_prompts(self) -> BaseNode[Prompt]:
@@ -149,17 +148,15 @@ class GSPOFullFinetuneRecipe:
         return build(cfg, "prompts", self._tokenizer, seed=cfg.seed, **ranks.data_share)
 
     def _build_decoder(self, device: torch.device | None = None) -> TransformerDecoder:
-        with training.set_default_dtype(self._dtype), device or self._device:
+        device = device or self._device
+        with training.set_default_dtype(self._dtype), device:
             return build(self._cfg, "model")
 
     def _build_policy(self, key: str, checkpointer: Any, loss: Any = None) -> Policy:
         """Build a sharded policy from a checkpoint; without a loss it is only evaluated."""
         cfg = self._cfg
         decoder = self._build_decoder(torch.device("meta"))
-        with refusals("packing"):
-            check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
-        if cfg.check_model_config:
-            check_model_config(decoder, getattr(cfg, key))
+        check_decoder(decoder, cfg, key)
         with refusals(key, "correct the path, or get the model first"):
             checkpoint = checkpointer.load_checkpoint()
         weights = checkpoint[training.MODEL_KEY]
@@ -231,9 +228,11 @@ class GSPOFullFinetuneRecipe:
                 sums.add(batch_metrics(batch, self._state.step))
         values = sums.reduce()
         if sums.has_not_finite:
-            values["loss"] *= update.take_out(self._policy, sums.not_finite, step, denominator)
+            factor = update.take_out(self._policy, sums.not_finite, step, denominator)
+            values["loss"] *= factor
             self._run.write_late(self._policy, microbatches, step)
-        values["lr"] = float(training.get_lr(self._optimizer))  # before the schedule moves on
+        lr = training.get_lr(self._optimizer)  # before the schedule moves on
+        values["lr"] = float(lr)
         if self._run.dumps_now(spoiled=sums.has_not_finite):
             self._run.dump(self._policy, microbatches, step, values)
         values |= self._move_weights()
@@ -259,7 +258,8 @@ class GSPOFullFinetuneRecipe:
         """Hand the weights to the sampler, evaluate, log and save, each when its turn has come."""
         cfg, step = self._cfg, self._state.step
         last = step == cfg.num_steps
-        fresh = cfg.old_logps == "sampler" and values["staleness/max"] == 0
+        is_newest = values["staleness/max"] == 0
+        fresh = is_newest and cfg.old_logps == "sampler"
         began = time.perf_counter()
         if last or _is_due(step, cfg.sync_every_steps):
             self._sync_sampler()

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from gspo.config import Settings, build, refusals
-from gspo.data.pack import check_bin_length
+from gspo.config import Settings, build
 from gspo.errors import InputError, InputErrors
-from gspo.policy import check_model_config
+from gspo.policy import check_decoder
 from gspo.rewards.reward import parse_reward
 
 _LOCAL_READERS = ("jsonl_prompts", "parquet_prompts")
@@ -53,10 +52,7 @@ def _try_model(cfg: Settings) -> Parts:
     def build_model() -> None:
         with torch.device("meta"):
             decoder = build(cfg, "model")
-        with refusals("packing"):
-            check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
-        if cfg.check_model_config:  # nothing is compared where the folder is not there yet
-            check_model_config(decoder, cfg.checkpointer)
+        check_decoder(decoder, cfg)  # with its checkpoint too, if that is there already
 
     yield build_model
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from torchtune.modules import TransformerDecoder
 
+from gspo.config import Settings, refusals
+from gspo.data.pack import check_bin_length
 from gspo.errors import NO_VALUE, InputError, InputErrors, require
 
 _SWITCH = "or set check_model_config=false to go on as it is"
@@ -50,6 +52,23 @@ class _Pair(NamedTuple):
     key: str  # of config.json
     built: Any
     stated: Any
+
+
+def check_decoder(decoder: TransformerDecoder, cfg: Settings, key: str = "checkpointer") -> None:
+    """Refuse a decoder that fits neither the bins nor its checkpoint.
+
+    Args:
+        decoder: as built, on any device.
+        cfg: the run's.
+        key: of the checkpointer that its weights come from.
+
+    Raises:
+        InputError: See :func:`gspo.data.pack.check_bin_length` and :func:`check_model_config`.
+    """
+    with refusals("packing"):
+        check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
+    if cfg.check_model_config:
+        check_model_config(decoder, getattr(cfg, key))
 
 
 def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, Any]) -> None:
