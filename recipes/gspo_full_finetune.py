@@ -9,8 +9,7 @@ filled in (``_prepare``); the backwards run under the totals of the whole step, 
 To change it: ``tune cp gspo_full_finetune my_recipe.py``. Every config key is a field of
 ``gspo.config.Settings``, with its meaning and range; a copy adds its own by subclassing that.
 
-Not here: what a run writes and where (``gspo.run``), the parts of an optimizer step
-(``gspo.update``), exact resume, samplers in another process.
+Not here: the files of a run (``gspo.run``), the parts of an optimizer step (``gspo.update``).
 """
 
 import sys
@@ -79,7 +78,6 @@ class GSPOFullFinetuneRecipe:
         workers = cfg.reward_pool.model_dump()
         self._pool = RewardPool(cfg.rewards, **workers)
         prompts = self._build_prompts()
-
         loss = build_loss(cfg)
         log_document_weights(loss)
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss)
@@ -214,10 +212,11 @@ class GSPOFullFinetuneRecipe:
     ) -> dict[str, float]:
         """Make an optimizer step over all microbatches and return its metrics."""
         began = time.perf_counter()
+        policy = self._policy
         sums = StepMetrics(stats)
-        denominator = update.denominator_of(self._policy, step.num_documents, step.num_label_tokens)
+        denominator = update.denominator_of(policy, step.num_documents, step.num_label_tokens)
         for output in update.accumulate_gradients(
-            self._policy,
+            policy,
             microbatches,
             denominator,
             reduce_every_microbatch=self._cfg.reduce_every_microbatch,
@@ -228,13 +227,13 @@ class GSPOFullFinetuneRecipe:
                 sums.add(batch_metrics(batch, self._state.step))
         values = sums.reduce()
         if sums.has_not_finite:
-            factor = update.take_out(self._policy, sums.not_finite, step, denominator)
+            factor = update.take_out(policy, sums.not_finite, step, denominator)
             values["loss"] *= factor
-            self._run.write_late(self._policy, microbatches, step)
+            self._run.write_late(policy, microbatches, step)
         lr = training.get_lr(self._optimizer)  # before the schedule moves on
         values["lr"] = float(lr)
         if self._run.dumps_now(spoiled=sums.has_not_finite):
-            self._run.dump(self._policy, microbatches, step, values)
+            self._run.dump(policy, microbatches, step, values)
         values |= self._move_weights()
         values["time/update"] = time.perf_counter() - began
         return values
@@ -276,22 +275,24 @@ class GSPOFullFinetuneRecipe:
 
     def _sync_sampler(self) -> None:
         """Give the sampler the weights of the last step; they are version ``step``."""
-        if self._state.version != self._state.step:
-            self._state.version = self._state.step
-            self._sampler.update(self._policy, self._state.version)
+        state = self._state
+        if state.version != state.step:
+            state.version = state.step
+            self._sampler.update(self._policy, state.version)
             if self._sampled is not None:
                 self._sampled.take_weights(self._policy)
 
     def _evaluate(self) -> dict[str, float]:
         """Return held-out metrics of the weights that the sampler holds, over all ranks."""
-        if self._cfg.eval_prompts is None:
+        cfg = self._cfg
+        if cfg.eval_prompts is None:
             return {}
         metrics = evaluation.evaluate(
             self._sampler,
             self._pool,
             self._held_out,
             params=self._params,
-            num_samples=self._cfg.eval.num_samples,
+            num_samples=cfg.eval.num_samples,
             on_greedy=self._run.write_held_out,
         )
         values = StepMetrics([metrics]).reduce()
