@@ -74,3 +74,19 @@ def test_names_say_what_they_hold(path):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     assert not assigned & EMPTY_NAMES
+
+
+def test_the_recipe_stays_a_loop_that_is_read_in_one_go():
+    """Its length, its attributes and its methods, with no schema and no file name in it."""
+    text = (ROOT / "recipes" / "gspo_full_finetune.py").read_text()
+    tree = ast.parse(text)
+    attributes = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) == "self":
+                attributes.add(node.attr)
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+    assert len(text.splitlines()) <= 340
+    assert len(attributes) <= 24
+    assert not re.search(r"\.jsonl|\.json\b|\.safetensors|REQUIRED_KEYS", text)
