@@ -12,7 +12,7 @@ import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,6 @@ def torch_code() -> TorchCode:
     # The first two are decorated with no_grad.
     all_gather = inspect.unwrap(_fsdp_collectives.foreach_all_gather)
     reduce_scatter = inspect.unwrap(_fsdp_collectives.foreach_reduce)
-    checkpointed = checkpoint._checkpoint_without_reentrant_generator
     return TorchCode(
         all_gather=all_gather.__code__,
         gathered_weights=(
@@ -123,17 +122,22 @@ def torch_code() -> TorchCode:
             parameter.alloc_all_gather_outputs.__code__,
         ),
         reduce_scatter=reduce_scatter.__code__,
-        recompute=_code_within(checkpointed.__code__, "recompute_fn"),
+        recompute=_code_within(checkpoint, "recompute_fn"),
         backward=graph._engine_run_backward.__code__,
     )
 
 
-def _code_within(outer: CodeType, name: str) -> CodeType:
-    """Return the code of a function that is defined in another."""
-    for constant in outer.co_consts:
-        if isinstance(constant, CodeType) and constant.co_name == name:
-            return constant
-    raise AttributeError(f"{outer.co_name} defines no {name} in this version of torch")
+def _code_within(module: ModuleType, name: str) -> CodeType:
+    """Return the code of a function that is defined in another one of a module.
+
+    Which one it stands in differs: torch 2.14 has moved it.
+    """
+    for outer in vars(module).values():
+        code = getattr(inspect.unwrap(outer), "__code__", None) if callable(outer) else None
+        for constant in getattr(code, "co_consts", ()):
+            if isinstance(constant, CodeType) and constant.co_name == name:
+                return constant
+    raise AttributeError(f"{module.__name__} defines no {name} in this version of torch")
 
 
 def sharding_propagation_file() -> str:
