@@ -163,7 +163,7 @@ def check_file(path):
 @each_preset
 def test_config_with_a_preset_validates_without_a_loss(name, tmp_path, capsys):
     path = write(tmp_path, f"preset: {name}\n")
-    validate.main([str(path)])
+    validate.main([str(path), "--no-files"])
     assert capsys.readouterr().out == "Config is well-formed!\n"
     config.validate(OmegaConf.load(path))  # `tune validate`
 
@@ -247,18 +247,18 @@ def test_unknown_preset_is_refused(name, message, tmp_path):
 def test_preset_and_overrides_on_the_command_line(tmp_path, monkeypatch, capsys):
     path = write(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gspo", "validate"])
-    validate.main([str(path), "preset=verl", "loss.clip_high=0.3"])
+    validate.main([str(path), "--no-files", "preset=verl", "loss.clip_high=0.3"])
     assert capsys.readouterr().out == "Config is well-formed!\n"
     with pytest.raises(SystemExit):
-        validate.main([str(path), "preset=verl", "loss.clip_hihg=0.3"])
+        validate.main([str(path), "--no-files", "preset=verl", "loss.clip_hihg=0.3"])
     assert capsys.readouterr().err.startswith(
         "error: loss.clip_hihg: unknown, GSPOTokenLoss takes no such argument"
     )
     with pytest.raises(SystemExit):
-        validate.main([str(path), "preset=verl", "loss.clip_low=-1"])
+        validate.main([str(path), "--no-files", "preset=verl", "loss.clip_low=-1"])
     assert capsys.readouterr().err.startswith("error: loss.clip_low: -1 must lie in [0, 1]")
     with pytest.raises(SystemExit):
-        validate.main([str(path)])
+        validate.main([str(path), "--no-files"])
     assert capsys.readouterr().err.startswith("error: loss: missing, but the recipe needs a value")
 
 
