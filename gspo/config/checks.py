@@ -14,7 +14,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -317,7 +317,8 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
             key, dotpath, "must be a dotted path such as gspo.losses.GSPOLoss", "correct it"
         )
     try:
-        component = component_from_path(dotpath)
+        with _exits_raise():
+            component = component_from_path(dotpath)
     except InstantiationError as error:
         if _is_missing(error.__cause__, dotpath):
             problem, remedy = _what_is_missing(dotpath)
@@ -334,6 +335,21 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
         hint = did_you_mean(dotpath.rpartition(".")[2], _public_names(component))
         raise InputError(key, dotpath, f"is a {kind}, but it must be a class or a function", hint)
     return component
+
+
+@contextlib.contextmanager
+def _exits_raise() -> Iterator[None]:
+    """Let ``os._exit`` raise SystemExit: it would end the run without a word."""
+    end_process = os._exit
+
+    def raise_exit(code: int) -> NoReturn:
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = raise_exit  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = end_process
 
 
 def _is_missing(cause: BaseException | None, dotpath: str) -> bool:
