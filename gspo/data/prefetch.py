@@ -14,7 +14,8 @@ def prefetched(node: BaseNode[Any], num_items: int) -> BaseNode[Any]:
     """Return a node that runs ``node`` up to ``num_items`` ahead on a thread.
 
     An exception of ``node`` arrives in ``next`` as it was raised. The Prefetcher alone would put
-    the thread's stack into its message, which a user's typo does not deserve.
+    the thread's stack into its message, which a user's typo does not deserve, and would wait for
+    ever where code of the user's exits.
 
     Raises:
         InputError: ``num_items`` is less than 1.
@@ -37,7 +38,7 @@ class _CatchErrors(TransformNode[Any]):
             return next(self.source)
         except StopIteration:
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit too, which would end the thread in silence
             self._failed = True
             return error
 
@@ -47,6 +48,6 @@ class _RaiseErrors(TransformNode[Any]):
 
     def next(self) -> Any:
         item = next(self.source)
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         return item

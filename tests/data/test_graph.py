@@ -1,3 +1,4 @@
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -131,6 +132,13 @@ def test_an_error_on_the_prefetch_thread_arrives_as_it_was_raised():
     with pytest.raises(DataError) as caught:
         next(node)
     assert str(caught.value) == "train.jsonl:2: not JSON"
+
+
+def test_an_exit_on_the_prefetch_thread_is_one_of_the_run():
+    node = prefetched(Items(lambda index: sys.exit(3), 5), 2)
+    with pytest.raises(SystemExit) as caught:
+        next(node)
+    assert caught.value.code == 3
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
