@@ -19,6 +19,9 @@ from gspo.config.checks import FILE_VARIABLES, S, check, variables_of
 from gspo.config.merge import make_room
 from gspo.errors import NO_VALUE, InputError
 
+SECONDS_FOR_TORCHRUN = 5.0  # it looks after its ranks ten times a second
+_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer")  # gloo's
+
 
 def parse(settings: type[S]) -> Callable[[Callable[[S], Any]], Callable[[], None]]:
     """Decorate a recipe's main so that it gets the settings that the command line names.
@@ -133,8 +136,9 @@ def show_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate ``main`` so that an InputError is printed without a stack and ends with exit code 1.
 
     Under torchrun, ranks other than 0 print its first line only, and torchrun's summary, printed
-    last, repeats the message. Ctrl-C ends with exit code 130 and a line of the first rank: the
-    interrupt's message, where it has one. Every other exception passes.
+    last, repeats the message. A rank that has lost another to an error says so in a line and waits
+    for torchrun, so that the summary names the other's error. Ctrl-C ends with exit code 130 and a
+    line of the first rank: the interrupt's message, where it has one. Every other exception passes.
     """
 
     @functools.wraps(main)
@@ -144,6 +148,11 @@ def show_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         except InputError as error:
             _show(str(error))
             sys.exit(1)
+        except RuntimeError as error:
+            if not _has_lost_rank(error):
+                raise
+            _wait_for_torchrun()
+            sys.exit(1)
         except KeyboardInterrupt as interrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes a second one on
             if os.environ.get("RANK", "0") == "0":
@@ -152,6 +161,20 @@ def show_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(130)
 
     return wrapper
+
+
+def _has_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank of the run has ended."""
+    is_lost = any(words in str(error) for words in _LOST_WORDS)
+    return is_lost and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _wait_for_torchrun() -> None:
+    """Say that another rank has ended, and give torchrun the time to end this one."""
+    rank = os.environ.get("RANK")
+    sys.stderr.write(f"[rank {rank}] ends, since another rank has ended; its error tells why.\n")
+    sys.stderr.flush()
+    time.sleep(SECONDS_FOR_TORCHRUN)
 
 
 def _show(message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gspo.config import BaseSettings, Given, Section, parse, read_command_line, show_errors
 from gspo.config import check as check_config
+from gspo.config import command_line as module
 from gspo.config.checks import component_problems, refusals
 from gspo.config.value_types import AboveZero, CountOrZero, OptionalComponent
 from gspo.errors import NO_VALUE, DataError, InputError, require
@@ -440,6 +441,42 @@ def test_show_errors_prints_the_message_and_exits_with_1(
         json.loads((tmp_path / "error.json").read_text())["message"]["message"]
         == "a: 1\nsecond line"
     )
+
+
+GLOO_LOST = "[../third_party/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:40181"
+
+
+def test_a_rank_that_has_lost_another_says_so_in_a_line(monkeypatch, capsys, tmp_path):
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+
+    @show_errors
+    def main():
+        raise RuntimeError(GLOO_LOST)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    message = "[rank 0] ends, since another rank has ended; its error tells why.\n"
+    assert capsys.readouterr().err == message
+    assert waits == [module.SECONDS_FOR_TORCHRUN]
+    assert not error_file.exists()  # or torchrun could name this rank as the cause
+
+
+@pytest.mark.parametrize(("world_size", "words"), [("1", GLOO_LOST), ("2", "out of memory")])
+def test_other_runtime_errors_pass(monkeypatch, world_size, words):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+
+    @show_errors
+    def main():
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError):
+        main()
 
 
 def test_show_errors_lets_other_exceptions_and_results_pass():
