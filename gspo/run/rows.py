@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class RowFile:
     """A file of JSON objects, one a line, with null for a number that JSON cannot hold.
 
     Rows that cannot be written are kept, up to 1,000 of them, and written with the next ones; a
-    warning says so once. A metric is not worth the end of a run.
+    warning says so once. A metric is not worth the end of a run. Threads may share it: a document
+    is quarantined by the one that prefetches or by the one that trains.
 
     Args:
         path: of the file, which the first row makes.
@@ -31,11 +33,16 @@ class RowFile:
         self._waiting: list[str] = []
         self._num_lost = 0
         self._fails = False
+        self._lock = threading.Lock()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, and before them those that wait."""
-        for row in rows:
-            self._waiting.append(json.dumps(_clean(row)) + "\n")
+        lines = [json.dumps(_clean(row)) + "\n" for row in rows]
+        with self._lock:
+            self._waiting += lines
+            self._write()
+
+    def _write(self) -> None:
         try:
             _append(self.path, "".join(self._waiting))
         except OSError as error:

@@ -1,6 +1,8 @@
 import errno
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,19 @@ def test_rows_that_never_fit_are_counted(tmp_path, full_disk, warnings, monkeypa
     assert [row["step"] for row in read(file.path)] == [2, 3, 4, 5]
     file.close()
     assert warnings()[-1] == f"{file.path} lacks 2 rows, which could not be written."
+
+
+def test_threads_lose_and_repeat_no_row(tmp_path, monkeypatch):
+    write = rows_module._append
+
+    def slowly(path, text):
+        time.sleep(0.01)
+        write(path, text)
+
+    monkeypatch.setattr(rows_module, "_append", slowly)
+    file = RowFile(tmp_path / "quarantine_rank0.jsonl")
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(12):
+            threads.submit(file.append, [{"row": number}])
+    numbers = [row["row"] for row in read(file.path)]
+    assert sorted(numbers) == list(range(12))
