@@ -115,10 +115,19 @@ class RunFolder:
                 set_aside(self._metrics.path)
                 set_aside(self._held_out.path)
                 set_aside(self._dumps)
+                self._set_aside_other_ranks()
                 self._metrics.path.touch()
         if self._ranks.is_first and self._cfg.metric_logger is not None:
             self._logger = build(self._cfg, "metric_logger")
             self._logger.log_config(self._cfg.resolved())
+
+    def _set_aside_other_ranks(self) -> None:
+        """Set aside the files of ranks that an earlier run had and this one has not."""
+        for name in ("completions", "quarantine"):
+            for path in sorted(self._path.glob(f"{name}_rank*.jsonl")):
+                rank = path.stem.removeprefix(f"{name}_rank")
+                if rank.isdecimal() and int(rank) >= self._ranks.world_size:
+                    set_aside(path)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write the row of the last step, and give it to the metric logger when its turn has come.
