@@ -117,6 +117,10 @@ def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[
     absent = sorted(needed - run.keys())
     names = ", ".join(absent)
     require(not absent, "config", sorted(run), f"of the file lacks {names}", _DUMP_AGAIN)
+    advantages = run["advantages"]
+    has_estimator = isinstance(advantages, dict) and isinstance(advantages.get("estimator"), str)
+    must = "of the file has no estimator"
+    require(has_estimator, "config.advantages", advantages, must, _DUMP_AGAIN)
     keys: dict[str, Any] = {name: run[name] for name in _CONTEXT}
     if overrides is not None:
         keys["loss"] = _loss_in_file(run["loss"], overrides)

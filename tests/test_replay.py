@@ -255,6 +255,7 @@ HOSTILE = {
         {"docs_per_step": "${oc.env:SECRET}"},
         "config.docs_per_step: '${oc.env:SECRET}' has an interpolation",
     ),
+    "estimator": ({"advantages": {}}, "config.advantages: {} of the file has no estimator"),
     "text": ({"loss": "os.system"}, "config.loss._component_: None of the file is no objective"),
 }
 

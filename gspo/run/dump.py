@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gspo import __version__
+from gspo.config.value_types import is_number, is_whole
 from gspo.errors import NO_VALUE, DataError, InputError
 from gspo.metrics import Max, Mean, Metric, Metrics, Min, Sum, Time
 from gspo.types import Axis, PackedBatch, field_specs
@@ -54,6 +55,9 @@ _METADATA = {
     "config": dict,
     "metrics": dict,
 }
+# The tensors of a batch that hold fractions, beside log-probabilities.
+_FRACTIONS = {"advantages", "rewards", "temperature", "segment_advantages"}
+_LARGEST_COUNT = 2**53  # a float holds it exactly
 _GIVE_A_DUMP = "give a file of a run's folder dumps, see dump_every_n_steps"
 
 Sizes = dict[str, int]  # how many of each axis a batch has
@@ -271,7 +275,14 @@ def read(path: Path) -> Dump:
         return Dump(microbatches, metadata)
     except InputError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         problem = f"is damaged: {error!r}"
         raise DataError(str(path), NO_VALUE, problem, "dump the step again") from error
 
@@ -306,8 +317,12 @@ def _read_header(path: Path, header: str | None) -> dict[str, Any]:
         )
     for key, kind in _METADATA.items():
         value = metadata[key]
-        if not isinstance(value, kind):
+        is_too_large = isinstance(value, int) and abs(value) > _LARGEST_COUNT
+        if not isinstance(value, kind) or is_too_large:
             raise ValueError(f"{key} is {value!r}")
+    for name, value in metadata["metrics"].items():
+        if not is_number(value):
+            raise ValueError(f"the metric {name} is {value!r}")
     return metadata
 
 
@@ -361,6 +376,8 @@ def _read_fields(plain: dict[str, Any]) -> dict[str, Any]:
         stats[name] = metric(value, weight)
     ids = []
     for prompt_id, group_id in plain["ids"]:
+        if not isinstance(prompt_id, str) or type(group_id) is not int:
+            raise ValueError(f"ids has {prompt_id!r}, {group_id!r}")
         ids.append((prompt_id, group_id))
     return plain | {"stats": stats, "ids": ids}
 
@@ -371,7 +388,11 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
     Raises:
         ValueError: It does not hold.
     """
+    _check_dtypes(batch, new_logps)
     sizes = _sizes(batch)
+    num_bins = batch.num_bins
+    if not is_whole(num_bins, 1) or sizes[Axis.SLOT] % num_bins:
+        raise ValueError(f"num_bins is {num_bins!r}")
     for name, values in batch.tensors().items():
         spec = _SPECS[name]
         axis = spec.numbers
@@ -380,14 +401,22 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
         count = sizes[axis]
         if not _are_numbers(values, count):
             raise ValueError(f"{name} has a number beyond its {count} {axis}")
-    mask_dtype = batch.loss_mask.dtype
-    if mask_dtype != torch.bool or not new_logps.is_floating_point():
-        raise ValueError(f"loss_mask is {mask_dtype}, new_logps is {new_logps.dtype}")
     num_documents = sizes[Axis.DOCUMENT]
     labelled = batch.document_index[batch.loss_mask]
     counts = torch.bincount(labelled, minlength=num_documents)
     if not torch.equal(counts, batch.label_counts):
         raise ValueError("label_counts are not those of loss_mask")
+
+
+def _check_dtypes(batch: PackedBatch, new_logps: Tensor) -> None:
+    """Check that tensors hold fractions, booleans or whole numbers as a batch has them."""
+    for name, values in {**batch.tensors(), _NEW_LOGPS: new_logps}.items():
+        spec = _SPECS.get(name)
+        has_fractions = spec is None or spec.logps or name in _FRACTIONS
+        needed = torch.bool if name == "loss_mask" else torch.int64
+        is_right = values.is_floating_point() if has_fractions else values.dtype == needed
+        if not is_right:
+            raise ValueError(f"{name} is {values.dtype}")
 
 
 def _are_numbers(values: Tensor, count: int) -> bool:

@@ -200,6 +200,20 @@ def miscounted(path):
     rewrite(path, {"label_counts": 0 * load_file(path)["label_counts"]}, {})
 
 
+def with_complex(name):
+    return lambda path: rewrite(path, {name: load_file(path)[name].to(torch.complex64)}, {})
+
+
+def with_fields(**changes):
+    def spoil(path):
+        with dump.safe_open(path, framework="pt") as file:
+            rows = json.loads(file.metadata()[dump._KEY])["microbatches"]
+        rows[0]["fields"] |= changes
+        rewrite(path, {}, {"microbatches": rows})
+
+    return spoil
+
+
 def with_metadata(**changes):
     return lambda path: rewrite(path, {}, changes)
 
@@ -236,6 +250,16 @@ def rewrite(path, tensors, metadata):
         (of_floats, "is damaged: "),
         (miscounted, "is damaged: ValueError('label_counts are not those of loss_mask')"),
         (with_metadata(num_documents="x"), "is damaged: ValueError(\"num_documents is 'x'\")"),
+        (with_metadata(num_documents=10**400), "is damaged: ValueError('num_documents is 1000"),
+        (
+            with_metadata(metrics={"loss": []}),
+            "is damaged: ValueError('the metric loss is []')",
+        ),
+        (with_fields(num_bins=None), "is damaged: ValueError('num_bins is None')"),
+        (with_fields(num_bins=-1), "is damaged: ValueError('num_bins is -1')"),
+        (with_fields(ids=[[None, 0]]), "is damaged: ValueError('ids has None, 0')"),
+        (with_complex("advantages"), "is damaged: ValueError('advantages is torch.complex64')"),
+        (with_complex("labels"), "is damaged: ValueError('labels is torch.complex64')"),
         (with_metadata(config=None), "is damaged: ValueError('config is None')"),
         (with_metadata(microbatches=[]), "is damaged: "),
         (of_metadata("{"), "is damaged: "),
