@@ -31,6 +31,8 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         remedy = "name the type of a device that this machine has"
         raise InputError("device", name, f"is refused: {error}", remedy) from error
+    remedy = "use cpu or cuda"
+    require(device.type != "meta", "device", name, "holds no values to train", remedy)
     require(
         torch.device(name).type == device.type,
         "device",

@@ -14,6 +14,7 @@ from torch import nn
 from torchtune import config
 from tqdm import tqdm
 
+from gspo.config import refusals
 from gspo.metrics import public
 
 _HELD_OUT = "eval/accuracy"
@@ -121,5 +122,6 @@ class Progress:
 def build_profiler(options: Mapping[str, Any] | None) -> Any:
     """Build torchtune's profiler, which does nothing unless ``enabled`` is among the options."""
     defaults = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
-    profiler, _ = config.instantiate(OmegaConf.create({**defaults, **(options or {})}))
+    with refusals("profiler"):
+        profiler, _ = config.instantiate(OmegaConf.create({**defaults, **(options or {})}))
     return profiler

@@ -374,7 +374,11 @@ def test_later_row_without_a_field_names_its_line(tmp_path):
     ("knobs", "message"),
     [
         ({"on_long_prompt": "drop"}, "on_long_prompt: 'drop' must be 'error' or 'skip'"),
-        ({"max_prompt_tokens": 0}, "max_prompt_tokens: 0 must be at least 1"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens: 0 must be a whole number of 1 or more"),
+        ({"num_epochs": 0}, "num_epochs: 0 must be a whole number of 1 or more, or null"),
+        ({"num_epochs": 1.5}, "num_epochs: 1.5 must be a whole number"),
+        ({"shuffle": "false"}, "shuffle: 'false' must be true or false"),
+        ({"add_bos": None}, "add_bos: None must be true or false"),
         ({"rank": 2, "world_size": 2}, "rank: 2 must be"),
         ({"world_size": 8}, "7 rows are too few for 8 data-parallel ranks"),
         ({"prompt_template": "{question"}, "prompt_template: .*double a brace"),
@@ -388,7 +392,20 @@ def test_later_row_without_a_field_names_its_line(tmp_path):
             "promt_template: jsonl_prompts takes no such .* mean 'prompt_template'",
         ),
     ],
-    ids=["long", "budget", "rank", "ranks", "brace", "constant", "nameless", "typo"],
+    ids=[
+        "long",
+        "budget",
+        "epochs",
+        "half",
+        "order",
+        "bos",
+        "rank",
+        "ranks",
+        "brace",
+        "constant",
+        "nameless",
+        "typo",
+    ],
 )
 def test_bad_knob_names_its_key(jsonl, knobs, message):
     with pytest.raises(InputError, match=message):

@@ -70,6 +70,9 @@ class PromptReader(BaseNode[Prompt]):
     ) -> None:
         super().__init__()
         _check_length_limit(max_prompt_tokens, on_long_prompt)
+        _check_count("num_epochs", num_epochs, "no end")
+        _check_switch("add_bos", add_bos)
+        _check_switch("shuffle", shuffle)
         _check_ranks(rows, rank, world_size)
         self._rows = rows
         self._template = PromptTemplate(prompt_template, tokenizer, add_bos=add_bos)
@@ -208,13 +211,17 @@ def _require_field(key: str, field: str, row: Mapping[str, Any], name: str) -> N
 def _check_length_limit(max_prompt_tokens: int | None, on_long_prompt: str) -> None:
     is_known = on_long_prompt in ("error", "skip")
     require(is_known, "on_long_prompt", on_long_prompt, "must be 'error' or 'skip'")
-    if max_prompt_tokens is not None:
-        require(
-            max_prompt_tokens >= 1,
-            "max_prompt_tokens",
-            max_prompt_tokens,
-            "must be at least 1, or null for no limit",
-        )
+    _check_count("max_prompt_tokens", max_prompt_tokens, "no limit")
+
+
+def _check_count(key: str, value: Any, without: str) -> None:
+    is_count = value is None or (type(value) is int and value >= 1)
+    must = f"must be a whole number of 1 or more, or null for {without}"
+    require(is_count, key, value, must, "change it")
+
+
+def _check_switch(key: str, value: Any) -> None:
+    require(type(value) is bool, key, value, "must be true or false", "write it unquoted")
 
 
 def _check_ranks(rows: Rows, rank: int, world_size: int) -> None:
