@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from gspo.advantages import check_group_size, get_estimator
 from gspo.config.arguments import not_finite_numbers, profiler_problems, warmup_problems
 from gspo.config.value_types import (
-    AboveZero,
     Component,
     Count,
     CountOrZero,
@@ -31,6 +30,7 @@ from gspo.config.value_types import (
     Seed,
     Share,
     Switch,
+    Temperature,
     Text,
     is_number,
     one_of,
@@ -83,7 +83,7 @@ class Sampling(Section):
         "top_k": "leave it out: the trainer needs the full distribution",
     }
 
-    temperature: AboveZero = Field(
+    temperature: Temperature = Field(
         1.0, description="Divisor of the logits, in the sampler and in the trainer alike."
     )
     max_new_tokens: Count = Field(

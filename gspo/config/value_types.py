@@ -47,7 +47,9 @@ def is_whole(value: Any, least: int) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite int or float; True and False are none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1e300  # a whole number may be beyond any float
+    return type(value) is float and math.isfinite(value)
 
 
 def is_between(value: Any, least: float, most: float) -> bool:
@@ -86,6 +88,9 @@ Switch = Annotated[bool, Must("true or false", lambda x: type(x) is bool)]
 Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]
 Mapping = Annotated[
     dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))
+]
+Temperature = Annotated[
+    float, Must("a number above 0, at least 1e-6", lambda x: is_number(x) and x >= 1e-6)
 ]
 AboveZero = Annotated[float, Must("a number above 0", lambda x: is_number(x) and x > 0)]
 Share = Annotated[float, Must("a share from 0 to 1", lambda x: is_between(x, 0, 1))]

@@ -385,6 +385,9 @@ class FSPOLoss(_PolicyLoss):
         return partial(F.length_fair_surrogate, clip_low=low, clip_high=high)
 
 
+_MAX_WHOLE = 2**63 - 1  # more is beyond what tensors hold, and far more beyond any float
+
+
 def _check_type(key: str, value: Any, kinds: list[str]) -> None:
     """Refuse a value of a wrong type.
 
@@ -396,7 +399,7 @@ def _check_type(key: str, value: Any, kinds: list[str]) -> None:
         return
     if "str" in kinds or (value is None and is_optional):
         return
-    is_number = type(value) is int
+    is_number = type(value) is int and abs(value) <= _MAX_WHOLE
     if type(value) is float:
         takes_float = "float" in kinds
         is_number = takes_float and math.isfinite(value)
