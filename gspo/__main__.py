@@ -46,12 +46,11 @@ def main() -> None:
 
 def tune() -> None:
     """Run torchtune's command line with the recipe registered."""
-    from torchtune._cli.tune import main as tune_main
-
+    from gspo.compat import run_tune
     from gspo.plugin import add_recipes
 
     add_recipes()
-    tune_main()
+    run_tune()
 
 
 if __name__ == "__main__":

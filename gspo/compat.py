@@ -63,6 +63,13 @@ def with_output_dir(checkpointer: Any, folder: Path) -> Any:
     return other
 
 
+def run_tune() -> None:
+    """Run torchtune's command line on ``sys.argv`` (torchtune 0.6.1, ``_cli.tune``)."""
+    from torchtune._cli.tune import main
+
+    main()
+
+
 def patch_stochastic_rounding() -> None:
     """Let torchao's ``bf16_stochastic_round`` take FSDP2's parameters; twice is as once.
 

@@ -35,7 +35,9 @@ S = TypeVar("S", bound=BaseSettings)
 FILE_VARIABLES = "_file_variables"  # attribute of a config that was read from a file
 _NUMBERS = {"int", "float"}
 # Words that may stand beside a number in an annotation.
-_BESIDE_NUMBERS = {"class", "typing", "Union", "Optional", "None", "NoneType", "torch", "Tensor"}
+_NULLS = {"None", "NoneType", "Optional"}
+_BESIDE_NUMBERS = {"class", "typing", "Union", "torch", "Tensor"} | _NULLS
+_HOW_TO_WRITE = {"number": "write one like 1e-5, unquoted", "text": "put it in quotes"}
 _CORRECT = "correct its arguments"
 _GET_MODEL = (
     "correct the path, or get the model first: the head of a copy made with `tune cp` has the "
@@ -409,9 +411,10 @@ def _argument_problems(
             hint = did_you_mean(name, set(named) - handled)
             yield InputError(f"{path}.{name}", NO_VALUE, problem, hint)
     for name, value in arguments.items():
-        if name in named and not _fits(value, named[name]):
-            problem = f"is no number, as {component_name} takes"
-            yield InputError(f"{path}.{name}", value, problem, "write one like 1e-5, unquoted")
+        wanted = _misfit(value, named[name]) if name in named else None
+        if wanted is not None:
+            problem = f"is no {wanted}, as {component_name} takes"
+            yield InputError(f"{path}.{name}", value, problem, _HOW_TO_WRITE[wanted])
     if given is None:
         return
     for name, parameter in named.items():
@@ -430,8 +433,8 @@ def _by_name(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.P
     return named
 
 
-def _fits(value: Any, parameter: inspect.Parameter) -> bool:
-    """Return False for a text or a null where only a number is taken.
+def _misfit(value: Any, parameter: inspect.Parameter) -> str | None:
+    """Return the kind of value that is taken alone, where this one is of another kind.
 
     The annotation says so, or else the type of the default.
     """
@@ -440,9 +443,11 @@ def _fits(value: Any, parameter: inspect.Parameter) -> bool:
     # An annotation may be a class, a union or a string that no one has evaluated: words are what
     # these share.
     words = set(re.findall(r"\w+", str(kind)))
-    takes_numbers_only = words & _NUMBERS and words <= _NUMBERS | _BESIDE_NUMBERS
-    if not takes_numbers_only:
-        return True
-    if value is None:
-        return parameter.default is None or bool(words & {"None", "NoneType", "Optional"})
-    return not isinstance(value, str)
+    if words & _NUMBERS and words <= _NUMBERS | _BESIDE_NUMBERS:
+        takes_null = parameter.default is None or bool(words & _NULLS)
+        is_misfit = isinstance(value, str) or (value is None and not takes_null)
+        return "number" if is_misfit else None
+    if is_annotated and "str" in words and words <= {"str"} | _BESIDE_NUMBERS:
+        # A number for a path is the number of an open file, some other library's.
+        return "text" if isinstance(value, int | float) else None
+    return None
