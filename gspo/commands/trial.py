@@ -17,6 +17,7 @@ from gspo.config import Settings, build
 from gspo.errors import InputError, InputErrors
 from gspo.policy import check_decoder
 from gspo.rewards.reward import parse_reward
+from gspo.sampling.fingerprint import check_tokenizer
 
 _LOCAL_READERS = ("jsonl_prompts", "parquet_prompts")
 
@@ -79,6 +80,9 @@ def _try_checkpointers(cfg: Settings) -> Parts:
 def _build_checkpointer(cfg: Settings, key: str) -> None:
     """Build a checkpointer, which reads no weights yet, and remove the folder that it makes."""
     component = getattr(cfg, key) or {}
+    if component.get("checkpoint_files", "default") in ([], None):
+        must = "names no file of weights"
+        raise InputError(f"{key}.checkpoint_files", [], must, "name those in checkpoint_dir")
     folder = Path(str(component.get("output_dir", cfg.output_dir)))
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -93,6 +97,9 @@ def _try_prompts(cfg: Settings) -> Parts:
     tokenizer: list[Any] = []
     yield lambda: tokenizer.append(build(cfg, "tokenizer"))
     encoder = tokenizer[0] if tokenizer else None  # built by now, or refused
+    if encoder is not None:
+        yield lambda: check_tokenizer(encoder)
+        yield lambda: build(cfg, "segments", encoder)
     if _is_local(cfg.prompts):
         yield lambda: build(cfg, "prompts", encoder, seed=cfg.seed, rank=0, world_size=1)
     if _is_local(cfg.eval_prompts):
