@@ -10,13 +10,14 @@ torchtune's registry is named here and not in ``gspo.compat``. ``TORCH_DEVICE_BA
 switches the entry point off; ``python -m gspo`` opens the same doors without it.
 """
 
-import logging
-import os
 import sys
 from pathlib import Path
 
+from _gspo_torch_plugin import hide_torchao_note
+
+__all__ = ["add_recipes", "hide_torchao_note", "register", "shipped_configs", "shipped_folder"]
+
 RECIPE = "gspo_full_finetune"
-HIDES_TORCHAO_NOTE = "GSPO_HIDES_TORCHAO_NOTE"  # in the environment of what tune starts
 
 # Configs for recipes of torchtune's own; every other file in the folder is one for RECIPE.
 CONFIGS_OF_OTHER_RECIPES = {"tiny/sft": "full_finetune_single_device"}
@@ -27,29 +28,13 @@ def register() -> None:
 
     Never raises: an exception here would break ``import torch``.
     """
+    if "torchtune" not in sys.modules:
+        return
     try:
-        if HIDES_TORCHAO_NOTE in os.environ:
-            hide_torchao_note()
-        if "torchtune" in sys.modules:
-            hide_torchao_note()
-            add_recipes()
+        hide_torchao_note()
+        add_recipes()
     except Exception as error:
         print(f"gspo: not registered with tune: {error!r}", file=sys.stderr)
-
-
-def hide_torchao_note() -> None:
-    """Hide the line that torchao logs when its compiled kernels do not fit torch's version.
-
-    Nothing here uses them. It has to be called before torchao is imported. Processes that this one
-    starts, such as the ranks of a run, do the same when they import torch.
-    """
-    logging.getLogger("torchao").addFilter(_is_no_torchao_note)
-    os.environ[HIDES_TORCHAO_NOTE] = "1"
-
-
-def _is_no_torchao_note(record: logging.LogRecord) -> bool:
-    note = "Skipping import of cpp extensions due to incompatible torch version"
-    return not record.getMessage().startswith(note)
 
 
 def add_recipes() -> None:
