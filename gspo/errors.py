@@ -97,6 +97,12 @@ def require(condition: bool, key: str, value: Any, must: str, remedy: str = "") 
         raise InputError(key, value, must, remedy)
 
 
+def raise_all(problems: Sequence[InputError]) -> None:
+    """Raise the mistakes found: nothing for none, a single one as itself, several as one error."""
+    if problems:
+        raise InputErrors(problems) if len(problems) > 1 else problems[0]
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a hint for the end of a message: the closest choices, or some of those there are."""
     choices = sorted(set(choices))

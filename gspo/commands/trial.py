@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gspo.config import Settings, build
-from gspo.errors import InputError, InputErrors
+from gspo.errors import InputError, raise_all
 from gspo.policy import check_decoder
 from gspo.rewards.reward import parse_reward
 from gspo.sampling.fingerprint import check_tokenizer
@@ -42,8 +42,7 @@ def try_parts(cfg: Settings, *, with_files: bool = True) -> None:
                 build_part()
             except InputError as error:
                 problems.append(error)
-    if problems:
-        raise InputErrors(problems) if len(problems) > 1 else problems[0]
+    raise_all(problems)
 
 
 Parts = Iterator[Callable[[], Any]]

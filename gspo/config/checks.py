@@ -26,7 +26,7 @@ from gspo.compat import InstantiationError, component_from_path
 from gspo.config.merge import preset_keys
 from gspo.config.settings import BaseSettings, Section, Settings
 from gspo.config.value_types import Given
-from gspo.errors import NO_VALUE, InputError, InputErrors, did_you_mean
+from gspo.errors import NO_VALUE, InputError, did_you_mean, raise_all
 from gspo.losses.inputs import Loss, traits_of
 from gspo.types import Axis
 
@@ -193,8 +193,7 @@ def check(cfg: DictConfig, settings: type[S]) -> S:
     problems += component_problems(values, given_arguments(settings))
     if checked is not None and not problems:
         problems += checked.problems()
-    if problems:
-        raise InputErrors(problems) if len(problems) > 1 else problems[0]
+    raise_all(problems)
     assert checked is not None
     return checked
 

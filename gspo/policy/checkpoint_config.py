@@ -19,7 +19,7 @@ from torchtune.modules import TransformerDecoder
 
 from gspo.config import Settings, refusals
 from gspo.data.pack import check_bin_length
-from gspo.errors import NO_VALUE, InputError, InputErrors, require
+from gspo.errors import NO_VALUE, InputError, raise_all, require
 
 _SWITCH = "or set check_model_config=false to go on as it is"
 # Scalings that leave positions up to the model's trained length as they are.
@@ -96,8 +96,7 @@ def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, A
     problem = _unknown_scaling(stated, file)
     if problem is not None:
         problems.append(problem)
-    if problems:
-        raise InputErrors(problems) if len(problems) > 1 else problems[0]
+    raise_all(problems)
 
 
 def _read(file: Path) -> dict[str, Any]:
