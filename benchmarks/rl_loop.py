@@ -129,7 +129,7 @@ class Loop:
         self.sampler.update(self.policy, 0)
         self.pool = pool
         self.steps = FetchSteps(
-            self.rollouts(drop_dead_groups), docs_per_step=NUM_PROMPTS * GROUP_SIZE, device=CPU
+            self.rollouts(drop_dead_groups), docs_per_step=NUM_PROMPTS * GROUP_SIZE
         )
         self.step = 0
 

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-TIMES = ("time/", "tokens_per_second", "mfu", "peak_memory_gib")
+TIMES = ("time/", "tokens_per_second", "mfu", "peak_memory_gib", "reserved_memory_gib")
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ import copy
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torchtune.config._errors import InstantiationError
 from torchtune.config._parse import TuneRecipeArgumentParser
@@ -61,6 +63,16 @@ def with_output_dir(checkpointer: Any, folder: Path) -> Any:
     other = copy.copy(checkpointer)
     other._output_dir = folder
     return other
+
+
+def set_allocator(settings: str) -> None:
+    """Set options of the GPU memory's allocator, as in ``PYTORCH_ALLOC_CONF`` (torch 2.13)."""
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set how long a collective of a group waits for the other ranks (torch 2.13)."""
+    distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def run_tune() -> None:
@@ -192,6 +204,11 @@ def optimizer_without_arithmetic() -> Iterator[None]:
         yield
     finally:
         adam.single_param_adam = update
+
+
+def has_attention(layer: Any) -> bool:
+    """Whether the product of queries, keys and values in a layer can be replaced."""
+    return hasattr(layer.attn, "_attention_call")
 
 
 def set_attention(layer: Any, attend: Callable[..., Tensor]) -> None:

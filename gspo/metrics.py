@@ -197,8 +197,10 @@ METRICS: dict[str, Description] = {
     "time/sync": Description("step", "s", "weights to the sampler"),
     "time/step": Description("step", "s", "from log row to log row"),
     "tokens_per_second": Description("second", "tokens", "through the policy, prompts included"),
-    "mfu": Description("step", "share", "of the device's bf16 peak, on a known GPU"),
+    "mfu": Description("step", "share", "of the bf16 peak during the update, on a known GPU"),
     "peak_memory_gib": Description("run", "GiB", "allocated on the device"),
+    "reserved_memory_gib": Description("run", "GiB", "that the allocator took from the device"),
+    "alloc_retries": Description("run", "count", "times it had to give memory back first"),
 }
 
 

@@ -57,15 +57,16 @@ class GSPOFullFinetuneRecipe:
         self._device = parallel.find_device(cfg.device)
         with refusals("dtype", "use fp32"):
             self._dtype = training.get_dtype(cfg.dtype, device=self._device)
-        parallel.init_process_group(self._device)
+        parallel.prepare_device(self._device)
+        parallel.init_process_group(self._device, cfg.collective_timeout)
         self._ranks = parallel.Ranks.of(
             self._device,
             replicate=cfg.data_parallel_replicate_size,
             context=cfg.context_parallel_size,
+            timeout=cfg.collective_timeout,
         )
         training.set_seed(cfg.seed)
-        sampling = cfg.sampling.model_dump()
-        self._params = SamplingParams(**sampling)
+        self._params = SamplingParams(**cfg.sampling.model_dump())
         self._state = TrainState()
         self._run = RunFolder(cfg, self._ranks, self._state)
 
@@ -75,8 +76,7 @@ class GSPOFullFinetuneRecipe:
         self._tokenizer = build(cfg, "tokenizer")
         check_tokenizer(self._tokenizer)
         self._checkpointer = build(cfg, "checkpointer")
-        workers = cfg.reward_pool.model_dump()
-        self._pool = RewardPool(cfg.rewards, **workers)
+        self._pool = RewardPool(cfg.rewards, **cfg.reward_pool.model_dump())
         prompts = self._build_prompts()
         loss = build_loss(cfg)
         log_document_weights(loss)
@@ -102,8 +102,8 @@ class GSPOFullFinetuneRecipe:
         self._steps = FetchSteps(
             shared,
             docs_per_step=cfg.docs_per_step,
-            device=self._device,
             context_size=ranks.context.size,
+            empty_shape=cfg.empty_shape,
         )
         self._profiler = build_profiler(cfg.profiler)
         self._run.open()  # last: a run that is refused leaves earlier files as they are
@@ -124,15 +124,15 @@ class GSPOFullFinetuneRecipe:
             **self._ranks.data_share,
         )
         node = Score(node, self._pool)
-        advantages = cfg.advantages.model_dump()
         with refusals("advantages"):
+            advantages = cfg.advantages.model_dump()
             node = Advantage(node, on_quarantine=self._run.write_quarantined, **advantages)
         if cfg.segments is not None:
             node = Segment(node, build(cfg, "segments", self._tokenizer))
         node = Record(node, self._run.write_completions, num_per_rollout=cfg.log_completions)
-        packing = cfg.packing.model_dump()
         with refusals("packing"):
-            node = Pack(node, max_seq_len=self._policy.decoder.max_seq_len, **packing)
+            max_seq_len = self._policy.decoder.max_seq_len
+            node = Pack(node, max_seq_len=max_seq_len, **cfg.pack_options)
         return prefetched(node, cfg.prefetch) if cfg.prefetch else node
 
     def _build_prompts(self) -> BaseNode[Prompt]:

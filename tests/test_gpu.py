@@ -14,6 +14,16 @@ from tests.policy.test_policy import assert_parts_attend_as_the_whole
 
 pytestmark = pytest.mark.gpu
 
+WIDTH = {"embed_dim": 64}  # four heads of 16, the smallest that FlexAttention takes
+
+
+def build_decoder():
+    return tiny_policy.build_decoder(**WIDTH)
+
+
+def weights():
+    return tiny_policy.weights(**WIDTH)
+
 
 class Tokenizer:
     """Ids without text."""
@@ -28,8 +38,8 @@ class Tokenizer:
 
 
 def gradients(device):
-    decoder = tiny_policy.build_decoder()
-    decoder.load_state_dict(tiny_policy.weights())
+    decoder = build_decoder()
+    decoder.load_state_dict(weights())
     policy = Policy(decoder, GSPOLoss(clip_low=0.2, clip_high=0.2)).to(device)
     batch = pack_documents(tiny_policy.documents(), 512)
     output = policy(Microbatch.prepare(batch, torch.device(device)))
@@ -56,15 +66,15 @@ def test_block_masks_of_context_ranks_attend_as_the_whole(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_sampler_logps_on_cuda_are_those_of_a_full_forward(dtype):
-    decoder = tiny_policy.build_decoder().to("cuda", dtype)
-    decoder.load_state_dict(tiny_policy.weights())
+    decoder = build_decoder().to("cuda", dtype)
+    decoder.load_state_dict(weights())
     prompts = [Prompt(f"p{n}", "", list(range(1, n + 1))) for n in (1, 5, 9)]
     params = SamplingParams(temperature=0.7, max_new_tokens=20)
     groups = LocalSampler(lambda: decoder, Tokenizer()).sample(
         prompts, group_size=4, params=params, seeds=range(3)
     )
-    plain = tiny_policy.build_decoder().to("cuda", dtype)
-    plain.load_state_dict(tiny_policy.weights())
+    plain = build_decoder().to("cuda", dtype)
+    plain.load_state_dict(weights())
     for prompt, group in zip(prompts, groups, strict=True):
         for c in group:
             logits = plain(torch.tensor([prompt.tokens + c.tokens], device="cuda"))[0].float()

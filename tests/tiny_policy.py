@@ -8,23 +8,23 @@ from gspo.data.layout import Document
 VOCAB_SIZE = 61
 
 
-def build_decoder(*, tied=True, num_kv_heads=2):
+def build_decoder(*, tied=True, num_kv_heads=2, embed_dim=32):
     return qwen2(
         vocab_size=VOCAB_SIZE,
         num_layers=2,
         num_heads=4,
         num_kv_heads=num_kv_heads,
-        embed_dim=32,
+        embed_dim=embed_dim,
         intermediate_dim=48,
         max_seq_len=512,
         tie_word_embeddings=tied,
     )
 
 
-def weights(*, tied=True, num_kv_heads=2, seed=0):
+def weights(*, tied=True, num_kv_heads=2, embed_dim=32, seed=0):
     """The weights every rank starts from."""
     torch.manual_seed(seed)
-    decoder = build_decoder(tied=tied, num_kv_heads=num_kv_heads)
+    decoder = build_decoder(tied=tied, num_kv_heads=num_kv_heads, embed_dim=embed_dim)
     for parameter in decoder.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.08)

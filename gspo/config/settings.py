@@ -26,6 +26,7 @@ from gspo.config.value_types import (
     Must,
     OptionalComponent,
     OptionalCount,
+    OptionalSwitch,
     Seconds,
     Seed,
     Share,
@@ -39,6 +40,8 @@ from gspo.config.value_types import Mapping as AnyMapping
 from gspo.errors import InputError, require
 from gspo.kernels import KERNELS
 from gspo.rewards.reward import reward_problems
+
+_LOCAL_SAMPLERS = ("gspo.sampling.local.LocalSampler", "gspo.sampling.LocalSampler")
 
 
 class Section(BaseModel):
@@ -99,8 +102,8 @@ class Packing(Section):
     )
     bin_length: OptionalCount = Field(
         None,
-        description="Slots of a bin. An int is right for a GPU, whose block masks skip other "
-        "documents; null fits bins to the documents, for dense masks on a CPU.",
+        description="Slots of a bin. A GPU needs an int: its block masks skip other documents, and "
+        "each new shape is compiled. null fits bins to the documents, for dense masks on a CPU.",
     )
     buffer_size: Count = Field(
         512,
@@ -237,7 +240,7 @@ class Settings(BaseSettings):
     prefetch: CountOrZero = Field(
         0,
         description="Microbatches made ahead on a thread while the policy trains; 0 makes each "
-        "when it is asked for.",
+        "when it is asked for. On a GPU it needs a sampler that runs elsewhere.",
     )
     sync_every_steps: Count = Field(
         1, description="Optimizer steps between two hand-overs of the weights to the sampler."
@@ -289,7 +292,9 @@ class Settings(BaseSettings):
     enable_activation_checkpointing: Switch = Field(
         False, description="Keep the input of each layer alone and compute the rest again."
     )
-    compile: Switch = Field(False, description="Compile the decoder's layers.")
+    compile: OptionalSwitch = Field(
+        None, description="Compile the decoder's layers; null does on CUDA."
+    )
     fsdp_cpu_offload: Switch = Field(
         False, description="Keep weights, gradients and optimizer state in the host's memory."
     )
@@ -306,6 +311,12 @@ class Settings(BaseSettings):
     )
     context_parallel_size: Count = Field(
         1, description="Ranks that share each microbatch, which is split over them."
+    )
+
+    collective_timeout: Seconds = Field(
+        1800.0,
+        description="Seconds that a rank waits for the others before the run ends: for the slowest "
+        "sampler, or for the first rank to save.",
     )
 
     # What a run writes
@@ -331,6 +342,29 @@ class Settings(BaseSettings):
     ] = Field(None, description="Arguments of torchtune's setup_torch_profiler.")
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether the policy trains on CUDA."""
+        return self.device.split(":")[0] == "cuda"
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether the decoder's layers are compiled."""
+        return self.on_cuda if self.compile is None else self.compile
+
+    @property
+    def empty_shape(self) -> tuple[int, int] | None:
+        """Bins, and their length, of a microbatch without a document, where all have one shape."""
+        length = self.packing.bin_length
+        if not self.on_cuda or length is None:
+            return None
+        return self.packing.tokens_per_microbatch // length, length
+
+    @property
+    def pack_options(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`gspo.data.Pack` that are settings."""
+        return self.packing.model_dump() | {"fixed_shape": self.on_cuda}
+
+    @property
     def keeps_sampled_weights(self) -> bool:
         """Whether old log-probabilities need weights that the policy leaves before a sync."""
         return self.old_logps == "recompute" and self.sync_every_steps > self.ppo_epochs
@@ -342,7 +376,7 @@ class Settings(BaseSettings):
             "kernel": self.kernel,
             "head_chunk_size": self.head_chunk_size,
             "activation_checkpointing": self.enable_activation_checkpointing,
-            "compile_layers": self.compile,
+            "compile_layers": self.compiles_layers,
             "reshard_after_forward": self.fsdp_reshard_after_forward,
             "cpu_offload": self.fsdp_cpu_offload,
         }
@@ -380,6 +414,7 @@ class Settings(BaseSettings):
                 "needs drop_dead_groups: true; kept groups cannot be replaced",
                 "set it",
             )
+        yield from self._cuda_problems()
         yield from self._estimator_problems()
         yield from reward_problems(self.rewards)
         yield from not_finite_numbers("optimizer", self.optimizer)
@@ -394,6 +429,27 @@ class Settings(BaseSettings):
                 f"must be a multiple of context_parallel_size ({self.context_parallel_size}), "
                 "which splits every bin",
                 f"use {_round_up(length, self.context_parallel_size)}",
+            )
+
+    def _cuda_problems(self) -> Iterator[InputError]:
+        """Yield what runs on a CPU and not, or not well, on CUDA."""
+        if not self.on_cuda:
+            return
+        if self.packing.bin_length is None:
+            tokens = self.packing.tokens_per_microbatch
+            yield InputError(
+                "packing.bin_length",
+                None,
+                "must be a number on CUDA, where attention is compiled anew for each shape",
+                f"set it to {tokens}, or to a divisor of it that the model's max_seq_len takes",
+            )
+        if self.prefetch and self.sampler["_component_"] in _LOCAL_SAMPLERS:
+            yield InputError(
+                "prefetch",
+                self.prefetch,
+                "needs a sampler that runs elsewhere: on one GPU sampling and training would take "
+                "turns all the same, and hold their memory at once",
+                "set it to 0",
             )
 
     def _estimator_problems(self) -> Iterator[InputError]:

@@ -85,6 +85,9 @@ Seed = Annotated[
     ),
 ]
 Switch = Annotated[bool, Must("true or false", lambda x: type(x) is bool)]
+OptionalSwitch = Annotated[
+    bool | None, Must("true, false or null", _or_none(lambda x: type(x) is bool))
+]
 Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]
 Mapping = Annotated[
     dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))

@@ -104,7 +104,11 @@ def _prompt_groups(documents: list[Document], share_prompts: bool) -> list[int]:
 
 
 def pack_documents(
-    documents: list[Document], bin_length: int | None = None, *, share_prompts: bool = True
+    documents: list[Document],
+    bin_length: int | None = None,
+    *,
+    share_prompts: bool = True,
+    num_bins: int = 1,
 ) -> PackedBatch:
     """Put all ``documents`` into one batch, in as many bins as best fit needs.
 
@@ -113,6 +117,7 @@ def pack_documents(
             their order in a bin.
         bin_length: S; None fits the bins to the documents, see :func:`~gspo.data.bins.short_bins`.
         share_prompts: one copy of its prompt for all documents of a group in a bin.
+        num_bins: at least; those without a document are padding.
 
     Raises:
         ValueError: A document is longer than a bin.
@@ -129,13 +134,20 @@ def pack_documents(
     for unit, number in zip(units, bin_of_unit, strict=True):
         for document in unit.documents:
             bin_of[document] = number
-    return build_batch(documents, bin_of, bin_length, share_prompts=share_prompts)
+    return build_batch(
+        documents, bin_of, bin_length, share_prompts=share_prompts, num_bins=num_bins
+    )
 
 
 def build_batch(
-    documents: list[Document], bin_of: list[int], bin_length: int, *, share_prompts: bool = True
+    documents: list[Document],
+    bin_of: list[int],
+    bin_length: int,
+    *,
+    share_prompts: bool = True,
+    num_bins: int = 1,
 ) -> PackedBatch:
-    """Lay out ``documents`` in the bins given; no documents give one bin of padding.
+    """Lay out ``documents`` in the bins given; bins without a document are padding.
 
     Args:
         documents: those of one bin and one group stand in it in this order, groups in the order of
@@ -143,6 +155,7 @@ def build_batch(
         bin_of: the bin of each, from 0 without gaps.
         bin_length: S, at least what the documents of each bin take.
         share_prompts: documents of one group in one bin share the slots of their prompt.
+        num_bins: at least.
     """
     bins = integers(bin_of)
     prompt_groups = _prompt_groups(documents, share_prompts)
@@ -151,7 +164,7 @@ def build_batch(
     bins = bins[order]
     groups = groups[order]
     documents = [documents[i] for i in order]
-    num_bins = max(bin_of, default=0) + 1
+    num_bins = max(num_bins, max(bin_of, default=0) + 1)
 
     lengths = _Lengths.of(documents)
     prefixes = _find_prefixes(bins, groups)

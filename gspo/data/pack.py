@@ -86,6 +86,8 @@ class Pack(BaseNode[PackedBatch]):
             optimizer steps line up; the last microbatch of a rollout has fewer bins.
         share_prompts: a bin holds one copy of a group's prompt, which all its documents there
             attend to.
+        fixed_shape: every microbatch has as many bins, some of them padding if need be. A GPU
+            compiles attention anew for each shape.
         max_seq_len: the longest bin that the model takes, for a ``bin_length`` of None.
 
     Raises:
@@ -101,6 +103,7 @@ class Pack(BaseNode[PackedBatch]):
         buffer_size: int = 512,
         flush_every_rollout: bool = True,
         share_prompts: bool = True,
+        fixed_shape: bool = False,
         max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
@@ -115,6 +118,14 @@ class Pack(BaseNode[PackedBatch]):
                 f"set it to {tokens_per_microbatch} for one long bin, or to null for bins as long "
                 "as their documents",
             )
+        self.empty_bin = _EMPTY_BIN
+        self.num_bins = 1  # of a microbatch, at least
+        if fixed_shape:
+            if bin_length is None:
+                must = "must be a number where all microbatches have one shape"
+                raise InputError("bin_length", None, must, f"set it to {tokens_per_microbatch}")
+            self.empty_bin = bin_length
+            self.num_bins = tokens_per_microbatch // bin_length
         self.source = source
         self.tokens_per_microbatch = tokens_per_microbatch
         self.bin_length = bin_length
@@ -157,7 +168,7 @@ class Pack(BaseNode[PackedBatch]):
             stats.append(rollout.stats)
             num_live = self._add(rollout)
             if num_live == 0:
-                batch = self._emit(_Choice([], [], _EMPTY_BIN), stats)
+                batch = self._emit(_Choice([], [], self.empty_bin), stats)
                 batch.lost_to = rollout.lost_to
                 return batch
         choice = self._choose_short() if self.bin_length is None else self._choose_long()
@@ -231,7 +242,11 @@ class Pack(BaseNode[PackedBatch]):
         waiting = self._documents
         documents = [waiting[i] for i in choice.documents]
         batch = build_batch(
-            documents, choice.bin_of, choice.bin_length, share_prompts=self.share_prompts
+            documents,
+            choice.bin_of,
+            choice.bin_length,
+            share_prompts=self.share_prompts,
+            num_bins=self.num_bins,
         )
         batch.stats = merge([batch.stats, *stats])
         self._hand_over_dropped(batch, len(documents))

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
@@ -87,8 +86,9 @@ class FetchSteps(BaseNode[StepBatches]):
     Args:
         source: this rank's microbatches.
         docs_per_step: documents over all ranks, dropped and quarantined ones included.
-        device: of the counts that are added up over the ranks.
         context_size: ranks that train on the same microbatch, whose counts are all the same.
+        empty_shape: bins, and their length, of the microbatches without a document that this node
+            makes; None for one of the shortest bins.
 
     Raises:
         InputError: From ``next``, on every rank: all completions of a rollout were quarantined, or
@@ -100,14 +100,14 @@ class FetchSteps(BaseNode[StepBatches]):
         source: BaseNode[PackedBatch],
         *,
         docs_per_step: int,
-        device: torch.device,
         context_size: int = 1,
+        empty_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.source = source
         self.docs_per_step = docs_per_step
-        self.device = device
         self.context_size = context_size
+        self.empty_shape = empty_shape
         self._warned = False
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -144,7 +144,7 @@ class FetchSteps(BaseNode[StepBatches]):
     def _draw(self) -> _Round:
         """Draw one microbatch on every rank that has one and waits for no other."""
         drawn = None if self._waits else next(self.source, None)
-        batch = pack_documents([]) if drawn is None else drawn
+        batch = self._empty() if drawn is None else drawn
         may_have_more = self._waits or drawn is not None
         is_kept = drawn is not None and not drawn.lost_to
         counts = [
@@ -158,13 +158,17 @@ class FetchSteps(BaseNode[StepBatches]):
         for cause in CAUSES:
             num_lost = batch.num_quarantined if batch.lost_to == cause else 0
             counts.append(num_lost)
-        totals = [total // self.context_size for total in sum_over_ranks(counts, self.device)]
+        totals = [total // self.context_size for total in sum_over_ranks(counts)]
         num_documents, num_label_tokens, num_sources, num_continuing = totals[:4]
         num_quarantined, num_kept, *lost = totals[4:]
         # Never all at once: a rank whose rollout continues draws.
         self._waits = num_continuing > 0 and not batch.continues
         lost_to = "" if num_kept or not any(lost) else CAUSES[lost.index(max(lost))]
         return _Round(batch, num_documents, num_label_tokens, num_sources, num_quarantined, lost_to)
+
+    def _empty(self) -> PackedBatch:
+        num_bins, bin_length = self.empty_shape or (1, None)
+        return pack_documents([], bin_length, num_bins=num_bins)
 
     def _check_empty_rounds(self, num_rounds: int) -> None:
         if num_rounds == WARN_EMPTY_ROUNDS and dist.get_rank() == 0:

@@ -7,8 +7,9 @@ axis (:mod:`gspo.parallel.context`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtune import utils
 
-from gspo.errors import InputError, require
+from gspo.compat import set_group_timeout
+from gspo.errors import NO_VALUE, InputError, require
 from gspo.parallel.context import ContextAxis
 
 
@@ -43,8 +45,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def init_process_group(device: torch.device) -> None:
+def init_process_group(device: torch.device, timeout: float | None = None) -> None:
     """Join the processes that torchrun started, or make a group of one without opening a port.
+
+    Args:
+        device: this rank's.
+        timeout: seconds that a collective waits for the other ranks; None for torch's own.
 
     Raises:
         InputError: The rendezvous address is in use or cannot be reached.
@@ -54,7 +60,7 @@ def init_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_as_timedelta(timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
@@ -75,15 +81,24 @@ class Ranks:
     """
 
     mesh: DeviceMesh
+    timeout: float | None = None  # seconds that a collective waits for the other ranks
 
     @classmethod
-    def of(cls, device: torch.device, *, replicate: int = 1, context: int = 1) -> Ranks:
+    def of(
+        cls,
+        device: torch.device,
+        *,
+        replicate: int = 1,
+        context: int = 1,
+        timeout: float | None = None,
+    ) -> Ranks:
         """Make the mesh over all ranks of the process group.
 
         Args:
             device: this rank's device.
             replicate: replicas of the parameters.
             context: ranks that share a microbatch.
+            timeout: see :func:`init_process_group`, which does not set it for parts of the mesh.
 
         Raises:
             InputError: The sizes do not divide the number of ranks.
@@ -99,9 +114,8 @@ class Ranks:
                 f"change one of them, or start a multiple of {product} ranks with "
                 "`tune run --nproc_per_node`",
             )
-        shape = (replicate, world_size // product, context)
-        names = ("replicate", "shard", "context")
-        return cls(init_device_mesh(device.type, shape, mesh_dim_names=names))
+        shape = {"replicate": replicate, "shard": world_size // product, "context": context}
+        return cls(_make_mesh(device.type, shape, timeout), timeout)
 
     @property
     def rank(self) -> int:
@@ -164,22 +178,45 @@ class Ranks:
     @cached_property
     def fsdp_mesh(self) -> DeviceMesh:
         """The mesh that FSDP2 takes: the axis to shard over, after ``replicate`` if above 1."""
+        shape = {"shard": self.num_shards}
         replicas = self.mesh["replicate"].size()
-        if replicas == 1:
-            return init_device_mesh(
-                self.mesh.device_type, (self.num_shards,), mesh_dim_names=("shard",)
-            )
-        shape = (replicas, self.num_shards)
-        return init_device_mesh(self.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        if replicas > 1:
+            shape = {"replicate": replicas} | shape
+        return _make_mesh(self.mesh.device_type, shape, self.timeout)
 
 
-def sum_over_ranks(counts: Sequence[int], device: torch.device) -> list[int]:
-    """Return each count summed over all ranks. Collective.
+def _make_mesh(device_type: str, shape: Mapping[str, int], timeout: float | None) -> DeviceMesh:
+    """Make a mesh of named axes whose groups all have the timeout."""
+    mesh = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    if timeout is not None:
+        for group in mesh.get_all_groups():
+            set_group_timeout(group, timedelta(seconds=timeout))
+    return mesh
 
-    Args:
-        counts: as many on every rank.
-        device: of the tensor that is reduced.
+
+def _as_timedelta(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def sum_over_ranks(counts: Sequence[int]) -> list[int]:
+    """Return each count, of as many on every rank, summed over all ranks. Collective.
+
+    It is reduced on the CPU, by gloo: a rank may wait here for the slowest sampler, and no stream
+    of a GPU waits with it.
+
+    Raises:
+        InputError: Another rank did not come in time.
     """
-    total = torch.tensor(counts, dtype=torch.int64, device=device)
-    dist.all_reduce(total)
+    total = torch.tensor(counts, dtype=torch.int64)
+    try:
+        dist.all_reduce(total)
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise InputError(
+            "collective_timeout",
+            NO_VALUE,
+            f"has passed while rank {dist.get_rank()} waited for another rank's microbatch",
+            "raise it if a rollout may take longer; else look at what the other rank printed last",
+        ) from error
     return total.tolist()

@@ -32,8 +32,8 @@ def assumptions(cfg: Settings, layout: Layout) -> list[str]:
             "dense masks where a bin holds several documents; all work and all ranks have the "
             "rates stated"
         )
-    if cfg.compile:
-        sentences.append("compile: true is planned as if it were false; compiled layers keep less")
+    if cfg.compiles_layers:
+        sentences.append("compiled layers are planned as if they were not; they keep less")
     if cfg.fsdp_cpu_offload and layout.on_gpu:
         sentences.append(
             "fsdp_cpu_offload: weights, gradients and optimizer state are on the host; copies take "

@@ -34,7 +34,6 @@ from gspo.compat import (
     optimizer_without_arithmetic,
     patch_stochastic_rounding,
     rotary_scaling_without_arithmetic,
-    set_attention,
 )
 from gspo.kernels import rows
 from gspo.losses.inputs import Loss
@@ -51,6 +50,7 @@ from gspo.plan.memory_tracker import (
     Transfer,
 )
 from gspo.policy import Microbatch, Policy, document_mask, shard_policy
+from gspo.policy.attention import attend
 from gspo.types import PackedBatch
 from gspo.update import accumulate_gradients, clip_gradients, step_if_finite
 
@@ -269,15 +269,13 @@ def _run(options: Options, num_layers: int) -> DryRun:
 def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
     decoder = options.build_decoder()
     decoder.layers = decoder.layers[:num_layers]
-    if options.on_gpu:
-        for layer in decoder.layers:
-            set_attention(layer, _attend_as_on_gpu)
     return Policy(
         decoder,
         options.loss,
         chunk_size=options.chunk_size,
         kernel="reference" if options.kernel == "reference" else "compile",
         context=ranks.context,
+        attention=_attend_as_on_gpu if options.on_gpu else attend,
     )
 
 

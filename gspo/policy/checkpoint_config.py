@@ -24,6 +24,7 @@ from gspo.errors import NO_VALUE, InputError, raise_all, require
 _SWITCH = "or set check_model_config=false to go on as it is"
 # Scalings that leave positions up to the model's trained length as they are.
 _PLAIN_SCALINGS = {"default", "dynamic"}
+SMALLEST_HEAD_DIM = 16  # of FlexAttention's kernels
 # Argument of torchtune's builders -> key of config.json.
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -63,12 +64,27 @@ def check_decoder(decoder: TransformerDecoder, cfg: Settings, key: str = "checkp
         key: of the checkpointer that its weights come from.
 
     Raises:
-        InputError: See :func:`gspo.data.pack.check_bin_length` and :func:`check_model_config`.
+        InputError: See :func:`gspo.data.pack.check_bin_length` and :func:`check_model_config`; or
+            its heads are too small for FlexAttention on a GPU.
     """
     with refusals("packing"):
         check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
+    if cfg.on_cuda:
+        _check_head_dim(decoder)
     if cfg.check_model_config:
         check_model_config(decoder, getattr(cfg, key))
+
+
+def _check_head_dim(decoder: TransformerDecoder) -> None:
+    for layer in decoder.layers:
+        head_dim = getattr(layer.attn, "head_dim", SMALLEST_HEAD_DIM)
+        require(
+            head_dim >= SMALLEST_HEAD_DIM,
+            "model",
+            head_dim,
+            f"is its head dimension; FlexAttention on a GPU takes {SMALLEST_HEAD_DIM} or more",
+            "make it wider or give it fewer heads, or set device=cpu",
+        )
 
 
 def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gspo.losses.inputs import LossInputs, Segments, find_segments
 from gspo.parallel.context import ContextAxis
 from gspo.parallel.split import Shard, split
-from gspo.policy.attention import AttentionMask, document_mask
+from gspo.policy.mask import AttentionMask, document_mask
 from gspo.types import Axis, PackedBatch, field_specs
 
 
@@ -29,11 +29,22 @@ class Microbatch:
 
     @classmethod
     def prepare(
-        cls, packed: PackedBatch, device: torch.device, context: ContextAxis | None = None
+        cls,
+        packed: PackedBatch,
+        device: torch.device,
+        context: ContextAxis | None = None,
+        *,
+        in_blocks: bool | None = None,
     ) -> Microbatch:
         """Take this rank's part of a batch to ``device``.
 
         The label rows are looked up on the CPU, so that no kernel waits for them.
+
+        Args:
+            packed: the whole batch, on the CPU.
+            device: this rank's.
+            context: the ranks that share the batch.
+            in_blocks: the form of the mask, see :func:`~gspo.policy.document_mask`.
         """
         shard = split(packed, context)
         rows = shard.part.loss_mask.nonzero().squeeze(-1)
@@ -46,7 +57,7 @@ class Microbatch:
             label_rows=rows.to(device),
             label_counts=packed.label_counts.tolist(),
             counted=counted,
-            attention_mask=document_mask(shard, device),
+            attention_mask=document_mask(shard, device, in_blocks=in_blocks),
             segments=batch_segments(packed, shard.part, rows, device),
         )
 

@@ -1,8 +1,9 @@
 """The policy: a torchtune decoder and the loss head in one module.
 
-Both are under one root so that the LM-head weight is gathered exactly while the head needs it. The
+Both are under one FSDP2 root, whose own parameters, embedding and LM-head weight, are gathered from
+the start of a forward to the end of its backward: the head's gradient is made in the forward. The
 decoder is torchtune's own; only its ``unembed`` is replaced, so that it returns normalised hidden
-states instead of logits.
+states instead of logits, and its layers' attention.
 
 Not here: which model is built and where its weights come from (the config), how it is sharded
 (:mod:`gspo.policy.sharding`), the optimizer, the denominators.
@@ -23,7 +24,7 @@ from gspo.kernels import linear_logps, linear_loss
 from gspo.losses.inputs import Loss, LossOutput, traits_of
 from gspo.metrics import NotFinite, merge
 from gspo.parallel.context import ContextAxis
-from gspo.policy.attention import gather_keys
+from gspo.policy.attention import Attend, attend, use_attention
 from gspo.policy.microbatch import Microbatch, row_inputs
 
 
@@ -36,6 +37,7 @@ class Policy(nn.Module):
         chunk_size: labelled tokens whose logits are held at a time; None chooses by device.
         kernel: of the head, see :func:`gspo.kernels.choose_kernel`.
         context: the ranks among which a microbatch is split; None or of size 1 if it is not.
+        attention: of the layers, see :func:`gspo.policy.attention.attend`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Policy(nn.Module):
         chunk_size: int | None = None,
         kernel: str = "auto",
         context: ContextAxis | None = None,
+        attention: Attend = attend,
     ) -> None:
         super().__init__()
         decoder.unembed = lambda hidden: decoder.norm(hidden)
@@ -53,8 +56,7 @@ class Policy(nn.Module):
         self.loss = loss
         self._options: dict[str, Any] = {"chunk_size": chunk_size, "kernel": kernel}
         self._context = context if context is not None and context.size > 1 else None
-        if self._context is not None:
-            gather_keys(decoder, self._context)
+        use_attention(decoder, self._context, attention)
 
     def forward(self, microbatch: Microbatch) -> LossOutput:
         """Return the undivided loss sum of a microbatch and its metrics, to be added over ranks."""

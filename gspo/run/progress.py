@@ -100,23 +100,29 @@ class Progress:
         now = time.perf_counter()
         seconds = now - self._step_began
         self._step_began = now
-        speed = {"time/step": seconds} | self._throughput(values["_slots"] / seconds)
+        speed = {"time/step": seconds, "tokens_per_second": values["_slots"] / seconds}
+        speed |= self._on_gpu(values)
         self._bar.update()
         self.show({**values, **speed})
         return speed
 
-    def _throughput(self, rate: float) -> dict[str, float]:
-        """Return tokens through the policy a second, and on a known GPU MFU (6 N) and memory."""
-        throughput = {"tokens_per_second": rate}
-        if self._device.type != "cuda":
-            return throughput
-        device_name = torch.cuda.get_device_name(self._device)
+    def _on_gpu(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of a known GPU's peak in the update (MFU, 6 N), and its memory."""
+        device = self._device
+        if device.type != "cuda":
+            return {}
+        shown = {
+            "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "reserved_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+            "alloc_retries": float(torch.cuda.memory_stats(device)["num_alloc_retries"]),
+        }
+        device_name = torch.cuda.get_device_name(device)
         for name, peak in _PEAK_BF16_FLOPS.items():
             if name in device_name:
-                flops = 6 * self._num_parameters * rate
-                throughput["mfu"] = flops / (peak * dist.get_world_size())
-        throughput["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        return throughput
+                flops = 6 * self._num_parameters * values["_slots"]
+                peak_flops = peak * dist.get_world_size() * values["time/update"]
+                shown["mfu"] = flops / peak_flops
+        return shown
 
 
 def build_profiler(options: Mapping[str, Any] | None) -> Any:

@@ -8,7 +8,7 @@ from gspo import parallel
 from gspo.data.steps import FetchSteps
 from gspo.errors import InputError
 from tests.data.fakes import Items
-from tests.distributed.launch import once_per_world_size
+from tests.distributed.launch import launch, once_per_world_size
 from tests.distributed.steps import batch
 
 CPU = torch.device("cpu")
@@ -56,6 +56,19 @@ def test_replicas_must_divide_the_ranks(found, world_size):
         )
 
 
+def test_every_group_of_the_meshes_waits_as_long_as_told(tmp_path):
+    """With torch alone, groups of a part of the ranks would wait for ten minutes, or for thirty."""
+    for rank in launch("tests.distributed.sums:timeouts", 4, tmp_path, 1234.0):
+        assert rank == {"replicate": 1234.0, "shard": 1234.0, "context": 1234.0}
+
+
+def test_a_rank_that_does_not_come_is_named_as_the_cause(tmp_path):
+    said, _ = launch("tests.distributed.sums:wait_in_vain", 2, tmp_path)
+    assert said.startswith(
+        "collective_timeout: has passed while rank 0 waited for another rank's microbatch"
+    )
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_metrics_are_the_same_on_every_rank_however_they_are_spread(found, world_size):
     expected = {
@@ -78,7 +91,7 @@ def test_one_process_makes_a_group_without_a_port(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     parallel.init_process_group(CPU)
     try:
-        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3], CPU) == [3]
+        assert dist.get_world_size() == 1 and parallel.sum_over_ranks([3]) == [3]
     finally:
         dist.destroy_process_group()
 
@@ -88,7 +101,7 @@ def test_overshoot_by_more_than_half_is_logged_once(
     one_process, caplog, docs_per_step, num_warnings
 ):
     source = Items(lambda _: batch(9, dropped=2), 6)
-    steps = FetchSteps(source, docs_per_step=docs_per_step, device=CPU)
+    steps = FetchSteps(source, docs_per_step=docs_per_step)
     with caplog.at_level(logging.WARNING, logger="gspo.data.steps"):
         assert [step.num_documents for step in steps] == [9] * 6
     assert [record.getMessage() for record in caplog.records] == [
@@ -105,14 +118,21 @@ def quarantined(num_documents, num_quarantined, lost_to=""):
 
 
 def test_quarantined_documents_count_as_drawn_and_in_no_denominator(one_process):
-    steps = FetchSteps(Items(lambda _: quarantined(5, 3), 4), docs_per_step=16, device=CPU)
+    steps = FetchSteps(Items(lambda _: quarantined(5, 3), 4), docs_per_step=16)
     assert [(len(step.batches), step.num_documents) for step in steps] == [(2, 10), (2, 10)]
 
 
 def test_a_step_has_a_document(one_process):
     source = Items(lambda i: quarantined(0 if i < 3 else 5, 8), 4)
-    steps = FetchSteps(source, docs_per_step=8, device=CPU)
+    steps = FetchSteps(source, docs_per_step=8)
     assert [(len(step.batches), step.num_documents) for step in steps] == [(4, 5)]
+
+
+def test_microbatches_without_a_document_have_the_shape_of_the_others(one_process):
+    steps = FetchSteps(Items(lambda _: None, 0), docs_per_step=8, empty_shape=(2, 64))
+    steps.reset()
+    empty = steps._draw().batch  # of a rank whose prompts have ended before those of others
+    assert (empty.num_bins, empty.bin_length, empty.num_documents) == (2, 64, 0)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +145,7 @@ def test_a_step_has_a_document(one_process):
 )
 def test_a_rollout_that_is_lost_ends_the_run(one_process, cause, message):
     source = Items(lambda i: quarantined(0, 7, cause) if i else quarantined(5, 1), 3)
-    steps = FetchSteps(source, docs_per_step=6, device=CPU)
+    steps = FetchSteps(source, docs_per_step=6)
     assert next(steps).num_documents == 5
     with pytest.raises(InputError) as refused:
         next(steps)

@@ -6,6 +6,7 @@ It runs on the ranks of this process group.
 import random
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from gspo.data.layout import pack_documents
 from gspo.losses import GRPOLoss, GSPOLoss
@@ -14,6 +15,7 @@ from gspo.parallel import Ranks, sum_over_ranks
 from gspo.policy import Microbatch, Policy, load_weights, shard_policy
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
+from tests.flex import flex_on_cpu
 
 CPU = torch.device("cpu")
 LOSSES = {
@@ -68,6 +70,23 @@ ARRANGEMENTS: dict[str, dict] = {
     "context_of_four_padded": {"bin_length": 46, "context": 4, "num_microbatches": 5},
     "context_in_replicas": {"bin_length": 48, "context": 2, "replicate": 2},
     "replicas": {"bin_length": 48, "replicate": 2},
+    # The attention of a GPU.
+    "blocks": {"bin_length": 512, "in_blocks": True},
+    "blocks_many_bins": {"bin_length": 48, "in_blocks": True, "num_microbatches": 2},
+    "blocks_prompts_apart": {"bin_length": 300, "share_prompts": False, "in_blocks": True},
+    "blocks_in_checkpoints": {
+        "bin_length": 512,
+        "in_blocks": True,
+        "activation_checkpointing": True,
+    },
+    "blocks_in_compiled_checkpoints": {
+        "bin_length": 512,
+        "in_blocks": True,
+        "compile_layers": True,
+        "activation_checkpointing": True,
+    },
+    "context_blocks": {"bin_length": 512, "in_blocks": True, "context": 2},
+    "context_of_four_blocks": {"bin_length": 518, "in_blocks": True, "context": 4},
 }
 
 
@@ -119,6 +138,7 @@ def gradients(
     reduce_every_microbatch=True,
     replicate=1,
     context=1,
+    in_blocks=False,
     **options,
 ):
     ranks = Ranks.of(CPU, replicate=replicate, context=context)
@@ -134,14 +154,19 @@ def gradients(
     ]
     batches = [pack_documents(part, bin_length, share_prompts=share_prompts) for part in parts]
     shared = sum(batch.prefix_index is not None for batch in batches)
-    assert bool(sum_over_ranks([shared], CPU)[0]) == share_prompts
-    microbatches = [Microbatch.prepare(batch, CPU, ranks.context) for batch in batches]
+    assert bool(sum_over_ranks([shared])[0]) == share_prompts
+    microbatches = [
+        Microbatch.prepare(batch, CPU, ranks.context, in_blocks=in_blocks) for batch in batches
+    ]
+    if in_blocks:
+        assert any(isinstance(m.attention_mask, BlockMask) for m in microbatches)
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
     sums = StepMetrics()
-    for output in accumulate_gradients(
-        policy, microbatches, denominator, reduce_every_microbatch=reduce_every_microbatch
-    ):
-        sums.add(output.metrics)
+    with flex_on_cpu():
+        for output in accumulate_gradients(
+            policy, microbatches, denominator, reduce_every_microbatch=reduce_every_microbatch
+        ):
+            sums.add(output.metrics)
     grads = {
         name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor().numpy()
         for name, p in policy.decoder.named_parameters()

@@ -59,9 +59,7 @@ def draw_rollouts(docs_per_step):
     The staleness tells how many steps ago the documents of a step were sampled.
     """
     num_rounds, drawn, staleness = 0, [], []
-    for step in FetchSteps(
-        rollouts(lambda: len(staleness)), docs_per_step=docs_per_step, device=CPU
-    ):
+    for step in FetchSteps(rollouts(lambda: len(staleness)), docs_per_step=docs_per_step):
         drawn += [num_rounds + i for i, b in enumerate(step.batches) if "drawn" in b.stats]
         versions = {v for b in step.batches for v in b.policy_version[: len(b.ids)].tolist()}
         staleness.append({len(staleness) - version for version in versions})
@@ -87,7 +85,7 @@ def rollouts(version):
 def resume_anywhere(docs_per_step):
     """The law of the data graph, on all ranks at once."""
     assert_resumes_anywhere(
-        lambda: FetchSteps(rollouts(lambda: 0), docs_per_step=docs_per_step, device=CPU),
+        lambda: FetchSteps(rollouts(lambda: 0), docs_per_step=docs_per_step),
         20,
         key=exact,
     )
@@ -105,7 +103,7 @@ def draw_all(docs_per_step):
 def _steps(counts, docs_per_step):
     source = Items(lambda i: batch(counts[i], dropped=min(counts[i], i % 2)), len(counts))
     steps = []
-    for step in FetchSteps(source, docs_per_step=docs_per_step, device=CPU):
+    for step in FetchSteps(source, docs_per_step=docs_per_step):
         mine = [(b.num_documents, b.num_label_tokens) for b in step.batches]
         steps.append(
             {

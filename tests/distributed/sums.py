@@ -1,6 +1,7 @@
 """Metric sums and shared counts, on the ranks of this process group."""
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,35 @@ def meshes():
     return found
 
 
+def timeouts(seconds):
+    """The seconds that the groups of both meshes wait, by the axis."""
+    ranks = parallel.Ranks.of(CPU, replicate=2, timeout=seconds)
+    found = {}
+    for mesh in (ranks.mesh, ranks.fsdp_mesh):
+        for axis, group in zip(mesh.mesh_dim_names, mesh.get_all_groups(), strict=True):
+            found[axis] = group._get_backend(CPU).options._timeout.total_seconds()
+    return found
+
+
+def wait_in_vain():
+    """What the first rank is told when the others come 3 seconds late, 1 being allowed."""
+    parallel.Ranks.of(CPU, timeout=1.0)
+    if dist.get_rank() > 0:
+        time.sleep(3)
+        return ""
+    try:
+        parallel.sum_over_ranks([1])
+    except InputError as error:
+        return str(error)
+    return "no error"
+
+
 def everything():
     """All of this module in one process group."""
     rank = dist.get_rank()
     return {
         "metrics": reduce_reports(),
         "meshes": meshes(),
-        "sum": parallel.sum_over_ranks([1, rank, 2**40], CPU),
+        "sum": parallel.sum_over_ranks([1, rank, 2**40]),
         "world": int(os.environ["WORLD_SIZE"]),
     }

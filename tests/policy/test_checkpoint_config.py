@@ -15,10 +15,19 @@ from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2_5 import qwen2_5_7b_base
 
+from gspo.commands.validate import read_checked
+from gspo.config import build
 from gspo.errors import InputError
-from gspo.policy.checkpoint_config import check_model_config
+from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
+from gspo.policy.checkpoint_config import check_decoder, check_model_config
 from gspo.tiny import make_untrained, tiny_qwen2
+from tests import test_gpu
 
+CUDA_CONFIGS = [
+    name
+    for name in shipped_configs()
+    if name not in CONFIGS_OF_OTHER_RECIPES and not name.startswith("tiny/")
+]
 SHAPE = {
     "vocab_size": 64,
     "num_layers": 2,
@@ -183,3 +192,37 @@ def test_weights_that_are_no_numbers_are_refused(run, base, tmp_path, capsys, dt
         f"error: checkpointer: 'norm.scale' is of {dtype} in the checkpoint, which is no number of "
         "a weight; take a checkpoint that is not quantized"
     ) in capsys.readouterr().err
+
+
+def test_heads_too_small_for_a_gpu_are_refused_there_alone():
+    with torch.device("meta"):
+        decoder = qwen2(**SHAPE)
+    check_decoder(decoder, settings("cpu"))
+    with pytest.raises(InputError) as refused:
+        check_decoder(decoder, settings("cuda"))
+    assert str(refused.value) == (
+        "model: 8 is its head dimension; FlexAttention on a GPU takes 16 or more; make it wider or "
+        "give it fewer heads, or set device=cpu"
+    )
+
+
+@pytest.mark.parametrize("name", [*CUDA_CONFIGS, "the tests that need a GPU"])
+def test_heads_of_what_is_made_for_a_gpu_are_large_enough(name):
+    with torch.device("meta"):
+        if name in CUDA_CONFIGS:
+            decoder = build(read_checked([name]), "model")
+        else:
+            decoder = test_gpu.build_decoder()
+    check_decoder(decoder, settings("cuda"))
+
+
+def settings(device):
+    return read_checked(
+        [
+            "tiny/gspo",
+            f"device={device}",
+            "check_model_config=false",
+            "packing.tokens_per_microbatch=128",
+            "packing.bin_length=128",
+        ]
+    )

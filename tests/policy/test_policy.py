@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import log_softmax
-from torchtune.modules.attention_utils import _sdpa_or_flex_attention
 
 from gspo import parallel
 from gspo.data.layout import pack_documents
@@ -18,10 +17,12 @@ from gspo.metrics import StepMetrics
 from gspo.parallel.context import ContextAxis
 from gspo.parallel.split import split
 from gspo.policy import Microbatch, Policy, document_mask, load_weights, output_weight
-from gspo.policy.attention import mask_mod
+from gspo.policy.attention import attend
+from gspo.policy.mask import mask_mod
 from gspo.update import accumulate_gradients
 from tests import tiny_policy
 from tests.distributed.arrangements import build_policy
+from tests.flex import flex_on_cpu
 
 CPU = torch.device("cpu")
 LAYOUTS = {"one_bin": 512, "long_bins": 64, "short_bins": None}
@@ -80,10 +81,9 @@ def test_mask_is_causal_inside_each_document_and_to_its_prefix():
             assert mask[r, q].tolist() == [k <= q and index[k] in seen for k in range(48)]
 
 
-def assert_parts_attend_as_the_whole(device, size, *, bin_length=512, atol=1e-5):
+def assert_parts_attend_as_the_whole(device, size, *, bin_length=512, atol=1e-5, in_blocks=None):
     """Rows of attention of every context rank against those of one rank that holds all."""
     batch = pack_documents(tiny_policy.documents(), bin_length)
-    attend = _sdpa_or_flex_attention()
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(batch.num_bins, 4, bin_length, 16, generator=generator).to(device)
@@ -94,11 +94,12 @@ def assert_parts_attend_as_the_whole(device, size, *, bin_length=512, atol=1e-5)
         return x.gather(2, places.to(device)[:, None, :, None].expand(-1, 4, -1, 16))
 
     options = {"dropout_p": 0.0, "is_causal": False}
-    whole = attend(q, k, v, mask=document_mask(split(batch, None), device), **options)
+    whole_mask = document_mask(split(batch, None), device, in_blocks=in_blocks)
+    whole = attend(q, k, v, mask=whole_mask, **options)
     for rank in range(size):
         shard = split(batch, ContextAxis(None, rank, size))
         mine = shard.slots[rank]
-        mask = document_mask(shard, device)
+        mask = document_mask(shard, device, in_blocks=in_blocks)
         found = attend(at(q, mine), at(k, shard.order), at(v, shard.order), mask=mask, **options)
         torch.testing.assert_close(found, at(whole, mine), rtol=0, atol=atol)
 
@@ -115,9 +116,11 @@ def test_block_mask_is_made_of_what_the_dense_mask_has(size):
         assert torch.equal(found[:, 0], dense) and dense.any() and not dense.all()
 
 
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["dense", "blocks"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_parts_of_a_bin_attend_as_the_whole(size):
-    assert_parts_attend_as_the_whole(CPU, size)
+def test_parts_of_a_bin_attend_as_the_whole(size, in_blocks):
+    with flex_on_cpu():
+        assert_parts_attend_as_the_whole(CPU, size, in_blocks=in_blocks)
 
 
 @pytest.mark.parametrize(

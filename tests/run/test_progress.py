@@ -26,3 +26,20 @@ def test_the_bar_shows_a_dash_for_what_a_step_does_not_have():
         {"reward": "0.5", "held-out": "0.25", "clip": "0.125", "tok/s": "-"},
         {"reward": "-", "held-out": "0.25", "clip": "-", "tok/s": "10"},
     ]
+
+
+def test_a_gpu_s_share_of_its_peak_is_that_of_the_update_alone(monkeypatch):
+    """Sampling is most of a step and none of the update."""
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda _: 3 * 2**30)
+    monkeypatch.setattr(cuda, "max_memory_reserved", lambda _: 4 * 2**30)
+    monkeypatch.setattr(cuda, "memory_stats", lambda _: {"num_alloc_retries": 2})
+    monkeypatch.setattr(cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    progress = Progress(3, torch.nn.Linear(2, 2), torch.device("cuda"), shown=False)
+    with progress:
+        progress._step_began -= 100
+        speed = progress.advance({"_slots": 1e12, "time/update": 0.5})
+    assert speed["mfu"] == 6 * 6 * 1e12 / (0.5 * 2 * 989e12)
+    assert speed["peak_memory_gib"] == 3 and speed["reserved_memory_gib"] == 4
+    assert speed["alloc_retries"] == 2
