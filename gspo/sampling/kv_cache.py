@@ -5,39 +5,59 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Columns added at once, at most. Most completions end long before the longest one allowed.
-_MORE_COLUMNS = 256
+# Attention runs over a multiple of so many columns: the filled ones, and hidden ones behind them.
+# On CUDA a new length means a new plan of the attention kernel, and a CUDA graph has one length.
+# Elsewhere it is 1: a hidden column costs as much as a filled one.
+COLUMN_BLOCK = {"cuda": 256}
+# Columns for new tokens at first; they double when they are full. Most completions end long before
+# the longest one allowed.
+_FIRST_COLUMNS = 256
 
 
 class KVCache:
     """Keys and values of N rows, with what the next step needs to know about each row.
 
     A row's prompt lies in columns [0, its length), its completion from column P on, P the longest
-    prompt of the batch. ``bias`` hides the columns between. Attention does not depend on the order
-    of columns, so no row is moved.
+    prompt of the batch. ``bias`` hides the columns between, and those that are not filled yet.
+    Attention does not depend on the order of columns, so no row is moved.
 
     Args:
         keys: per layer [N, num_kv_heads, P, head_dim], filled by the prefill.
         values: the same for values.
         lengths: [N] int64, tokens of each prompt.
         ragged: the prompts differ in length.
+        block: a step attends over a multiple of so many columns; 1 for the filled ones only.
     """
 
     def __init__(
-        self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, ragged: bool
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor,
+        ragged: bool,
+        *,
+        block: int = 1,
     ) -> None:
         first = keys[0]
         capacity = first.shape[2]
         self.keys = keys  # per layer [N, num_kv_heads, capacity, head_dim]
         self.values = values
+        self.block = block
         self.capacity = capacity
+        self.max_columns = capacity  # that the longest completion needs
         self.num_columns = capacity  # that are filled
         self.positions = lengths  # [N] int64, position of the next token
         self.bias: Tensor | None = None  # [N, 1, 1, capacity]
-        if ragged:
+        if ragged or block > 1:
             self.bias = _gap_bias(lengths, capacity, first.dtype)
+
+    @property
+    def num_attended(self) -> int:
+        """Return the number of columns that a step attends over."""
+        return _round_up(self.num_columns, self.block)
 
     def fill(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         """Put the keys and values of whole prompts into some rows of a layer."""
@@ -51,14 +71,15 @@ class KVCache:
         layer: int,
         keys: Tensor,  # [N, num_kv_heads, head_dim]
         values: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # [N, num_kv_heads, filled columns, head_dim]
-        """Put one token of every row into the newest column; return all filled columns."""
-        num_filled = self.num_columns
-        layer_keys = self.keys[layer]
-        layer_values = self.values[layer]
-        filled_keys = _put_last(layer_keys, num_filled, keys)
-        filled_values = _put_last(layer_values, num_filled, values)
-        return filled_keys, filled_values
+    ) -> tuple[Tensor, Tensor]:  # [N, num_kv_heads, attended columns, head_dim]
+        """Put one token of every row into the newest column; return all attended columns."""
+        newest = self.num_columns - 1
+        num_attended = self.num_attended
+        attended_keys = self.keys[layer][:, :, :num_attended]
+        attended_values = self.values[layer][:, :, :num_attended]
+        attended_keys[:, :, newest] = keys
+        attended_values[:, :, newest] = values
+        return attended_keys, attended_values
 
     def bias_of(self, rows: slice) -> Tensor | None:  # [N, 1, 1, capacity]
         """Return the bias of some rows."""
@@ -66,40 +87,65 @@ class KVCache:
             return None
         return self.bias[rows]
 
-    def filled_bias(self) -> Tensor | None:  # [N, 1, 1, filled columns]
-        """Return the bias of the filled columns."""
+    def attended_bias(self) -> Tensor | None:  # [N, 1, 1, attended columns]
+        """Return the bias of the attended columns."""
         if self.bias is None:
             return None
-        num_filled = self.num_columns
-        return self.bias[..., :num_filled]
+        num_attended = self.num_attended
+        return self.bias[..., :num_attended]
 
-    def select(self, rows: Tensor | None, room: int = 0) -> None:
-        """Keep ``rows``, with at least ``room`` free columns, up to 256.
-
-        Args:
-            rows: [M] int64, repeats allowed; None for all.
-            room: free columns.
-        """
+    def expand(
+        self,
+        rows: Tensor,  # [M] int64, repeats allowed
+        max_new_tokens: int,
+    ) -> None:
+        """Take these rows of the prompts, with room for new tokens."""
         num_columns = self.num_columns
-        num_more = min(room, _MORE_COLUMNS)
-        num_needed = num_columns + num_more
-        capacity = max(self.capacity, num_needed)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = _copy_rows(old, rows, capacity, num_columns)
-                tensors[layer] = new
-        if rows is not None:
-            self.positions = self.positions[rows]
-        bias = self.bias
-        if bias is not None:
-            self.bias = _copy_bias(bias, rows, capacity)
-        self.capacity = capacity
+        num_first = min(max_new_tokens, _FIRST_COLUMNS)
+        self.max_columns = _round_up(num_columns + max_new_tokens, self.block)
+        capacity = _round_up(num_columns + num_first, self.block)
+        self._copy(rows, capacity)
+
+    def select(
+        self,
+        rows: Tensor,  # [M] int64
+    ) -> None:
+        """Keep these rows."""
+        self._copy(rows, self.capacity)
 
     def add_column(self) -> None:
         """Make room for one token in every row, and count its column as filled."""
-        if self.num_columns == self.capacity:
-            self.select(None, _MORE_COLUMNS)
+        newest = self.num_columns
+        if newest == self.capacity:
+            doubled = 2 * newest
+            capacity = min(doubled, self.max_columns)
+            self._copy(None, capacity)
+        if self.bias is not None:
+            self.bias[..., newest] = 0.0
         self.num_columns += 1
+
+    def _copy(self, rows: Tensor | None, capacity: int) -> None:
+        """Copy these rows, or all, into tensors with so many columns."""
+        num_columns = self.num_columns
+        has_hidden = self.block > 1
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = _copy_rows(old, rows, capacity, num_columns)
+                if has_hidden:
+                    # A hidden column is multiplied by a weight of 0, and 0 * NaN is NaN.
+                    new[:, :, num_columns:] = 0.0
+                tensors[layer] = new
+        if rows is not None:
+            self.positions = self.positions[rows]
+        if self.bias is not None:
+            self.bias = _copy_bias(self.bias, rows, capacity)
+        self.capacity = capacity
+
+
+def _round_up(count: int, block: int) -> int:
+    """Return the next multiple of ``block``."""
+    num_blocks = math.ceil(count / block)
+    return num_blocks * block
 
 
 def _gap_bias(lengths: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
@@ -112,26 +158,12 @@ def _gap_bias(lengths: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
     return bias[:, None, None]
 
 
-def _put_last(
-    columns: Tensor,  # [N, num_kv_heads, capacity, head_dim]
-    num_filled: int,
-    new: Tensor,  # [N, num_kv_heads, head_dim]
-) -> Tensor:  # [N, num_kv_heads, num_filled, head_dim]
-    """Put ``new`` into the last filled column and return the filled ones."""
-    last = num_filled - 1
-    filled = columns[:, :, :num_filled]
-    filled[:, :, last] = new
-    return filled
-
-
 def _copy_bias(bias: Tensor, rows: Tensor | None, capacity: int) -> Tensor:
-    """Return the bias of ``rows``, with 0 for the columns that are new."""
-    old_capacity = bias.shape[-1]
-    by_column = bias.transpose(2, 3)
-    new = _copy_rows(by_column, rows, capacity, old_capacity)
-    added = new[:, :, old_capacity:]
-    added.zero_()
-    return new.transpose(2, 3)
+    """Return the bias of ``rows``, with the columns that are new hidden."""
+    num_added = capacity - bias.shape[-1]
+    selected = bias if rows is None else bias[rows]
+    added = (0, num_added)
+    return F.pad(selected, added, value=-math.inf)
 
 
 def _copy_rows(old: Tensor, rows: Tensor | None, capacity: int, num_columns: int) -> Tensor:

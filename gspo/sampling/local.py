@@ -278,7 +278,7 @@ class LocalSampler:
             distinct.append(number)
         logits, cache = self._decoder.prefill(distinct_prompts)
         rows = torch.tensor(distinct, device=self._device)
-        cache.select(rows, room=max_new_tokens)
+        cache.expand(rows, max_new_tokens)
         return logits[rows], cache
 
     def _completion(

@@ -39,6 +39,7 @@ def build(
     seed=0,
     dtype=torch.float32,
     qk_norm=False,
+    max_seq_len=MAX_SEQ_LEN,
     **options,
 ):
     """Make a small decoder whose every parameter matters, with no flat or peaked distribution."""
@@ -50,7 +51,7 @@ def build(
         num_kv_heads=num_kv_heads,
         embed_dim=32,
         intermediate_dim=48,
-        max_seq_len=MAX_SEQ_LEN,
+        max_seq_len=max_seq_len,
         **options,
     )
     for layer in model.layers if qk_norm else []:
@@ -263,7 +264,7 @@ VARIANTS = {
     "no-compaction": dict(_COMPACT_BELOW=-1.0),
     "compaction-at-once": dict(_COMPACT_BELOW=1.0),
     "rare-checks": dict(_CHECK_EVERY={"cpu": 4}),
-    "small-cache": dict(_MORE_COLUMNS=2),
+    "small-cache": dict(_FIRST_COLUMNS=2),
 }
 
 
