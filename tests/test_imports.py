@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module or package of gspo imports from itself and from lower rows only.
 LAYERS = (
     ("types", "errors"),
-    ("metrics", "compat", "plugin"),
+    ("metrics", "compat", "plugin", "norm"),
     ("losses", "advantages", "rewards", "sampling", "parallel", "kernels"),
     ("config", "data"),
     ("policy", "evaluation", "diagnosis", "tiny"),

@@ -24,6 +24,7 @@ from torchtune.modules import (
 )
 
 from gspo.errors import NO_VALUE, InputError
+from gspo.norm import fuse_norms
 from gspo.sampling.kv_cache import COLUMN_BLOCK, KVCache
 from gspo.sampling.rotary import Rotary
 
@@ -67,12 +68,10 @@ class _Layer:
         fused = F.linear(layer.sa_norm(x), weight, bias)
         head_shape = (-1, self.head_dim)
         heads = fused.unflatten(1, head_shape)
-        qk_v_sizes = [num_rotated, num_kv_heads]
-        qk, v = heads.split(qk_v_sizes, dim=1)
         if rotary is not None and table is not None:
-            qk = rotary.rotate_(qk, table)
-        q_k_sizes = [num_heads, num_kv_heads]
-        q, k = qk.split(q_k_sizes, dim=1)
+            rotary.rotate_(heads, num_rotated, table)
+        sizes = [num_heads, num_kv_heads, num_kv_heads]
+        q, k, v = heads.split(sizes, dim=1)
         if attn.q_norm is not None:  # after the rotation, as torchtune has it
             q = attn.q_norm(q)
             k = attn.k_norm(k)
@@ -186,7 +185,7 @@ class CachedDecoder:
     """An incremental forward: ``prefill`` the prompts, then ``step`` one token per row.
 
     Args:
-        decoder: whose parameters it shares.
+        decoder: whose parameters it shares. Its norms are fused, see :mod:`gspo.norm`.
         max_prefill_tokens: prompt tokens that go through at once.
 
     Raises:
@@ -195,6 +194,7 @@ class CachedDecoder:
 
     def __init__(self, decoder: TransformerDecoder, *, max_prefill_tokens: int) -> None:
         _check_supported(decoder)
+        fuse_norms(decoder)
         rotaries = _measure_rotaries(decoder)
         self.decoder = decoder
         self.max_prefill_tokens = max_prefill_tokens

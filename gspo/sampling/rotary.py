@@ -50,8 +50,8 @@ class Rotary:
         probe = torch.linspace(-1.0, 1.0, head_dim, device=device)
         expected = _turn_everywhere(module, probe, max_seq_len)
         probes = probe.repeat(max_seq_len, 1, 1)
-        turned = self.rotate_(probes, self.table)
-        turned = turned.squeeze(1)
+        self.rotate_(probes, 1, self.table)
+        turned = probes.squeeze(1)
         is_rotation = torch.allclose(turned, expected, atol=1e-5)
         if not is_rotation:
             module_name = type(module).__name__
@@ -65,21 +65,22 @@ class Rotary:
 
     def rotate_(
         self,
-        heads: Tensor,  # [N, num_heads, head_dim], overwritten where it is float32
+        heads: Tensor,  # [N, num_heads, head_dim]
+        num_rotated: int,  # the first so many heads are overwritten, in float32 until the end
         table: Tensor,  # [N, 2, head_dim]
-    ) -> Tensor:
-        """Turn every head by its row of the table."""
-        dtype = heads.dtype
+    ) -> None:
+        """Turn the first heads by their row of the table."""
         stride = self.stride
         pair_shape = (-1, 2, stride)
         pairs = heads.unflatten(-1, pair_shape)
+        # All heads, since CUDA copies a slice before it rolls it.
         swapped_pairs = pairs.roll(1, -2)
         swapped = swapped_pairs.flatten(-3)
+        rotated = heads[:, :num_rotated]
+        partners = swapped[:, :num_rotated]
         cos, sin = table.split(1, dim=1)
-        turned = heads.float()
-        turned.mul_(cos)
-        turned.addcmul_(swapped.float(), sin)
-        return turned.to(dtype)
+        turned = rotated * cos
+        torch.addcmul(turned, partners, sin, out=rotated)
 
 
 def _find_stride(module: nn.Module, head_dim: int, device: torch.device) -> int:

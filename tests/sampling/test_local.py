@@ -39,6 +39,7 @@ def build(
     seed=0,
     dtype=torch.float32,
     qk_norm=False,
+    num_layers=2,
     max_seq_len=MAX_SEQ_LEN,
     **options,
 ):
@@ -46,7 +47,7 @@ def build(
     torch.manual_seed(seed)
     model = builder(
         vocab_size=VOCAB,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         embed_dim=32,
@@ -135,9 +136,6 @@ def test_logps_at_another_temperature_do_not_match():
     ).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Mismatch dtype between input and weight:UserWarning"
-)  # torchtune's RMSNorm
 def test_logps_in_bfloat16_are_close_to_float32():
     model, prompts = build(dtype=torch.bfloat16), prompts_of(RAGGED)
     exact = build(dtype=torch.bfloat16).float()
