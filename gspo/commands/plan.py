@@ -65,6 +65,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     option("--node-link-gbps", type=float, help="the same between nodes")
     option("--memory-gbytes", type=float, help="1e9 bytes a second of the device's memory")
+    option("--launch-us", type=float, help="1e-6 seconds from one kernel's launch to the next")
     option("--ranks-per-node", type=int, default=8, help="default %(default)s")
     add_json_option(parser)
     option("overrides", nargs="*", metavar="key=value")
@@ -125,7 +126,8 @@ def _rates(args: argparse.Namespace, cfg: Settings) -> dict[str, float]:
         stated = getattr(args, name)
         rate = default if stated is None else stated
         option = f"--{name.replace('_', '-')}"
-        require(rate > 0, option, rate, "must be above 0", "give the rate that is reached")
+        least = 0 if name == "launch_us" else 1e-9
+        require(rate >= least, option, rate, "must be above 0", "give the rate that is reached")
         rates[name] = rate
     return rates
 
@@ -247,11 +249,13 @@ def _time_lines(seconds: dict[str, Any], machine: dict[str, Any]) -> Iterator[st
         f"node of {machine['ranks_per_node']} and {machine['node_link_gbps']:g} between nodes:"
     )
     rate = f"{machine['memory_gbytes']:g} GB/s"
+    launch = f"{machine['launch_us']:g} us a launch"
     described = {
         "update": "update, FSDP2's transfers behind the products",
         "update_without_overlap": "update, nothing behind anything",
+        "loops": "of either, norms, rotations and activations in layers that are not compiled",
         "sync": "weights to the sampler, a step's share",
-        "sampling": f"sampling at least, a step's share, memory read at {rate}",
+        "sampling": f"sampling at least, a step's share, memory read at {rate}, {launch}",
     }
     for name, description in described.items():
         if name in seconds:

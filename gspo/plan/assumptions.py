@@ -16,16 +16,15 @@ def assumptions(cfg: Settings, layout: Layout) -> list[str]:
         f"{layout.documents_per_microbatch} documents in a microbatch; every token of a completion "
         "has a coefficient (f = 0), so the head takes 3 products where documents are whole and 4 "
         "where they span ranks",
-        "rates are reached, not peaks; the optimizer, norms and other loops over numbers take no "
-        "time",
+        "rates are reached, not peaks; the optimizer takes no time",
         "FSDP2's gathers and reductions run behind the layers; gathers of keys and values, and the "
         "sync, do not",
     ]
     if layout.on_gpu:
         sentences.append(
-            f"{RESERVE / GIB:.0f} GiB kept for the CUDA context, NCCL and what the allocator "
-            "cannot use; FlexAttention keeps no scores and no dense mask; the head widens no "
-            "weights"
+            f"{RESERVE / GIB:.0f} GiB kept for the CUDA context and NCCL; gaps between blocks are "
+            "those of one segment that grows; FlexAttention keeps no scores and no dense mask; the "
+            "head widens no weights"
         )
     else:
         sentences.append(
@@ -33,7 +32,12 @@ def assumptions(cfg: Settings, layout: Layout) -> list[str]:
             "rates stated"
         )
     if cfg.compiles_layers:
-        sentences.append("compiled layers are planned as if they were not; they keep less")
+        sentences.append(
+            "compiled layers keep as much as others would, where they keep less; norms, rotations "
+            "and activations take no time in them"
+        )
+    else:
+        sentences.append("norms, rotations and activations read and write the device's memory")
     if cfg.fsdp_cpu_offload and layout.on_gpu:
         sentences.append(
             "fsdp_cpu_offload: weights, gradients and optimizer state are on the host; copies take "
@@ -46,7 +50,7 @@ def assumptions(cfg: Settings, layout: Layout) -> list[str]:
 def _of_sampler(cfg: Settings) -> str:
     if samples_here(cfg):
         return (
-            "sampling: the longest prompts with the longest completions fill the cache; time at "
-            "least that of reading weights and cache once a token"
+            "sampling: the longest prompts with the longest completions fill the cache; a token "
+            "takes at least the reading of weights and cache, and the launches of its kernels"
         )
     return f"sampler {cfg.sampler['_component_']}: what it holds is not counted"

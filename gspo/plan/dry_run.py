@@ -37,6 +37,7 @@ from gspo.compat import (
 )
 from gspo.kernels import rows
 from gspo.losses.inputs import Loss
+from gspo.norm import FusedRMSNorm
 from gspo.parallel import Ranks, Shard, split
 from gspo.plan.memory_tracker import (
     BUFFERS,
@@ -44,6 +45,7 @@ from gspo.plan.memory_tracker import (
     IN_SYNC,
     IN_UPDATE,
     KEYS,
+    MASK,
     OPTIMIZER,
     WEIGHTS,
     MemoryTracker,
@@ -51,6 +53,7 @@ from gspo.plan.memory_tracker import (
 )
 from gspo.policy import Microbatch, Policy, document_mask, shard_policy
 from gspo.policy.attention import attend
+from gspo.policy.mask import mask_mod
 from gspo.types import PackedBatch
 from gspo.update import accumulate_gradients, clip_gradients, step_if_finite
 
@@ -75,7 +78,9 @@ class DryRun:
     always: dict[str, int]  # bytes that are held all the time, by what they are
     peaks: dict[str, dict[str, int]]  # moment -> bytes by what they are, when the sum was largest
     operations: dict[str, float]  # of a microbatch by part; products of matrices, no attention
+    moved: dict[str, float]  # bytes of a microbatch by part, by loops over numbers
     transfers: dict[str, list[Transfer]]  # by part of the step, see MICROBATCH
+    gaps: int  # bytes that a GPU's allocator has reserved beyond the largest peak
     kept: int = 0  # bytes that the layers keep for the backward without checkpointing
     kept_checkpointed: int = 0  # and with it
     num_parameters: int = 0
@@ -182,6 +187,8 @@ def _extrapolate(fewer: DryRun, more: DryRun, num_layers: int) -> DryRun:
         always=line.numbers(fewer.always, more.always),
         peaks=peaks,
         operations=line.numbers(fewer.operations, more.operations),
+        moved=line.numbers(fewer.moved, more.moved),
+        gaps=max(fewer.gaps, more.gaps),  # they do not grow with the layers
         transfers=transfers,
         kept=line.number(fewer.kept, more.kept),
         kept_checkpointed=line.number(fewer.kept_checkpointed, more.kept_checkpointed),
@@ -269,7 +276,7 @@ def _run(options: Options, num_layers: int) -> DryRun:
 def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
     decoder = options.build_decoder()
     decoder.layers = decoder.layers[:num_layers]
-    return Policy(
+    policy = Policy(
         decoder,
         options.loss,
         chunk_size=options.chunk_size,
@@ -277,6 +284,12 @@ def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
         context=ranks.context,
         attention=_attend_as_on_gpu if options.on_gpu else attend,
     )
+    if options.on_gpu:
+        for module in policy.modules():
+            if isinstance(module, FusedRMSNorm):
+                norm = partial(_NormAsOnGPU.apply, module.scale)
+                module.forward = norm  # type: ignore[method-assign]
+    return policy
 
 
 def _make_tracker(policy: Policy, options: Options) -> MemoryTracker:
@@ -284,6 +297,7 @@ def _make_tracker(policy: Policy, options: Options) -> MemoryTracker:
     shapes = {parameter.shape for parameter in decoder.parameters()}
     head_shape = decoder.tok_embeddings.weight.shape
     tracker = MemoryTracker(shapes, head_shape, on_gpu=options.on_gpu)
+    tracker.labels.add(_block_mask, MASK)
     if options.context_size > 1:
         for layer in decoder.layers:
             tracker.labels.add(attention_of(layer), KEYS)
@@ -334,7 +348,7 @@ class _Step:
             self._make_state()
             self._make_earlier_gradients()
             tracker.forget_past()
-            operations = self._accumulate()
+            operations, moved = self._accumulate()
             labels = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS)
             always = {label: tracker.held(label) for label in labels}
             self._update()
@@ -342,7 +356,7 @@ class _Step:
         peaks = {}
         for moment, peak in tracker.peaks.items():
             peaks[moment] = peak.parts
-        return DryRun(always, peaks, operations, self._transfers)
+        return DryRun(always, peaks, operations, moved, self._transfers, tracker.gaps)
 
     def _make_state(self) -> None:
         """Let the optimizer make its state."""
@@ -370,8 +384,8 @@ class _Step:
             gradients.append(parameter.grad)
         self._tracker.adopt(gradients, GRADIENTS)
 
-    def _accumulate(self) -> dict[str, float]:
-        """Go through the backwards, and return the operations of the first."""
+    def _accumulate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Go through the backwards; return the operations, and the bytes moved, of the first."""
         options = self._options
         tracker = self._tracker
         names = [LAST_MICROBATCH]
@@ -385,13 +399,15 @@ class _Step:
             reduce_every_microbatch=options.reduce_every_microbatch,
         )
         operations: dict[str, float] = {}
+        moved: dict[str, float] = {}
         for name in names:
             tracker.layer = ""
             next(backwards)
             if not operations:
                 operations = dict(tracker.operations)
+                moved = dict(tracker.moved)
             self._transfers[name] = tracker.take_transfers()
-        return operations
+        return operations, moved
 
     def _update(self) -> None:
         self._tracker.phase = IN_UPDATE
@@ -451,6 +467,21 @@ def _attend_as_on_gpu(
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class _NormAsOnGPU(torch.autograd.Function):
+    """A norm in one pass, which keeps its input and one number per row for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, x: Tensor) -> Tensor:
+        row_numbers = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(scale, x, row_numbers)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        scale, x, _ = ctx.saved_tensors
+        return torch.empty_like(scale), gradient * x
+
+
 def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) -> Microbatch:
     """Make what :meth:`Microbatch.prepare` does."""
 
@@ -474,14 +505,22 @@ def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) ->
 
 
 def _block_mask(shard: Shard) -> BlockMask:
-    """Make a block mask of the sizes that a GPU has."""
+    """Make a block mask of the sizes that a GPU has, with the slots and documents it looks up."""
     num_ranks, num_bins, length = shard.slots.shape
     num_queries = math.ceil(length / _BLOCK)
     whole_length = length * num_ranks
     num_keys = math.ceil(whole_length / _BLOCK)
     counts = torch.zeros(num_bins, 1, num_queries, dtype=torch.int32)
-    indices = counts[..., None].expand(*counts.shape, num_keys)
-    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(length, whole_length))
+    indices = torch.zeros(num_bins, 1, num_queries, num_keys, dtype=torch.int32)
+    looked_up = mask_mod(shard, CPU)
+    return BlockMask.from_kv_blocks(
+        counts,
+        indices,
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        mask_mod=looked_up,
+        seq_lengths=(length, whole_length),
+    )
 
 
 def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int:

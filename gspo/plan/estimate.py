@@ -28,11 +28,14 @@ ATTENTION_BACKWARD = 2.5  # five products where the forward has two
 # their sum in float64.
 DRAW_BYTES = 20
 
+_DECODE_LAUNCHES = 16  # of a layer and token, at most: the sampler's tests count them
+
 SAMPLER_COPY = "the sampler's copy of the weights"
 SAMPLER_CACHE = "the sampler's keys and values"
 SAMPLER_DRAW = "the sampler's distribution"
 REFERENCE = "reference policy, sharded"
 SAMPLED = "weights that sampled, for old_logps: recompute, sharded"
+GAPS = "gaps between the allocator's blocks"
 IN_SAMPLING = "sampling"
 ON_HOST = (labels.WEIGHTS, labels.GRADIENTS, labels.OPTIMIZER)  # with fsdp_cpu_offload
 
@@ -80,7 +83,7 @@ class Planner:
             "memory": _memory(cfg, layout, run, machine.memory),
             "work": work,
             "transfers": transfers,
-            "time": _time(cfg, layout, work["total"], transfers, machine),
+            "time": _time(cfg, layout, work, transfers, machine),
             "machine": asdict(machine),
             "assumptions": assumptions(cfg, layout),
         }
@@ -185,6 +188,8 @@ def _moments(cfg: Settings, layout: Layout, run: DryRun, beside: _Beside) -> dic
     moments = {}
     for moment, parts in run.peaks.items():
         moments[moment] = parts | beside.always | meanwhile
+        if layout.on_gpu:
+            moments[moment][GAPS] = run.gaps
     if beside.sampling:
         resting = {}
         for label in (labels.WEIGHTS, labels.OPTIMIZER, labels.BUFFERS):
@@ -219,7 +224,11 @@ def _sampling(cfg: Settings, layout: Layout) -> Parts:
 
 
 def _work(cfg: Settings, layout: Layout, run: DryRun) -> dict[str, Any]:
-    """Return operations of a step on a rank: a product of n numbers with n others is 2 n."""
+    """Return operations of a step on a rank, and the bytes that loops over numbers move.
+
+    A product of n numbers with n others is 2 n. Layers that are not compiled have a loop for each
+    norm, rotation and activation of theirs, with its input and output in the device's memory.
+    """
     pairs = 4.0 * _attended_pairs(layout) * layout.num_layers * layout.num_heads
     attention = pairs * layout.head_dim / layout.context_size
     num_passes = 1 + ATTENTION_BACKWARD + bool(cfg.enable_activation_checkpointing)
@@ -235,11 +244,16 @@ def _work(cfg: Settings, layout: Layout, run: DryRun) -> dict[str, Any]:
     of_step = {}
     for name, count in of_microbatch.items():
         of_step[name] = count * layout.num_microbatches
+    moved = 0.0
+    if not cfg.compiles_layers:
+        for part in (labels.FORWARD, labels.RECOMPUTED, labels.BACKWARD):
+            moved += run.moved.get(part, 0.0) * layout.num_microbatches
     head_product = 2.0 * run.num_labels * layout.hidden_size * layout.vocab_size
     return {
         "microbatches": layout.num_microbatches,
         "operations": of_step,
         "total": sum(of_step.values()),
+        "moved": moved,
         "head_units": head / head_product,
     }
 
@@ -260,18 +274,21 @@ def _attended_pairs(layout: Layout) -> float:
 def _time(
     cfg: Settings,
     layout: Layout,
-    operations: float,
+    work: Mapping[str, Any],
     transfers: list[dict[str, Any]],
     machine: Machine,
 ) -> dict[str, Any]:
     """Return expected seconds of a step. FSDP2 sends while layers compute; the rest waits."""
     seconds = seconds_by_purpose(transfers)
-    compute = operations / (machine.tflops * 1e12)
+    products = work["total"] / (machine.tflops * 1e12)
+    loops = work["moved"] / (machine.memory_gbytes * 1e9)
+    compute = products + loops
     fsdp = seconds["weights of layers and head"] + seconds["gradients"]
     keys_and_values = seconds["keys and values"]
     rest = keys_and_values + seconds["counts and norms"]
     expected = {
-        "products": compute,
+        "products": products,
+        "loops": loops,
         "fsdp": fsdp,
         "keys_and_values": keys_and_values,
         "update": max(compute, fsdp) + rest,
@@ -284,7 +301,10 @@ def _time(
 
 
 def _sampling_seconds(cfg: Settings, layout: Layout, machine: Machine) -> float:
-    """Return the least time of a step's share of a rollout: a token reads weights and cache."""
+    """Return the least time of a step's share of a rollout.
+
+    A token reads weights and cache, and takes no less than its kernels' launches.
+    """
     num_rows = rows_at_once(cfg, layout)
     num_batches = -(-layout.rollout_documents // num_rows)
     max_new_tokens = cfg.sampling.max_new_tokens
@@ -294,8 +314,11 @@ def _sampling_seconds(cfg: Settings, layout: Layout, machine: Machine) -> float:
     cache_bytes = num_rows * num_columns * token_bytes
     read = layout.weight_bytes + cache_bytes
     num_tokens = num_batches * max_new_tokens
-    bytes_per_second = machine.memory_gbytes * 1e9
-    rollout = num_tokens * read / bytes_per_second
+    reading = read / (machine.memory_gbytes * 1e9)
+    launching = layout.num_layers * _DECODE_LAUNCHES * machine.launch_us * 1e-6
+    if cfg.sampler.get("cuda_graphs"):
+        launching = 0.0
+    rollout = num_tokens * max(reading, launching)
     documents = cfg.prompts_per_rollout * cfg.group_size
     of_step = rollout * cfg.docs_per_step / documents
     return of_step / cfg.ppo_epochs

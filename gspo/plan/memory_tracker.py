@@ -30,6 +30,7 @@ from gspo.compat import (
     torch_code,
     unboxed_group_size,
 )
+from gspo.plan.arena import Arena
 from gspo.policy import Policy, document_mask
 
 aten = torch.ops.aten
@@ -108,6 +109,7 @@ class _Held:
     num_bytes: int
     label: str
     stands_for: torch.UntypedStorage | None = None  # what a GPU holds in its place, kept with it
+    address: int = 0  # in the arena
 
 
 class CodeLabels:
@@ -178,12 +180,15 @@ class MemoryTracker(TorchDispatchMode):
         self.layer = ""  # whose backward it is
         self.peaks: dict[str, Peak] = {}
         self.operations: defaultdict[str, float] = defaultdict(float)
+        self.moved: defaultdict[str, float] = defaultdict(float)  # bytes, by loops over numbers
         self._shapes = shapes
         self._head_shape = head_shape
         self._on_gpu = on_gpu
         self._held: dict[int, _Held] = {}
         self._live: Counter[str] = Counter()
         self._total = 0
+        self._largest_total = 0
+        self._arena = Arena()
         # Whether the last thing made was the input of a reduce-scatter: what follows is its output.
         self._copied_in = False
         self._transfers: dict[tuple[str, str, int], Transfer] = {}
@@ -205,7 +210,13 @@ class MemoryTracker(TorchDispatchMode):
         """Start the counts anew; what is held stays."""
         self.peaks.clear()
         self.operations.clear()
+        self.moved.clear()
         self._transfers.clear()
+
+    @property
+    def gaps(self) -> int:
+        """Bytes that an allocator has reserved beyond the most that was held at once."""
+        return self._arena.end - self._largest_total
 
     def held(self, label: str) -> int:
         """Return the bytes that are held under a label now."""
@@ -325,12 +336,16 @@ class MemoryTracker(TorchDispatchMode):
         if stands_for is None:
             num_bytes = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._forget(key))
-        self._held[key] = _Held(reference, num_bytes, label, stands_for)
+        address = self._arena.take(num_bytes) if num_bytes else 0
+        self._held[key] = _Held(reference, num_bytes, label, stands_for, address)
         self._live[label] += num_bytes
         self._total += num_bytes
+        self._largest_total = max(self._largest_total, self._total)
 
     def _forget(self, key: int) -> None:
         gone = self._held.pop(key)
+        if gone.num_bytes:
+            self._arena.give(gone.address)
         self._live[gone.label] -= gone.num_bytes
         self._total -= gone.num_bytes
 
@@ -351,12 +366,15 @@ class MemoryTracker(TorchDispatchMode):
         if func.namespace in _NAMESPACES:
             self._count_transfer(func, args, out)
         packet = func._overloadpacket
-        if packet not in flop_registry or "attention" in str(packet):
+        if "attention" in str(packet):
             return
-        count_operations = flop_registry[packet]
         labels = self.labels.on_stack()
         part = _part_of_operations(labels)
-        self.operations[part] += count_operations(*args, **kwargs, out_val=out)
+        if packet in flop_registry:
+            count_operations = flop_registry[packet]
+            self.operations[part] += count_operations(*args, **kwargs, out_val=out)
+        elif func.namespace == "aten" and _is_loop(func) and _NOT_THERE not in labels:
+            self.moved[part] += _bytes_moved(func, args, out)
 
     def _count_transfer(self, func: Any, args: Any, out: Any) -> None:
         kind = _collective_kind(func._opname)
@@ -394,6 +412,20 @@ def _all_rows(flags: Tensor) -> Tensor:  # [N] -> [N, 1]
     count = flags.numel()
     numbers = torch.arange(count, device=flags.device)
     return numbers[:, None]
+
+
+def _is_loop(func: Any) -> bool:
+    """Whether an operation goes through numbers: it is no view, and does not only make room."""
+    return not func.is_view and "empty" not in func._opname
+
+
+def _bytes_moved(func: Any, args: Any, out: Any) -> int:
+    """Return the bytes that a loop reads and writes."""
+    written = sum(tensor.nbytes for tensor in _tensors_in(out))
+    looks_up = "embedding" in func._opname or "index" in func._opname
+    if looks_up:  # a few rows of a large table
+        return 2 * written
+    return written + sum(tensor.nbytes for tensor in _tensors_in(args))
 
 
 def _widens(func: Any, args: Any, tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torchtune.modules import TransformerDecoder
 from gspo.kernels import linear_logps, linear_loss
 from gspo.losses.inputs import Loss, LossOutput, traits_of
 from gspo.metrics import NotFinite, merge
+from gspo.norm import fuse_norms
 from gspo.parallel.context import ContextAxis
 from gspo.policy.attention import Attend, attend, use_attention
 from gspo.policy.microbatch import Microbatch, row_inputs
@@ -57,6 +58,7 @@ class Policy(nn.Module):
         self._options: dict[str, Any] = {"chunk_size": chunk_size, "kernel": kernel}
         self._context = context if context is not None and context.size > 1 else None
         use_attention(decoder, self._context, attention)
+        fuse_norms(decoder)
 
     def forward(self, microbatch: Microbatch) -> LossOutput:
         """Return the undivided loss sum of a microbatch and its metrics, to be added over ranks."""

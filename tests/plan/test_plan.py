@@ -13,7 +13,7 @@ from gspo.commands.validate import read_checked
 from gspo.errors import InputError
 from gspo.plan import dry_run
 from gspo.plan import memory_tracker as labels
-from gspo.plan.estimate import IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Planner
+from gspo.plan.estimate import GAPS, IN_SAMPLING, SAMPLER_CACHE, SAMPLER_COPY, Planner
 from gspo.plan.machine import DEFAULT_RATES, Machine
 from gspo.plan.remedies import remedies
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
@@ -81,6 +81,60 @@ def test_8bit_state_is_that_by_hand():
     )  # codes, a scale a block of 256, a table each
     num_tensors = 2 + 12 * LAYERS
     assert always[labels.OPTIMIZER] == moments + 8 * small + 4 * num_tensors
+
+
+ON_GPU = ("device=cuda", "dtype=bf16")
+
+
+def test_block_mask_has_its_tables_and_what_it_looks_up():
+    """Two bins of 64 slots, which one block of queries and one of keys cover."""
+    training = plan(1, *ON_GPU)["memory"]["moments"]["the loss head"]
+    tables = 2 * 8 * 4  # int32 counts and indices, of keys and queries, partial and full
+    looked_up = 128 * 4 * 8  # documents and prefixes of queries, slots and documents of keys
+    assert looked_up < training[labels.MASK] <= looked_up + tables
+
+
+def test_a_gpu_s_norm_keeps_its_input_and_a_number_a_row():
+    kept, kept_wide = (
+        plan(1, *ON_GPU, f"model._component_={builder}")["memory"]["activations"]
+        for builder in ("gspo.tiny.tiny_qwen2", "tests.plan.norms.wide_norms")
+    )
+    saved = kept_wide["kept_without_checkpointing"] - kept["kept_without_checkpointing"]
+    one_copy = 128 * LAYERS * 2 * WIDTH * 4  # in float32, of both norms' inputs in each layer
+    assert one_copy / 2 < saved < 4 * one_copy
+
+
+def test_loops_take_time_in_layers_that_are_not_compiled():
+    compiled, plain = (plan(1, *ON_GPU, f"compile={on}") for on in ("true", "false"))
+    assert compiled["time"]["loops"] == 0 < plain["time"]["loops"]
+    moved = plain["work"]["moved"]
+    assert plain["time"]["loops"] == moved / (machine().memory_gbytes * 1e9)
+    assert plain["time"]["update"] == pytest.approx(
+        compiled["time"]["update"] + plain["time"]["loops"], rel=1e-6
+    )
+    # SwiGLU alone: the activation reads and writes, the product reads two and writes one, and twice
+    # that in the backward.
+    least = 3 * 5 * 128 * INNER * 2 * LAYERS * plain["work"]["microbatches"]
+    assert least < moved < 20 * least
+
+
+def test_gaps_of_the_allocator_are_planned_on_a_gpu_alone():
+    on_gpu, on_cpu = plan(1, *ON_GPU)["memory"], plan(1)["memory"]
+    assert all(GAPS in parts for name, parts in on_gpu["moments"].items() if name != IN_SAMPLING)
+    assert not any(GAPS in parts for parts in on_cpu["moments"].values())
+
+
+def test_a_token_takes_no_less_than_its_launches():
+    def seconds(launch_us, *overrides):
+        rates = DEFAULT_RATES["cpu"] | {"launch_us": launch_us, "memory_gbytes": 1e9}
+        cfg = read_checked(["tiny/gspo", *SMALL, *overrides])
+        planner = Planner(cfg, Machine(memory=2**33, ranks_per_node=8, **rates))
+        return planner.plan(1)["time"]["sampling"]
+
+    rollouts_a_step = 32 / 64 / 2  # docs_per_step of a rollout's documents, ppo_epochs
+    expected = 40 * 16 * LAYERS * 5e-6 * rollouts_a_step
+    assert seconds(5.0) == pytest.approx(expected)
+    assert seconds(0.0) < expected / 1e3
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
