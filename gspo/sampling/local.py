@@ -24,6 +24,14 @@ from gspo.sampling.fingerprint import special_ids, tokenizer_fingerprint, vocabu
 from gspo.sampling.kv_cache import KVCache
 from gspo.types import Completion, Prompt, SamplingParams
 
+# Bytes an entry of a large vocabulary's distribution while a token is drawn: 4 of the logits, 4 of
+# the weights, 2 of a quarter of them in float64, and less than 1 of all the rest.
+DRAW_BYTES = 11
+# A larger vocabulary is inverted in two levels, first over blocks of so many entries.
+_ONE_LEVEL = 4096
+_BLOCK_SIZE = 512
+_NUM_PARTS = 4
+
 # Finished rows are dropped when this share or less is left: below it the copy of the cache pays for
 # itself.
 _COMPACT_BELOW = 0.75
@@ -363,21 +371,98 @@ def draw_tokens(
 
     It is drawn by inversion of the distribution function. Temperature 0 is greedy.
     """
-    num_tokens = logits.shape[-1]
     if temperature == 0:
         logps = torch.log_softmax(logits, -1)
         tokens = logits.argmax(-1, keepdim=True)
+        token_logps = logps.gather(-1, tokens)
     else:
-        logps = torch.log_softmax(logits / temperature, -1)
-        # float64: in float32 the sum over a large vocabulary loses tokens rarer than 6e-8.
-        cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-        totals = cumulative[:, -1:]
-        shares = uniforms[:, None]
-        targets = shares * totals
-        tokens = torch.searchsorted(cumulative, targets, right=True)
-        tokens.clamp_(max=num_tokens - 1)
-    token_logps = logps.gather(-1, tokens)
-    return tokens.squeeze(-1), token_logps.squeeze(-1)
+        weights = logits / temperature
+        peaks = weights.amax(-1, keepdim=True)
+        weights.sub_(peaks).exp_()
+        tokens, totals = _invert(weights, uniforms)
+        shares = weights.gather(-1, tokens) / totals
+        token_logps = shares.log()
+    return tokens.squeeze(-1), token_logps.squeeze(-1).float()
+
+
+def _invert(
+    weights: Tensor,  # [N, V] float32, at least 0
+    uniforms: Tensor,  # [N] float64 in [0, 1)
+) -> tuple[Tensor, Tensor]:  # [N, 1] int64, [N, 1] float64
+    """Return the tokens where the distribution functions pass these numbers, and the rows' sums.
+
+    Sums are float64: in float32 those over a large vocabulary lose tokens rarer than 6e-8. For
+    memory's sake a large vocabulary has them over blocks of entries, and over the entries of the
+    one block that the token is in.
+    """
+    num_tokens = weights.shape[-1]
+    shares = uniforms[:, None]
+    is_large = num_tokens > _ONE_LEVEL
+    sums = _block_sums(weights) if is_large else weights
+    cumulative = sums.cumsum(-1, dtype=torch.float64)
+    totals = cumulative[:, -1:]
+    targets = shares * totals
+    indices = _first_above(cumulative, targets)
+    if not is_large:
+        return indices, totals
+    before = cumulative.gather(-1, indices) - sums.gather(-1, indices)
+    starts = indices * _BLOCK_SIZE
+    block = _entries_from(starts, weights)
+    within = block.cumsum(-1, dtype=torch.float64)
+    inside = _move_inside(targets - before, within)
+    tokens = starts + _first_above(within, inside)
+    return tokens.clamp_(max=num_tokens - 1), totals
+
+
+def _block_sums(
+    weights: Tensor,  # [N, V] float32
+) -> Tensor:  # [N, B] float64, the last block is the shortest and may be empty
+    num_blocks = weights.shape[-1] // _BLOCK_SIZE
+    num_whole = num_blocks * _BLOCK_SIZE
+    block_shape = (num_blocks, _BLOCK_SIZE)
+    blocks = weights[:, :num_whole].unflatten(-1, block_shape)
+    sums = []
+    # In parts, since a sum in float64 first copies its input.
+    for part in blocks.chunk(_NUM_PARTS, dim=1):
+        part_sums = part.sum(-1, dtype=torch.float64)
+        sums.append(part_sums)
+    rest = weights[:, num_whole:]
+    last = rest.sum(-1, keepdim=True, dtype=torch.float64)
+    sums.append(last)
+    return torch.cat(sums, -1)
+
+
+def _entries_from(
+    starts: Tensor,  # [N, 1] int64
+    weights: Tensor,  # [N, V]
+) -> Tensor:  # [N, block size]
+    """Return one block of each row; beyond the vocabulary, where no target is, its last entry."""
+    last = weights.shape[-1] - 1
+    offsets = torch.arange(_BLOCK_SIZE, device=weights.device)
+    columns = starts + offsets
+    columns.clamp_(max=last)
+    return weights.gather(-1, columns)
+
+
+def _first_above(
+    cumulative: Tensor,  # [N, B] float64, ascending
+    targets: Tensor,  # [N, 1] float64, from 0 to below the last sum
+) -> Tensor:  # [N, 1] int64
+    """Return the first index whose sum is above the target, so one of a weight above 0."""
+    last = cumulative.shape[-1] - 1
+    indices = torch.searchsorted(cumulative, targets, right=True)
+    return indices.clamp_(max=last)  # no sum is above NaN
+
+
+def _move_inside(
+    targets: Tensor,  # [N, 1] float64
+    cumulative: Tensor,  # [N, B] float64, ascending
+) -> Tensor:  # [N, 1] float64
+    """Return targets from 0 to below the last sum, which rounding may have put them outside of."""
+    totals = cumulative[:, -1:]
+    zeros = torch.zeros_like(totals)
+    largest = torch.nextafter(totals, zeros)
+    return targets.clamp(zeros, largest)
 
 
 def _batches(prompts: list[list[int]], max_batch_size: int) -> list[list[int]]:
