@@ -14,10 +14,10 @@ class Launches(TorchDispatchMode):
     a composite operation such as ``flatten`` does.
     """
 
-    def __init__(self):
+    def __init__(self, one_kernel_each=(F.scaled_dot_product_attention, F.rms_norm)):
         super().__init__()
         self.names = []
-        self._fused = _OneKernelEach(self)
+        self._fused = _OneKernelEach(self, one_kernel_each)
 
     def __enter__(self):
         self._fused.__enter__()
@@ -34,15 +34,18 @@ class Launches(TorchDispatchMode):
 
 
 class _OneKernelEach(TorchFunctionMode):
-    def __init__(self, launches):
+    def __init__(self, launches, functions):
         super().__init__()
         self.launches = launches
+        self.functions = functions
         self.is_inside = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_norm = func is F.rms_norm and kwargs["weight"].dtype == args[0].dtype
-        if not is_norm and func is not F.scaled_dot_product_attention:
+        is_fused = func in self.functions
+        if func is F.rms_norm:
+            is_fused &= kwargs["weight"].dtype == args[0].dtype
+        if not is_fused:
             return func(*args, **kwargs)
         self.launches.names.append(func.__name__)
         self.is_inside = True

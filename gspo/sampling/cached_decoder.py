@@ -313,18 +313,26 @@ class CachedDecoder:
     ) -> Tensor:  # [N, V] float32
         """Append one token to every row and return the logits of the next."""
         cache.add_column()
-        bias = cache.attended_bias()
-        positions = cache.positions
-        tables = self._tables_at(positions)
+        return self.decode(tokens, cache, cache.num_attended)
+
+    def decode(
+        self,
+        tokens: Tensor,  # [N] int64
+        cache: KVCache,
+        num_attended: int,  # columns of it
+    ) -> Tensor:  # [N, V] float32
+        """Do the part of a step that is on the device, the same launches for a block of columns."""
+        bias = cache.show_column(num_attended)
+        tables = self._tables_at(cache.positions)
         embedding = self.decoder.tok_embeddings
         x = embedding(tokens)
         for layer in self.layers:
             table = tables.get(layer.rotary)
             q, k, v = layer.project(x, table)
-            keys, values = cache.append(layer.index, k, v)
+            keys, values = cache.append(layer.index, k, v, num_attended)
             attended = layer.attend(q, keys, values, bias)
             x = layer.finish(x, attended)
-        cache.positions = positions + 1
+        cache.advance()
         return self.logits(x)
 
     def logits(

@@ -24,6 +24,10 @@ class KVCache:
     prompt of the batch. ``bias`` hides the columns between, and those that are not filled yet.
     Attention does not depend on the order of columns, so no row is moved.
 
+    What a step does to the tensors, it does in place. Where columns come in blocks, the place
+    stands in a tensor too: a step is the same launches for every column of a block, as a CUDA graph
+    needs.
+
     Args:
         keys: per layer [N, num_kv_heads, P, head_dim], filled by the prefill.
         values: the same for values.
@@ -49,7 +53,9 @@ class KVCache:
         self.capacity = capacity
         self.max_columns = capacity  # that the longest completion needs
         self.num_columns = capacity  # that are filled
+        self.num_copies = 0  # after which the tensors were others
         self.positions = lengths  # [N] int64, position of the next token
+        self.column = torch.tensor([capacity], device=first.device)  # [1] int64, the next one
         self.bias: Tensor | None = None  # [N, 1, 1, capacity]
         if ragged or block > 1:
             self.bias = _gap_bias(lengths, capacity, first.dtype)
@@ -71,15 +77,15 @@ class KVCache:
         layer: int,
         keys: Tensor,  # [N, num_kv_heads, head_dim]
         values: Tensor,
+        num_attended: int,
     ) -> tuple[Tensor, Tensor]:  # [N, num_kv_heads, attended columns, head_dim]
-        """Put one token of every row into the newest column; return all attended columns."""
-        newest = self.num_columns - 1
-        num_attended = self.num_attended
-        attended_keys = self.keys[layer][:, :, :num_attended]
-        attended_values = self.values[layer][:, :, :num_attended]
-        attended_keys[:, :, newest] = keys
-        attended_values[:, :, newest] = values
-        return attended_keys, attended_values
+        """Put one token of every row into the next column; return all attended columns."""
+        layer_keys = self.keys[layer]
+        layer_values = self.values[layer]
+        column = num_attended - 1 if self.block == 1 else self.column
+        _put(layer_keys, column, keys)
+        _put(layer_values, column, values)
+        return layer_keys[:, :, :num_attended], layer_values[:, :, :num_attended]
 
     def bias_of(self, rows: slice) -> Tensor | None:  # [N, 1, 1, capacity]
         """Return the bias of some rows."""
@@ -87,12 +93,17 @@ class KVCache:
             return None
         return self.bias[rows]
 
-    def attended_bias(self) -> Tensor | None:  # [N, 1, 1, attended columns]
-        """Return the bias of the attended columns."""
+    def show_column(self, num_attended: int) -> Tensor | None:  # [N, 1, 1, attended columns]
+        """Let attention see the next column, and return the bias of the attended columns."""
         if self.bias is None:
             return None
-        num_attended = self.num_attended
+        self.bias.index_fill_(3, self.column, 0.0)
         return self.bias[..., :num_attended]
+
+    def advance(self) -> None:
+        """Go on to the column and the position after."""
+        self.positions.add_(1)
+        self.column.add_(1)
 
     def expand(
         self,
@@ -115,13 +126,10 @@ class KVCache:
 
     def add_column(self) -> None:
         """Make room for one token in every row, and count its column as filled."""
-        newest = self.num_columns
-        if newest == self.capacity:
-            doubled = 2 * newest
+        if self.num_columns == self.capacity:
+            doubled = 2 * self.capacity
             capacity = min(doubled, self.max_columns)
             self._copy(None, capacity)
-        if self.bias is not None:
-            self.bias[..., newest] = 0.0
         self.num_columns += 1
 
     def _copy(self, rows: Tensor | None, capacity: int) -> None:
@@ -140,6 +148,18 @@ class KVCache:
         if self.bias is not None:
             self.bias = _copy_bias(self.bias, rows, capacity)
         self.capacity = capacity
+        self.num_copies += 1
+
+
+def _put(
+    columns: Tensor,  # [N, num_kv_heads, capacity, head_dim]
+    column: Tensor | int,  # [1] int64
+    new: Tensor,  # [N, num_kv_heads, head_dim]
+) -> None:
+    if isinstance(column, int):  # half the time of the other on a CPU
+        columns[:, :, column] = new
+    else:
+        columns.index_copy_(2, column, new[:, :, None])
 
 
 def _round_up(count: int, block: int) -> int:
