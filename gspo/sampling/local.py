@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
+from torchtune.utils import get_world_size_and_rank
 from tqdm import tqdm
 
 from gspo.errors import NO_VALUE, DataError, InputError, require
@@ -110,7 +111,7 @@ class LocalSampler:
             its ``eos_id``.
         max_batch_size: completions drawn at once.
         max_prefill_tokens: prompt tokens that go through the decoder at once.
-        progress: show a bar.
+        progress: show a bar, on the first rank only.
         cuda_graphs: replay the decode steps from CUDA graphs, which saves their launches; the same
             numbers. Off by default, as it is not measured yet.
 
@@ -237,12 +238,14 @@ class LocalSampler:
         return _in_groups(completions, group_size)
 
     def _progress_bar(self, num_rows: int) -> tqdm:
+        _, rank = get_world_size_and_rank()
+        is_shown = self._progress and rank == 0
         return tqdm(
             total=num_rows,
             desc="sample",
             unit="completion",
             leave=False,
-            disable=not self._progress,
+            disable=not is_shown,
         )
 
     def _draw(

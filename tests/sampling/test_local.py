@@ -317,6 +317,18 @@ def test_seed_decides_and_global_generator_is_untouched():
     )
 
 
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_only_the_first_rank_shows_a_bar(monkeypatch, capsys, rank):
+    if rank is not None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    sample(build(), prompts_of([3]), progress=True)
+    assert ("sample:" in capsys.readouterr().err) == (rank != 1)
+    sample(build(), prompts_of([3]))
+    assert "sample:" not in capsys.readouterr().err
+
+
 def policy_of(model, **changes):
     state = {**model.state_dict(), **changes}
     return SimpleNamespace(
