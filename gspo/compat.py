@@ -216,11 +216,6 @@ def set_attention(layer: Any, attend: Callable[..., Tensor]) -> None:
     layer.attn._attention_call = attend
 
 
-def attention_of(layer: Any) -> Callable[..., Tensor]:
-    """Return the product of queries, keys and values in a layer (torchtune 0.6.1)."""
-    return layer.attn._attention_call
-
-
 @contextlib.contextmanager
 def rotary_scaling_without_arithmetic() -> Iterator[None]:
     """Leave out the scaling of Llama 3.1's rotary frequencies, which branches on their values.

@@ -346,7 +346,6 @@ def _whole_microbatch(batch: PackedBatch) -> Microbatch:
         label_rows=rows,
         label_counts=batch.label_counts.tolist(),
         counted=None,
-        attention_mask=None,  # which only a model asks for
         segments=batch_segments(batch, batch, rows, _CPU),
     )
 

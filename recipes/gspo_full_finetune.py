@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torchdata.nodes import BaseNode
 from torchtune import config, training, utils
-from torchtune.modules import TransformerDecoder
 
 from gspo import evaluation, parallel, update
 from gspo.compat import patch_stochastic_rounding
@@ -145,7 +144,7 @@ class GSPOFullFinetuneRecipe:
         self._held_out = [] if held_out is None else list(held_out)
         return build(cfg, "prompts", self._tokenizer, seed=cfg.seed, **ranks.data_share)
 
-    def _build_decoder(self, device: torch.device | None = None) -> TransformerDecoder:
+    def _build_decoder(self, device: torch.device | None = None) -> Any:
         device = device or self._device
         with training.set_default_dtype(self._dtype), device:
             return build(self._cfg, "model")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gspo.data.layout import pack_documents
 from gspo.losses import GSPOLoss
+from gspo.policy.attention import attend
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
 from gspo.sampling.local import LocalSampler
@@ -84,3 +86,29 @@ def test_sampler_logps_on_cuda_are_those_of_a_full_forward(dtype):
             )
             tolerance = 1e-4 if dtype == torch.float32 else 0.1
             torch.testing.assert_close(torch.tensor(c.logps), expected, rtol=0, atol=tolerance)
+
+
+def test_softcapped_blocks_in_checkpoints_have_the_gradient_of_plain_scores():
+    """The score's own function is traced in the first forward, under the checkpoint's hooks."""
+    batch = pack_documents(tiny_policy.documents(), 512)
+    generator = torch.Generator().manual_seed(0)
+    size = (batch.num_bins, 4, 512, 16)
+    q, k, v = (torch.randn(size, generator=generator) for _ in range(3))
+
+    def gradients_on(device, *, checkpointed):
+        mask = Microbatch.prepare(batch, torch.device(device)).mask()
+        inputs = [x.to(device).requires_grad_() for x in (q, k, v)]
+
+        def layer(*tensors):
+            return attend(*tensors, mask=mask, dropout_p=0.0, is_causal=False, softcap=2.0)
+
+        for _ in range(2):  # the second time nothing is traced
+            output = checkpoint(layer, *inputs, use_reentrant=False) if checkpointed else None
+            output = layer(*inputs) if output is None else output
+            grads = torch.autograd.grad(output.square().sum(), inputs)
+        return [grad.cpu() for grad in grads]
+
+    found = gradients_on("cuda", checkpointed=True)
+    expected = gradients_on("cpu", checkpointed=False)
+    for got, want in zip(found, expected, strict=True):
+        assert (got - want).norm() / want.norm() < 1e-3

@@ -37,6 +37,7 @@ def linear_logps(
     *,
     chunk_size: int | None = None,
     entropy_grad: bool = False,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
     """Return each label's log-probability, and the entropies, in nats.
@@ -52,6 +53,8 @@ def linear_logps(
         temperature: One for each row, not differentiated.
         chunk_size: Rows whose logits are held at a time; None chooses by device.
         entropy_grad: Lets gradients flow through the entropy.
+        softcap: Bound c of the logits, which become ``c * tanh(logit / c)`` before the temperature
+            divides them; None for none.
         kernel: ``auto``, ``triton``, ``compile`` or ``reference``.
 
     Raises:
@@ -63,13 +66,17 @@ def linear_logps(
     row_inputs = (hidden, weight, labels, temperature)
     if backend.kernels is None:
         return reference.linear_logps(
-            *row_inputs, chunk_size=backend.chunk_size, entropy_grad=entropy_grad
+            *row_inputs,
+            chunk_size=backend.chunk_size,
+            entropy_grad=entropy_grad,
+            softcap=softcap,
         )
     return head.linear_logps(
         *row_inputs,
         kernels=backend.kernels,
         chunk_size=backend.chunk_size,
         entropy_grad=entropy_grad,
+        softcap=softcap,
     )
 
 
@@ -83,6 +90,7 @@ def linear_loss(
     *,
     chunk_size: int | None = None,
     entropy_grad: bool = False,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> tuple[Tensor, list[Result]]:  # []
     """Return the loss sum of whole documents, and the loss function's other result of each chunk.
@@ -92,7 +100,7 @@ def linear_loss(
     scales them, and can be called once.
 
     Args:
-        hidden: See :func:`linear_logps`, as for the next three and the last three.
+        hidden: See :func:`linear_logps`, as for the next three and the last four.
         weight: See there.
         labels: See there.
         temperature: See there.
@@ -104,6 +112,7 @@ def linear_loss(
         chunk_size: See there. Chunks hold whole documents; a document longer than a chunk costs one
             product more, of its rows that have a gradient.
         entropy_grad: The loss depends on the entropy.
+        softcap: See there.
         kernel: See there.
 
     Raises:
@@ -120,7 +129,10 @@ def linear_loss(
     row_inputs = (hidden, weight, labels, temperature)
     if backend.kernels is None:
         logps, entropy = reference.linear_logps(
-            *row_inputs, chunk_size=backend.chunk_size, entropy_grad=entropy_grad
+            *row_inputs,
+            chunk_size=backend.chunk_size,
+            entropy_grad=entropy_grad,
+            softcap=softcap,
         )
         loss_sum, result = loss_function(logps, entropy, 0, len(label_counts))
         return loss_sum, [result]
@@ -131,6 +143,7 @@ def linear_loss(
         kernels=backend.kernels,
         chunk_size=backend.chunk_size,
         entropy_grad=entropy_grad,
+        softcap=softcap,
     )
 
 

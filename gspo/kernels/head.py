@@ -97,6 +97,7 @@ def linear_loss(
     kernels: RowKernels,
     chunk_size: int,
     entropy_grad: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[Result]]:  # []
     """Return the loss sum of whole documents, and the loss function's other result of each chunk.
 
@@ -113,6 +114,7 @@ def linear_loss(
         kernels=kernels,
         buffer_rows=min(chunk_size, _longest(chunks)),
         needs=needs,
+        softcap=softcap,
     )
     total = hidden.new_zeros((), dtype=torch.float32)
     results = []
@@ -252,6 +254,7 @@ class _Head:
         kernels: The backend.
         buffer_rows: The most rows whose logits are held at a time.
         needs: Which gradients are summed.
+        softcap: Bound of the logits; with one, as many numbers again are held as logits.
     """
 
     def __init__(
@@ -264,8 +267,10 @@ class _Head:
         kernels: RowKernels,
         buffer_rows: int,
         needs: _NeedsGradient,
+        softcap: float | None = None,
     ) -> None:
         self.needs = needs
+        self._softcap = softcap
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # In float32 whatever the operands are: summed over chunks, and rounded once, after the
         # loss's own factor.
@@ -290,9 +295,13 @@ class _Head:
         """Put the logits of ``rows`` into the buffer."""
         num_rows = rows.stop - rows.start
         logits = self._buffer[:num_rows]
-        hidden = self._hidden[rows]
-        self._kernels.product(hidden, self._weight, logits)
+        self._put_logits(self._hidden[rows], logits)
         return logits
+
+    def _put_logits(self, hidden: Tensor, out: Tensor) -> None:
+        self._kernels.product(hidden, self._weight, out)
+        if self._softcap is not None:
+            out.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def statistics(self, spans: list[slice]) -> tuple[Tensor, Tensor, Tensor]:  # each [N]
         """Return logps, log_z and entropy; the last span's logits stay in the buffer."""
@@ -345,7 +354,7 @@ class _Head:
         rows = start + active
         logits = self._buffer[:num_active]
         if not is_in_buffer:
-            self._kernels.product(self._hidden[rows], self._weight, logits)
+            self._put_logits(self._hidden[rows], logits)
         gradient = self._logits_gradient(logits, rows, coefficients.at(active))
         self._add_products(gradient, rows)
 
@@ -358,7 +367,13 @@ class _Head:
         labels = self._labels[rows]
         temperature = self._temperature[rows]
         dtype = self._weight.dtype
-        return self._kernels.gradient(logits, labels, temperature, *coefficients, dtype)
+        if self._softcap is None:
+            return self._kernels.gradient(logits, labels, temperature, *coefficients, dtype)
+        # The derivative of c * tanh(x / c) by x is 1 - tanh(x / c) ** 2.
+        tanh = logits / self._softcap
+        slope = tanh.square_().neg_().add_(1.0)
+        gradient = self._kernels.gradient(logits, labels, temperature, *coefficients, dtype)
+        return gradient.mul_(slope)
 
     def _add_products(
         self,
@@ -479,9 +494,12 @@ def linear_logps(
     kernels: RowKernels,
     chunk_size: int,
     entropy_grad: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies; see :func:`gspo.kernels.linear_logps`."""
-    logps, entropy = _LinearLogps.apply(hidden, weight, labels, temperature, kernels, chunk_size)
+    logps, entropy = _LinearLogps.apply(
+        hidden, weight, labels, temperature, kernels, chunk_size, softcap
+    )
     if not entropy_grad:
         entropy = entropy.detach()
     return logps, entropy
@@ -499,6 +517,7 @@ class _LinearLogps(torch.autograd.Function):
         temperature: Tensor,
         kernels: RowKernels,
         chunk_size: int,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         head = _Head(
             hidden,
@@ -508,6 +527,7 @@ class _LinearLogps(torch.autograd.Function):
             kernels=kernels,
             buffer_rows=chunk_size,
             needs=_NeedsGradient(False, False),
+            softcap=softcap,
         )
         spans = _spans(0, hidden.shape[0], chunk_size)
         if spans:
@@ -519,6 +539,7 @@ class _LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels, temperature, log_z, entropy)
         ctx.kernels = kernels
         ctx.chunk_size = chunk_size
+        ctx.softcap = softcap
         return logps, entropy
 
     @staticmethod
@@ -539,6 +560,7 @@ class _LinearLogps(torch.autograd.Function):
             kernels=ctx.kernels,
             buffer_rows=ctx.chunk_size,
             needs=_NeedsGradient(needs_hidden, needs_weight),
+            softcap=ctx.softcap,
         )
         for rows in _spans(0, num_active, ctx.chunk_size):
             head.fill(rows)
@@ -549,7 +571,7 @@ class _LinearLogps(torch.autograd.Function):
             d_hidden = _spread(d_hidden, active, hidden)
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _spread(

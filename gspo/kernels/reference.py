@@ -24,11 +24,12 @@ def linear_logps(
     *,
     chunk_size: int = 4096,
     entropy_grad: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
     """Return each label's log-probability, and the entropies, in nats.
 
     The distribution is ``softmax(hidden @ weight.T / temperature)``. ``entropy_grad`` lets
-    gradients flow through the entropy.
+    gradients flow through the entropy. ``softcap`` is a bound of the logits before the division.
     """
     chunks = zip(
         hidden.split(chunk_size),
@@ -40,7 +41,7 @@ def linear_logps(
     entropy = []
     for chunk_hidden, chunk_labels, chunk_temperature in chunks:
         chunk_logps, chunk_entropy = _RowsWithGradient.apply(
-            chunk_hidden, weight, chunk_labels, chunk_temperature
+            chunk_hidden, weight, chunk_labels, chunk_temperature, softcap
         )
         logps.append(chunk_logps)
         entropy.append(chunk_entropy)
@@ -58,7 +59,7 @@ def logits_logps(
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [T], [T] float32
     """Return what :func:`linear_logps` does, from logits that are there already."""
-    logps, entropy = _RowsWithGradient.apply(logits, None, labels, temperature)
+    logps, entropy = _RowsWithGradient.apply(logits, None, labels, temperature, None)
     if not entropy_grad:
         entropy = entropy.detach()
     return logps, entropy
@@ -72,10 +73,16 @@ class _RowsWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor | None, labels: Tensor, temperature: Tensor
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        labels: Tensor,
+        temperature: Tensor,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows, weight, labels, temperature)
-        return _statistics(rows, weight, labels, temperature)
+        ctx.softcap = softcap
+        return _statistics(rows, weight, labels, temperature, softcap)
 
     @staticmethod
     @once_differentiable
@@ -90,13 +97,13 @@ class _RowsWithGradient(torch.autograd.Function):
         if weight is not None:
             weight = weight.detach().requires_grad_(needs_weight)
         with torch.enable_grad():
-            outputs = _statistics(active_rows, weight, labels, temperature)
+            outputs = _statistics(active_rows, weight, labels, temperature, ctx.softcap)
             torch.autograd.backward(outputs, (d_logps[active], d_entropy[active]))
         d_rows = None
         if needs_rows:
             d_rows = torch.zeros_like(rows).index_copy_(0, active, active_rows.grad)
         d_weight = None if weight is None else weight.grad
-        return d_rows, d_weight, None, None
+        return d_rows, d_weight, None, None, None
 
 
 def _statistics(
@@ -104,6 +111,7 @@ def _statistics(
     weight: Tensor | None,  # [V, H]; None if the rows are logits
     labels: Tensor,  # [N]
     temperature: Tensor,  # [N]
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
     # Statistics from fp32 logits: bf16-rounded ones err by 1e-4 to 1e-3, as wide as GSPO's clip
     # range.
@@ -111,6 +119,8 @@ def _statistics(
     if weight is not None:
         with torch.autocast(rows.device.type, enabled=False):
             logits = logits @ at_least_float32(weight).T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     all_logps = (logits / temperature[:, None]).log_softmax(-1)
     logps = all_logps.gather(-1, labels[:, None]).squeeze(-1)
     entropy = -(all_logps.exp() * all_logps).sum(-1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from torchtune.modules import TransformerDecoder
 
 from gspo.compat import (
-    attention_of,
     join_fake_group,
     optimizer_without_arithmetic,
     patch_stochastic_rounding,
     rotary_scaling_without_arithmetic,
 )
+from gspo.decoder import keep_layers
 from gspo.kernels import rows
 from gspo.losses.inputs import Loss
 from gspo.norm import FusedRMSNorm
@@ -52,7 +51,7 @@ from gspo.plan.memory_tracker import (
     Transfer,
 )
 from gspo.policy import Microbatch, Policy, document_mask, shard_policy
-from gspo.policy.attention import attend
+from gspo.policy.attention import attend, over_ranks
 from gspo.policy.mask import mask_mod
 from gspo.types import PackedBatch
 from gspo.update import accumulate_gradients, clip_gradients, step_if_finite
@@ -95,7 +94,7 @@ class Options:
     device_type: str
     dtype: torch.dtype
     microbatch: PackedBatch
-    build_decoder: Callable[[], TransformerDecoder]
+    build_decoder: Callable[[], Any]
     build_optimizer: Callable[[Any], torch.optim.Optimizer]
     loss: Loss
     num_microbatches: int = 2
@@ -249,10 +248,11 @@ def _run(options: Options, num_layers: int) -> DryRun:
         policy = _build_policy(options, ranks, num_layers)
         decoder = policy.decoder
         num_parameters = sum(p.numel() for p in decoder.parameters())
-        tracker = _make_tracker(policy, options)
+        tracker = _make_tracker(policy, options, ranks)
         with tracker:
-            microbatch = _fake_microbatch(real, fake, on_gpu=options.on_gpu)
-        kept = _kept_by_a_layer(decoder, microbatch) * num_layers
+            windows = getattr(decoder, "windows", (None,))
+            microbatch = _fake_microbatch(real, fake, windows, on_gpu=options.on_gpu)
+        kept = _kept_by_a_layer(policy, microbatch) * num_layers
         shard_policy(
             policy,
             mesh,
@@ -275,7 +275,7 @@ def _run(options: Options, num_layers: int) -> DryRun:
 
 def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
     decoder = options.build_decoder()
-    decoder.layers = decoder.layers[:num_layers]
+    keep_layers(decoder, num_layers)
     policy = Policy(
         decoder,
         options.loss,
@@ -292,19 +292,17 @@ def _build_policy(options: Options, ranks: Ranks, num_layers: int) -> Policy:
     return policy
 
 
-def _make_tracker(policy: Policy, options: Options) -> MemoryTracker:
+def _make_tracker(policy: Policy, options: Options, ranks: Ranks) -> MemoryTracker:
     decoder = policy.decoder
     shapes = {parameter.shape for parameter in decoder.parameters()}
     head_shape = decoder.tok_embeddings.weight.shape
     tracker = MemoryTracker(shapes, head_shape, on_gpu=options.on_gpu)
     tracker.labels.add(_block_mask, MASK)
-    if options.context_size > 1:
-        for layer in decoder.layers:
-            tracker.labels.add(attention_of(layer), KEYS)
+    tracker.labels.add(over_ranks(attend, ranks.context), KEYS)
     return tracker
 
 
-def _follow_layers(decoder: TransformerDecoder, tracker: MemoryTracker) -> None:
+def _follow_layers(decoder: Any, tracker: MemoryTracker) -> None:
     """Let the tracker know whose backward it is."""
     last = len(decoder.layers) - 1
     names = {
@@ -457,14 +455,13 @@ def _without_compiled_loops() -> Iterator[None]:
         rows.compiled = compiled
 
 
-def _attend_as_on_gpu(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
-) -> Tensor:
+def _attend_as_on_gpu(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """Attend without a mask, which keeps for the backward what FlexAttention keeps.
 
     These are queries, keys, values, the output, and one number per row and head.
     """
-    return F.scaled_dot_product_attention(q, k, v)
+    is_grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped)
 
 
 class _NormAsOnGPU(torch.autograd.Function):
@@ -482,7 +479,9 @@ class _NormAsOnGPU(torch.autograd.Function):
         return torch.empty_like(scale), gradient * x
 
 
-def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) -> Microbatch:
+def _fake_microbatch(
+    real: _RealShard, fake: FakeTensorMode, windows: Sequence[int | None], *, on_gpu: bool
+) -> Microbatch:
     """Make what :meth:`Microbatch.prepare` does."""
 
     def to_fake(_: str, tensor: Tensor) -> Tensor:
@@ -500,7 +499,7 @@ def _fake_microbatch(real: _RealShard, fake: FakeTensorMode, *, on_gpu: bool) ->
         label_rows=label_rows,
         label_counts=real.label_counts,
         counted=shard.counted,
-        attention_mask=mask,
+        masks=dict.fromkeys(windows, mask),
     )
 
 
@@ -523,13 +522,14 @@ def _block_mask(shard: Shard) -> BlockMask:
     )
 
 
-def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int:
-    """Return the bytes that a layer keeps for its backward, without parameters and the mask."""
+def _kept_by_a_layer(policy: Policy, microbatch: Microbatch) -> int:
+    """Return the bytes that a layer keeps for its backward, without parameters and masks."""
+    decoder = policy.decoder
     layer = decoder.layers[0]
-    mask = microbatch.attention_mask
     shared = [*layer.parameters(), *decoder.buffers()]
-    if isinstance(mask, Tensor):
-        shared.append(mask)
+    for mask in microbatch.masks.values():
+        if isinstance(mask, Tensor):
+            shared.append(mask)
     known = set()
     for tensor in shared:
         known.add(tensor.untyped_storage()._cdata)
@@ -541,11 +541,10 @@ def _kept_by_a_layer(decoder: TransformerDecoder, microbatch: Microbatch) -> int
             kept[storage._cdata] = storage
         return tensor
 
-    batch = microbatch.batch
-    positions = batch.positions.view(batch.num_bins, -1)
-    hidden_size = decoder.tok_embeddings.weight.shape[1]
-    weight = next(layer.parameters())
-    hidden = weight.new_empty(*positions.shape, hidden_size).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(hidden, mask=mask, input_pos=positions)
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    begin = layer.register_forward_pre_hook(lambda *_: saving.__enter__())
+    end = layer.register_forward_hook(lambda *_: saving.__exit__())
+    policy.hidden_states(microbatch)
+    begin.remove()
+    end.remove()
     return sum(storage.nbytes() for storage in kept.values())

@@ -21,12 +21,11 @@ from gspo.plan.dry_run import DryRun, Options, dry_run
 from gspo.plan.layout import Layout, build_decoder, rows_at_once, samples_here
 from gspo.plan.machine import RESERVE, Machine
 from gspo.plan.transfers import seconds_by_purpose, step_transfers
+from gspo.sampling.kv_cache import COLUMN_BLOCK
+from gspo.sampling.local import DRAW_BYTES
 from gspo.types import PackedBatch
 
 ATTENTION_BACKWARD = 2.5  # five products where the forward has two
-# Bytes of the draw for each row and word: logits, log-probabilities and probabilities in float32,
-# their sum in float64.
-DRAW_BYTES = 20
 
 _DECODE_LAUNCHES = 16  # of a layer and token, at most: the sampler's tests count them
 
@@ -212,7 +211,8 @@ def _sampling(cfg: Settings, layout: Layout) -> Parts:
     """Return what the in-process sampler holds: the longest prompts with longest completions."""
     num_rows = rows_at_once(cfg, layout)
     longest_prompt = cfg.prompts.get("max_prompt_tokens") or layout.prompt_tokens
-    num_columns = longest_prompt + cfg.sampling.max_new_tokens
+    block = COLUMN_BLOCK["cuda"] if layout.on_gpu else 1
+    num_columns = -(-(longest_prompt + cfg.sampling.max_new_tokens) // block) * block
     slot_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
     num_tables = 2 * layout.num_layers + 1  # and one while it is copied to grow
     cache = num_tables * num_rows * num_columns * slot_bytes

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torchtune import training
-from torchtune.modules import TransformerDecoder
 
 from gspo.compat import component_from_path
 from gspo.config import Settings, build, refusals
 from gspo.data.layout import Document, pack_documents
 from gspo.data.pack import check_bin_length
+from gspo.decoder import attention_sizes
 from gspo.errors import require
 from gspo.kernels import rows_per_chunk
 from gspo.plan.dry_run import num_data_ranks
@@ -65,7 +65,7 @@ class Layout:
         with refusals("packing"):
             check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
         vocab_size, hidden_size = decoder.tok_embeddings.weight.shape
-        attention = decoder.layers[0].attn
+        attention = attention_sizes(decoder)
         document = _document_size(cfg, mean_document_tokens)
         rollout_documents = cfg.prompts_per_rollout // data_ranks * cfg.group_size
         microbatch = _fill_microbatch(cfg, document, rollout_documents)
@@ -113,7 +113,7 @@ class Layout:
         }
 
 
-def build_decoder(cfg: Settings) -> TransformerDecoder:
+def build_decoder(cfg: Settings) -> Any:
     """Build the model in the config's dtype."""
     with training.set_default_dtype(_DTYPES[cfg.dtype]):
         return build(cfg, "model")

@@ -19,6 +19,7 @@ from torchtune.modules import TransformerDecoder
 
 from gspo.config import Settings, refusals
 from gspo.data.pack import check_bin_length
+from gspo.decoder import attention_sizes
 from gspo.errors import NO_VALUE, InputError, raise_all, require
 
 _SWITCH = "or set check_model_config=false to go on as it is"
@@ -55,7 +56,7 @@ class _Pair(NamedTuple):
     stated: Any
 
 
-def check_decoder(decoder: TransformerDecoder, cfg: Settings, key: str = "checkpointer") -> None:
+def check_decoder(decoder: Any, cfg: Settings, key: str = "checkpointer") -> None:
     """Refuse a decoder that fits neither the bins nor its checkpoint.
 
     Args:
@@ -71,20 +72,20 @@ def check_decoder(decoder: TransformerDecoder, cfg: Settings, key: str = "checkp
         check_bin_length(cfg.packing.bin_length, decoder.max_seq_len)
     if cfg.on_cuda:
         _check_head_dim(decoder)
-    if cfg.check_model_config:
+    # A decoder of another library is built from that config.json itself.
+    if cfg.check_model_config and isinstance(decoder, TransformerDecoder):
         check_model_config(decoder, getattr(cfg, key))
 
 
-def _check_head_dim(decoder: TransformerDecoder) -> None:
-    for layer in decoder.layers:
-        head_dim = getattr(layer.attn, "head_dim", SMALLEST_HEAD_DIM)
-        require(
-            head_dim >= SMALLEST_HEAD_DIM,
-            "model",
-            head_dim,
-            f"is its head dimension; FlexAttention on a GPU takes {SMALLEST_HEAD_DIM} or more",
-            "make it wider or give it fewer heads, or set device=cpu",
-        )
+def _check_head_dim(decoder: Any) -> None:
+    head_dim = attention_sizes(decoder).head_dim
+    require(
+        head_dim >= SMALLEST_HEAD_DIM,
+        "model",
+        head_dim,
+        f"is its head dimension; FlexAttention on a GPU takes {SMALLEST_HEAD_DIM} or more",
+        "make it wider or give it fewer heads, or set device=cpu",
+    )
 
 
 def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, Any]) -> None:

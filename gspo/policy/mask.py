@@ -13,40 +13,54 @@ from gspo.parallel.split import Shard
 from gspo.types import PackedBatch
 
 AttentionMask = Tensor | BlockMask | None
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _CPU = torch.device("cpu")
 _BLOCK = 128  # slots of a block of FlexAttention
 
 
 def document_mask(
-    shard: Shard, device: torch.device, *, in_blocks: bool | None = None
+    shard: Shard,
+    device: torch.device,
+    *,
+    window: int | None = None,
+    in_blocks: bool | None = None,
 ) -> AttentionMask:
     """Build the mask of causal attention inside each document and to its prefix.
 
     Keys come in the shard's ``order``. None, for plain causal attention, where no bin holds two
-    documents.
+    documents and none is longer than the window.
 
     Args:
         shard: this rank's part of a batch.
         device: of the mask.
+        window: tokens of its document that a token attends to, itself included, counted through
+            the prefix; None for all before it.
         in_blocks: a FlexAttention block mask, or [R, S / C, S] bool; None: blocks on CUDA alone.
     """
     num_ranks = shard.slots.shape[0]
-    if num_ranks == 1 and _one_document_per_bin(shard.whole):
+    batch = shard.whole
+    if window is not None and window >= batch.bin_length and batch.prefix_index is None:
+        window = None
+    if window is None and num_ranks == 1 and _one_document_per_bin(batch):
         return None
     if in_blocks is None:
         in_blocks = device.type == "cuda"
     if in_blocks:
-        return block_mask(shard, device)
+        return block_mask(shard, device, window)
     layout = _Layout.of(shard, device)
     key_slots = layout.kv_slot[:, None, :]
     key_documents = layout.kv_document[:, None, :]
     is_before = layout.q_slot[:, :, None] >= key_slots
     in_document = layout.q_document[:, :, None] == key_documents
     in_prefix = layout.q_prefix[:, :, None] == key_documents
-    return is_before & (in_document | in_prefix)
+    is_seen = is_before & (in_document | in_prefix)
+    if window is not None:
+        distance = layout.q_position[:, :, None] - layout.kv_position[:, None, :]
+        is_seen &= distance < window
+    return is_seen
 
 
-def block_mask(shard: Shard, device: torch.device) -> BlockMask:
+def block_mask(shard: Shard, device: torch.device, window: int | None = None) -> BlockMask:
     """Build FlexAttention's form of the mask from its blocks.
 
     torch's ``create_block_mask`` makes the dense mask on the way, 4 bytes for each query and key
@@ -57,7 +71,7 @@ def block_mask(shard: Shard, device: torch.device) -> BlockMask:
     layout = _Layout.of(shard, _CPU)
     partial, full = [], []
     for number in range(num_bins):
-        blocks = _Blocks.of(layout, number)
+        blocks = _Blocks.of(layout, number, window)
         partial.append(blocks.is_partial)
         full.append(blocks.is_full)
     of_partial = _counts_and_indices(partial)
@@ -66,15 +80,13 @@ def block_mask(shard: Shard, device: torch.device) -> BlockMask:
         *of_partial,
         *of_full,
         BLOCK_SIZE=_BLOCK,
-        mask_mod=mask_mod(shard, device),
+        mask_mod=mask_mod(shard, device, window),
         seq_lengths=(share, share * num_ranks),
     )
     return mask.to(device)
 
 
-def mask_mod(
-    shard: Shard, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_mod(shard: Shard, device: torch.device, window: int | None = None) -> MaskFunction:
     """Return the mask in the form that FlexAttention asks for, a function of indices."""
     layout = _Layout.of(shard, device)
     q_slot, q_document, q_prefix = layout.q_slot, layout.q_document, layout.q_prefix
@@ -87,7 +99,16 @@ def mask_mod(
         in_prefix = q_prefix[b, q] == key
         return is_before & (in_document | in_prefix)
 
-    return is_seen
+    if window is None:
+        return is_seen
+    width = window
+    q_position, kv_position = layout.q_position, layout.kv_position
+
+    def is_seen_in_window(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        distance = q_position[b, q] - kv_position[b, kv]
+        return is_seen(b, h, q, kv) & (distance < width)
+
+    return is_seen_in_window
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +118,10 @@ class _Layout:
     q_slot: Tensor  # [R, S / C]
     q_document: Tensor  # [R, S / C]
     q_prefix: Tensor  # [R, S / C]
+    q_position: Tensor  # [R, S / C] in the document
     kv_slot: Tensor  # [R, S]
     kv_document: Tensor  # [R, S]
+    kv_position: Tensor  # [R, S]
 
     @classmethod
     def of(cls, shard: Shard, device: torch.device) -> _Layout:
@@ -106,6 +129,7 @@ class _Layout:
         batch = shard.whole
         mine, order = shard.slots[shard.rank], shard.order
         document = batch.document_index.view(batch.num_bins, -1)
+        positions = batch.positions.view(batch.num_bins, -1)
         prefix = document
         if batch.prefix_index is not None:
             prefix = batch.prefix_index[document]
@@ -113,36 +137,42 @@ class _Layout:
             q_slot=mine.to(device),
             q_document=document.gather(1, mine).to(device),
             q_prefix=prefix.gather(1, mine).to(device),
+            q_position=positions.gather(1, mine).to(device),
             kv_slot=order.to(device),
             kv_document=document.gather(1, order).to(device),
+            kv_position=positions.gather(1, order).to(device),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """The N runs of following slots of one document that lie in one block."""
+    """The N runs of following slots and positions of one document that lie in one block."""
 
     first: Tensor  # [N] slot
     last: Tensor  # [N] slot
     block: Tensor  # [N]
     at: Tensor  # [N] index of the first slot among those given
+    until: Tensor  # [N] and of the last
 
     @classmethod
-    def of(cls, slots: Tensor, documents: Tensor) -> _Runs:
+    def of(cls, slots: Tensor, documents: Tensor, positions: Tensor) -> _Runs:
         """Find them.
 
         Args:
             slots: [L] in their bin.
             documents: [L] of the slots.
+            positions: [L] in their document, of the slots.
         """
         index = torch.arange(slots.numel())
         is_start = index % _BLOCK == 0
         is_start[1:] |= documents[1:] != documents[:-1]
-        is_start[1:] |= slots[1:] != slots[:-1] + 1
+        for numbers in (slots, positions):  # positions of padding need not follow one another
+            is_start[1:] |= numbers[1:] != numbers[:-1] + 1
         at = is_start.nonzero().flatten()
         end = torch.tensor([slots.numel()])
         after = torch.cat([at[1:], end])
-        return cls(slots[at], slots[after - 1], at // _BLOCK, at)
+        until = after - 1
+        return cls(slots[at], slots[until], at // _BLOCK, at, until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +183,24 @@ class _Blocks:
     is_full: Tensor  # [Q, K] bool, all are
 
     @classmethod
-    def of(cls, layout: _Layout, number: int) -> _Blocks:
+    def of(cls, layout: _Layout, number: int, window: int | None) -> _Blocks:
         """Find them for bin ``number``; a block that the bin's end cuts is never full."""
         q_slot, kv_slot = layout.q_slot[number], layout.kv_slot[number]
         q_document, kv_document = layout.q_document[number], layout.kv_document[number]
-        queries = _Runs.of(q_slot, q_document)
-        keys = _Runs.of(kv_slot, kv_document)
+        q_position, kv_position = layout.q_position[number], layout.kv_position[number]
+        queries = _Runs.of(q_slot, q_document, q_position)
+        keys = _Runs.of(kv_slot, kv_document, kv_position)
         document = q_document[queries.at, None]
         prefix = layout.q_prefix[number][queries.at, None]
         key_document = kv_document[keys.at]
         is_related = (document == key_document) | (prefix == key_document)
         sees_one = is_related & (queries.last[:, None] >= keys.first)
         sees_all = is_related & (queries.first[:, None] >= keys.last)
+        if window is not None:
+            nearest = q_position[queries.at, None] - kv_position[keys.until]
+            furthest = q_position[queries.until, None] - kv_position[keys.at]
+            sees_one &= nearest < window
+            sees_all &= furthest < window
         is_seen = _any_in_block(sees_one, queries, keys)
         is_full = ~_any_in_block(~sees_all, queries, keys)
         if q_slot.numel() % _BLOCK:

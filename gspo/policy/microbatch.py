@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ class Microbatch:
     label_rows: Tensor  # [N] int64, slots with a label; one document's after another's if whole
     label_counts: list[int]  # [D] of them in each document, over all ranks
     counted: Tensor | None  # [D] bool, documents whose sums are added up here; None: all
-    attention_mask: AttentionMask
     segments: Segments | None = None  # the whole's; their index is of the label rows here
+    in_blocks: bool | None = None  # the form of masks, see document_mask
+    masks: dict[int | None, AttentionMask] = field(default_factory=dict)  # by window, once made
 
     @classmethod
     def prepare(
@@ -57,9 +58,18 @@ class Microbatch:
             label_rows=rows.to(device),
             label_counts=packed.label_counts.tolist(),
             counted=counted,
-            attention_mask=document_mask(shard, device, in_blocks=in_blocks),
             segments=batch_segments(packed, shard.part, rows, device),
+            in_blocks=in_blocks,
         )
+
+    def mask(self, window: int | None = None) -> AttentionMask:
+        """Return the mask of layers that attend to a window of their document; None: to all."""
+        if window not in self.masks:
+            device = self.label_rows.device
+            self.masks[window] = document_mask(
+                self.shard, device, window=window, in_blocks=self.in_blocks
+            )
+        return self.masks[window]
 
     def replace(self, **logps: Tensor) -> Microbatch:
         """Return a copy with other log-probabilities of this rank's slots, by field name."""

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
+from gspo.decoder import head_of, unique_state
 from gspo.kernels import linear_logps, linear_loss
 from gspo.losses.inputs import Loss, LossOutput, traits_of
 from gspo.metrics import NotFinite, merge
@@ -33,7 +34,8 @@ class Policy(nn.Module):
     """A decoder with its loss head.
 
     Args:
-        decoder: any torchtune decoder with a linear or tied output.
+        decoder: any torchtune decoder with a linear or tied output, or one of
+            :mod:`gspo.models.huggingface`.
         loss: a component of :mod:`gspo.losses`; None for a policy that is only evaluated.
         chunk_size: labelled tokens whose logits are held at a time; None chooses by device.
         kernel: of the head, see :func:`gspo.kernels.choose_kernel`.
@@ -43,7 +45,7 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        decoder: TransformerDecoder,
+        decoder: Any,
         loss: Loss | None = None,
         *,
         chunk_size: int | None = None,
@@ -52,10 +54,17 @@ class Policy(nn.Module):
         attention: Attend = attend,
     ) -> None:
         super().__init__()
-        decoder.unembed = lambda hidden: decoder.norm(hidden)
+        if isinstance(decoder, TransformerDecoder):
+            decoder.unembed = lambda hidden: decoder.norm(hidden)
         self.decoder = decoder
         self.loss = loss
-        self._options: dict[str, Any] = {"chunk_size": chunk_size, "kernel": kernel}
+        head = head_of(decoder)
+        self._logit_divisor = head.divisor
+        self._options: dict[str, Any] = {
+            "chunk_size": chunk_size,
+            "kernel": kernel,
+            "softcap": head.softcap,
+        }
         self._context = context if context is not None and context.size > 1 else None
         use_attention(decoder, self._context, attention)
         fuse_norms(decoder)
@@ -132,8 +141,18 @@ class Policy(nn.Module):
 
         Collective.
         """
-        for name, value in self.decoder.state_dict().items():
+        for name, parameter in unique_state(self.decoder).items():
+            value = parameter.detach()
             yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def hidden_states(self, microbatch: Microbatch) -> Tensor:  # [R, S / C, H]
+        """Return the decoder's normalised hidden states of this rank's slots."""
+        batch = microbatch.batch
+        return self.decoder(
+            batch.tokens.view(batch.num_bins, -1),
+            mask=self._mask(microbatch),
+            input_pos=batch.positions.view(batch.num_bins, -1),
+        )
 
     def _rows(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the rows with a label: hidden states, LM-head weight, labels and temperatures.
@@ -141,18 +160,21 @@ class Policy(nn.Module):
         Their shapes are [N, H], [V, H], [N] and [N].
         """
         batch, rows = microbatch.batch, microbatch.label_rows
-        hidden = self.decoder(
-            batch.tokens.view(batch.num_bins, -1),
-            mask=microbatch.attention_mask,
-            input_pos=batch.positions.view(batch.num_bins, -1),
-        )
+        hidden = self.hidden_states(microbatch)
         return (
             # The other rows leave before the first product. The backward of an index would sort.
             hidden.flatten(0, 1).index_select(0, rows),
             output_weight(self.decoder),
             batch.labels[rows],
-            batch.temperature[batch.document_index[rows]],
+            batch.temperature[batch.document_index[rows]] * self._logit_divisor,
         )
+
+    def _mask(self, microbatch: Microbatch) -> Any:
+        """Return the mask of a decoder's layers, or masks by window where it names windows."""
+        windows = getattr(self.decoder, "windows", None)
+        if windows is None:
+            return microbatch.mask()
+        return {window: microbatch.mask(window) for window in windows}
 
 
 def _total_not_finite(outputs: list[LossOutput]) -> NotFinite | None:
@@ -163,7 +185,7 @@ def _total_not_finite(outputs: list[LossOutput]) -> NotFinite | None:
     return total
 
 
-def output_weight(decoder: TransformerDecoder) -> Tensor:  # [V, H]
+def output_weight(decoder: Any) -> Tensor:  # [V, H]
     """Return the LM-head weight, which is the embedding's when they are tied."""
     tied = getattr(decoder.output, "tied_module", None)
     return (tied or decoder.output).weight

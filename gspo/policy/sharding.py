@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import training
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
+from gspo.decoder import init_buffers, unique_state
 from gspo.errors import InputError
 from gspo.losses.inputs import Loss
 from gspo.parallel.mesh import Ranks
@@ -38,7 +39,7 @@ class PolicyOptions:
 
 
 def build_policy(
-    decoder: TransformerDecoder,
+    decoder: Any,
     weights: dict[str, Tensor],
     loss: Loss | None,
     *,
@@ -101,11 +102,12 @@ def shard_policy(
         cpu_offload: keep the shards in the host's memory.
     """
     if compile_layers:
-        training.compile_model(policy.decoder, verbose=False)
+        backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")  # as torchtune has it
+        for layer in policy.decoder.layers:
+            layer.compile(backend=backend)
     if activation_checkpointing:
-        training.set_activation_checkpointing(
-            policy.decoder, auto_wrap_policy={TransformerSelfAttentionLayer}
-        )
+        kinds = {type(layer) for layer in policy.decoder.layers}
+        training.set_activation_checkpointing(policy.decoder, auto_wrap_policy=kinds)
     fsdp: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
@@ -139,15 +141,13 @@ def load_weights(
         InputError: Names or shapes are not those of the decoder, or, on every rank, a weight is not
             finite.
     """
-    _check_weights(policy.decoder.state_dict(), state_dict)
+    decoder = policy.decoder
+    _check_weights(unique_state(decoder), state_dict)
     policy.to_empty(device="cpu" if cpu_offload else device)
-    with device:
-        for module in policy.modules():
-            if hasattr(module, "rope_init"):  # not part of a state dict
-                module.rope_init()
-    training.load_from_full_model_state_dict(
-        policy.decoder, state_dict, device, strict=True, cpu_offload=cpu_offload
-    )
+    init_buffers(decoder, device)
+    with torch.no_grad():
+        for name, parameter in unique_state(decoder).items():
+            _fill_shard(parameter, state_dict[name])
     training.validate_no_params_on_meta_device(policy)
     check_weights(
         policy,
@@ -156,6 +156,20 @@ def load_weights(
         "in the checkpoint",
         "load weights that are finite: the run that saved these had diverged, or a file is damaged",
     )
+
+
+def _fill_shard(parameter: Tensor, weight: Tensor) -> None:
+    """Copy this rank's part of a whole weight into its shard, in the shard's dtype."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(weight)
+        return
+    local = parameter.to_local()
+    whole = weight.to(local.device, local.dtype)
+    # Every rank has the whole weight: nothing is sent.
+    shard = distribute_tensor(
+        whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+    local.copy_(shard.to_local())
 
 
 def check_weights(policy: Policy, device: torch.device, key: str, place: str, remedy: str) -> None:
@@ -171,7 +185,7 @@ def check_weights(policy: Policy, device: torch.device, key: str, place: str, re
     Raises:
         InputError: It names the first such parameter, and how many of its values are not finite.
     """
-    weights = policy.decoder.state_dict()
+    weights = unique_state(policy.decoder)
     counts = []
     for weight in weights.values():
         local = weight.to_local() if isinstance(weight, DTensor) else weight

@@ -26,6 +26,7 @@ from torchtune.modules import (
 from gspo.errors import NO_VALUE, InputError
 from gspo.norm import fuse_norms
 from gspo.sampling.kv_cache import COLUMN_BLOCK, KVCache
+from gspo.sampling.logits import float32_logits
 from gspo.sampling.rotary import Rotary
 
 # The table of each rotary for the tokens at hand; layers without a rotary have none.
@@ -339,20 +340,10 @@ class CachedDecoder:
         self,
         x: Tensor,  # [N, H]
     ) -> Tensor:  # [N, V] float32
-        """Return logits that were never rounded to bf16: that alone would err by 1e-2 nats."""
-        weight = self.head.weight
-        x = self.decoder.norm(x)
-        is_16_bit = x.dtype != torch.float32
-        if is_16_bit and x.is_cuda:
-            logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
-        else:
-            x = x.float()
-            weight = weight.float()
-            logits = F.linear(x, weight)
+        """Return the logits of the next tokens."""
+        normed = self.decoder.norm(x)
         bias = getattr(self.head, "bias", None)
-        if bias is None:
-            return logits
-        return logits + bias
+        return float32_logits(normed, self.head.weight, bias)
 
 
 def _pad_right(

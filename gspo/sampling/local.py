@@ -20,6 +20,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_world_size_and_rank
 from tqdm import tqdm
 
+from gspo.decoder import unique_state
 from gspo.errors import NO_VALUE, DataError, InputError, require
 from gspo.sampling.cached_decoder import CachedDecoder
 from gspo.sampling.decode_graph import DecodeGraph
@@ -142,7 +143,7 @@ class LocalSampler:
         self._model = build_decoder()
         self._model.eval()
         self._model.requires_grad_(False)
-        self._decoder = CachedDecoder(self._model, max_prefill_tokens=max_prefill_tokens)
+        self._decoder = _incremental(self._model, max_prefill_tokens)
         self._graph_stream = self._stream_for_graphs() if cuda_graphs else None
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._stops = _choose_stops(tokenizer, stop_token_ids)
@@ -184,10 +185,10 @@ class LocalSampler:
             InputError: The names or shapes are not those of the replica.
         """
         with self._lock, torch.no_grad():
-            state = self._model.state_dict()
+            state = unique_state(self._model)
             missing = dict(state)
             for name, tensor in policy.full_state_dict():
-                target = missing.pop(name, None)
+                target: Any = missing.pop(name, None)
                 _check_same_shape(name, tensor, target)
                 target.copy_(tensor)
             if missing:
@@ -384,6 +385,13 @@ class LocalSampler:
         vocab_size = self._vocab_size
         must = f"token id {token} is outside the model's vocabulary of {vocab_size}"
         return must, "use the tokenizer that belongs to the model"
+
+
+def _incremental(model: Any, max_prefill_tokens: int) -> Any:
+    """Return a model's own incremental form if it has one, else torchtune's over our cache."""
+    if hasattr(model, "incremental"):
+        return model.incremental(max_prefill_tokens=max_prefill_tokens)
+    return CachedDecoder(model, max_prefill_tokens=max_prefill_tokens)
 
 
 def draw_tokens(

@@ -159,7 +159,7 @@ def gradients(
         Microbatch.prepare(batch, CPU, ranks.context, in_blocks=in_blocks) for batch in batches
     ]
     if in_blocks:
-        assert any(isinstance(m.attention_mask, BlockMask) for m in microbatches)
+        assert any(isinstance(m.mask(), BlockMask) for m in microbatches)
     denominator = loss.denominator(len(documents), sum(len(d.logps) for d in documents))
     sums = StepMetrics()
     with flex_on_cpu():

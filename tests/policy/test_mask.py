@@ -14,6 +14,7 @@ from gspo.parallel import split
 from gspo.parallel.context import ContextAxis
 from gspo.policy import document_mask
 from gspo.policy.mask import mask_mod
+from tests import tiny_policy
 from tests.data.fakes import Items
 from tests.data.test_packing import random_rollout
 
@@ -47,23 +48,45 @@ def random_batch(seed):
     return pack_documents(drawn, bin_length, share_prompts=rng.random() < 0.7)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 150])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(12))
-def test_blocks_are_those_of_the_dense_mask(size, seed):
+def test_blocks_are_those_of_the_dense_mask(size, seed, window):
     batch = random_batch(seed)
     for rank in range(size):
         shard = split(batch, ContextAxis(None, rank, size))
         num_ranks, num_bins, share = shard.slots.shape
-        mask = document_mask(shard, CPU, in_blocks=True)
+        mask = document_mask(shard, CPU, window=window, in_blocks=True)
         if mask is None:
             continue
         expected = create_block_mask(
-            mask_mod(shard, CPU), num_bins, None, share, share * num_ranks, device="cpu"
+            mask_mod(shard, CPU, window), num_bins, None, share, share * num_ranks, device="cpu"
         )
         assert mask.seq_lengths == expected.seq_lengths
         assert mask.BLOCK_SIZE == expected.BLOCK_SIZE
         for name in TABLES:
             assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_window_counts_the_tokens_of_a_document_through_its_prompt(window):
+    """By hand, token by token, where documents share a prompt and where they do not."""
+    batch = pack_documents(tiny_policy.documents(9), 48)
+    assert batch.prefix_index is not None
+    mask = document_mask(split(batch, None), CPU, window=window, in_blocks=False)
+    index = batch.document_index.view(batch.num_bins, -1)
+    positions = batch.positions.view(batch.num_bins, -1)
+    for r in range(batch.num_bins):
+        for q in range(48):
+            document = int(index[r, q])
+            own = {document, int(batch.prefix_index[document])}
+            seen = [
+                k <= q
+                and int(index[r, k]) in own
+                and int(positions[r, q]) - int(positions[r, k]) < window
+                for k in range(48)
+            ]
+            assert mask[r, q].tolist() == seen
 
 
 class Largest(TorchDispatchMode):

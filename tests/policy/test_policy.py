@@ -130,7 +130,7 @@ def test_mask_is_made_only_where_documents_share_a_bin(bin_length, needed):
     documents = [d for d in tiny_policy.documents(20) if d.num_slots > 16]
     assert len(documents) > 2
     microbatch = Microbatch.prepare(pack_documents(documents, bin_length), CPU)
-    assert (microbatch.attention_mask is not None) == needed
+    assert (microbatch.mask() is not None) == needed
     expected = expected_logps(microbatch.batch)
     torch.testing.assert_close(plain_policy().logps(microbatch), expected, rtol=1e-5, atol=1e-5)
 

@@ -236,7 +236,7 @@ def _special_tokens_from_text(tokenizer: Any) -> list[str]:
 
     One character cannot be cut, so tokens of one are left out.
     """
-    ids = special_ids(tokenizer) or _huggingface_special_ids(tokenizer)
+    ids = special_ids(tokenizer) | _huggingface_special_ids(tokenizer)
     tokens = []
     for token, number in ids.items():
         if len(token) > 1 and number in tokenizer.encode(token, add_bos=False, add_eos=False):

@@ -1,0 +1,111 @@
+"""Reads and writes folders of transformers models, through the library itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune import training
+from transformers import AutoModelForCausalLM
+
+from gspo.decoder import unique_state
+from gspo.errors import InputError
+from gspo.models.huggingface.causal_lm import read_config
+
+# What a folder holds beside weights and config that a model is not complete without.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+
+
+class Checkpointer:
+    """A checkpointer of torchtune's form for folders of transformers models.
+
+    Names and files are those that the library has: experts that it keeps in one tensor are split
+    again, a tied head is written once, large models in several files.
+
+    Args:
+        path: the folder to read, with weights in safetensors.
+        output_dir: where ``epoch_N/`` are written, each a folder of the same kind.
+
+    Raises:
+        InputError: There is no model in the folder.
+    """
+
+    def __init__(self, path: str, output_dir: str) -> None:
+        self._config = read_config(path)
+        self._path = path
+        self._output_dir = Path(output_dir)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Return all weights by the names of the model's parameters, a tied head's left out.
+
+        Raises:
+            InputError: Weights are missing or cannot be read.
+        """
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self._path,
+                config=self._config,
+                dtype="auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            problem = str(error).splitlines()[0]
+            raise InputError(
+                "path",
+                self._path,
+                f"has weights that cannot be read: {type(error).__name__}: {problem}",
+                "get the model again, with all of its .safetensors files",
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise InputError(
+                "path",
+                self._path,
+                f"lacks {missing[0]} (of {len(missing)} weights that are missing)",
+                "get the model again, with all of its .safetensors files",
+            )
+        weights = {name: value.detach() for name, value in unique_state(model).items()}
+        return {training.MODEL_KEY: weights}
+
+    def save_checkpoint(self, state_dict: dict[str, Any], epoch: int, **_: Any) -> None:
+        """Write a model that transformers loads as it is.
+
+        Args:
+            state_dict: with the weights by name under torchtune's key.
+            epoch: the number in the folder's name.
+        """
+        folder = self._output_dir / f"epoch_{epoch}"
+        folder.mkdir(parents=True, exist_ok=True)
+        weights: dict[str, Tensor] = state_dict[training.MODEL_KEY]
+        model = self._model_with(weights)
+        model.save_pretrained(folder)
+        for pattern in _COPIED:
+            for file in Path(self._path).glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+    def _model_with(self, weights: dict[str, Tensor]) -> Any:
+        """Return a model that holds these tensors themselves."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self._config)
+        model.tie_weights()
+        holders: dict[str, nn.Module] = dict(model.named_modules())
+        for name in unique_state(model):
+            holder, _, own_name = name.rpartition(".")
+            weight = nn.Parameter(weights[name], requires_grad=False)
+            setattr(holders[holder], own_name, weight)
+        model.tie_weights()
+        return model

@@ -1,0 +1,91 @@
+"""A transformers tokenizer in the form of torchtune's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from gspo.errors import InputError
+
+
+def tokenizer(path: str) -> HuggingFaceTokenizer:
+    """Read the tokenizer of a model's folder.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
+    try:
+        inner = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(
+            "path",
+            path,
+            f"has no tokenizer that can be read: {problem}",
+            "give the folder of a model, with its tokenizer.json and tokenizer_config.json",
+        ) from error
+    return HuggingFaceTokenizer(inner, _stop_tokens(Path(path), inner))
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer with the methods that torchtune's have.
+
+    Args:
+        inner: of transformers.
+        stop_tokens: ids that end a completion.
+    """
+
+    def __init__(self, inner: Any, stop_tokens: list[int]) -> None:
+        self.inner = inner
+        self.stop_tokens = stop_tokens
+        self.bos_id = inner.bos_token_id
+        self.eos_id = inner.eos_token_id
+        self.pad_id = inner.pad_token_id
+        self.special_tokens: dict[str, int] = {
+            token.content: number
+            for number, token in inner.added_tokens_decoder.items()
+            if token.special
+        }
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer inside, which lists the tokens that were added to its vocabulary."""
+        return getattr(self.inner, "backend_tokenizer", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included."""
+        return len(self.inner)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return {token: id}."""
+        return self.inner.get_vocab()
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Return the ids of a text, between those of beginning and end where they are asked for."""
+        ids = self.inner.encode(text, add_special_tokens=False)
+        if add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if add_eos and self.eos_id is not None:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return self.inner.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _stop_tokens(folder: Path, inner: Any) -> list[int]:
+    """Return the ids that end a completion: the generation config's, or the tokenizer's end."""
+    file = folder / "generation_config.json"
+    stated = None
+    if file.is_file():
+        stated = json.loads(file.read_text()).get("eos_token_id")
+    if stated is None:
+        stated = inner.eos_token_id
+    if stated is None:
+        return []
+    return stated if isinstance(stated, list) else [stated]
