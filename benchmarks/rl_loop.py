@@ -207,7 +207,8 @@ class Case:
 def measure(case: Case, *, rollouts: int) -> dict[str, Any]:
     """Return the medians over ``rollouts`` after a warm-up."""
     pattern = coin(case.solve_rate)
-    rewards = {"coin": {"function": "gspo.rewards.regex_match", "pattern": pattern}}
+    coin_reward = {"function": "gspo.rewards.regex_match", "pattern": pattern, "truncated": "score"}
+    rewards = {"coin": coin_reward}
     pool = RewardPool(rewards, num_workers=1)
     pool.warm()
     loop = Loop(pool, drop_dead_groups=case.drop_dead_groups, compiled=case.compiled)

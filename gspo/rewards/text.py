@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gspo.rewards.options import require_mark, require_pattern, require_switch, require_text
+from gspo.rewards.extraction import final_answer, has_empty_element, without_thinking
+from gspo.rewards.options import (
+    check_place,
+    is_cut,
+    require_pattern,
+    require_switch,
+    require_text,
+    require_truncated,
+)
+from gspo.rewards.restating import is_part_of
 
 
 def extract_answer(text: str, *, marker: str | None = None, last_line: bool = False) -> str | None:
@@ -28,44 +37,94 @@ def extract_answer(text: str, *, marker: str | None = None, last_line: bool = Fa
     return text.strip()
 
 
+def stated_answer(
+    prompt: str,
+    completion: str,
+    *,
+    extraction: str | None = None,
+    marker: str | None = None,
+    last_line: bool = False,
+) -> str | None:
+    """Return a completion's final answer; None where there is none, or more than one.
+
+    Without an extraction and a marker it is the whole completion, or its last line, less what is
+    inside ``<think>``.
+
+    Args:
+        prompt: tells whether the completion begins inside ``<think>``.
+        completion: the sampled text.
+        extraction: a name in :data:`gspo.rewards.extraction.RULES`.
+        marker: stands before the answer; with it the extraction is ``after_marker``.
+        last_line: take the last line that is not blank.
+    """
+    if marker is not None:
+        extraction = "after_marker"
+    if extraction is not None:
+        return final_answer(completion, extraction, marker=marker, prompt=prompt)
+    text = without_thinking(completion, prompt)
+    return extract_answer(text, last_line=last_line) or None
+
+
 def exact_match(
     prompt: str,
     completion: str,
     answer: str | None,
     metadata: Mapping[str, Any],
     *,
+    extraction: str | None = None,
     marker: str | None = None,
     last_line: bool = False,
+    truncated: str = "zero",
     ignore: str = "",
     ignore_case: bool = False,
 ) -> float:
-    """Return 1 where the completion's answer is the reference answer, else 0.
+    """Return 1 where the completion's final answer is the reference answer, else 0.
 
     Args:
-        prompt: not used.
+        prompt: tells whether the completion begins inside ``<think>``.
         completion: the sampled text.
         answer: the reference; where it holds the marker itself (GSM8K's worked answers do), what
             follows it.
-        metadata: not used.
-        marker: see :func:`extract_answer`; a completion without it gets 0.
-        last_line: see :func:`extract_answer`.
+        metadata: ``finish_reason``, which :class:`gspo.data.score.Score` adds; without it the
+            completion counts as finished.
+        extraction: see :func:`stated_answer`; ``anywhere`` looks for the reference's words anywhere
+            in the completion, which can be gamed.
+        marker: see :func:`stated_answer`; a completion without it gets 0.
+        last_line: see :func:`stated_answer`.
+        truncated: ``zero``, or ``score`` to score completions that were cut, too.
         ignore: characters dropped from both sides before they are compared, e.g. ``",$"``.
         ignore_case: compare without regard to case.
 
     Raises:
-        ValueError: There is no reference answer.
+        ValueError: There is no reference answer, or it is empty.
     """
     if answer is None:
         raise ValueError("exact_match needs an answer; set the reader's answer_column")
-    stated = extract_answer(completion, marker=marker, last_line=last_line)
+    reference = _reference_of(answer, extraction, marker)
+    right = _normalise(reference, ignore, ignore_case).strip()
+    if not right:
+        raise ValueError("exact_match is given an empty reference answer; leave the row out")
+    if is_cut(metadata, truncated):
+        return 0.0
+    stated = stated_answer(
+        prompt, completion, extraction=extraction, marker=marker, last_line=last_line
+    )
     if stated is None:
         return 0.0
-    reference: str | None = answer.strip()
-    if marker and marker in answer:
-        reference = extract_answer(answer, marker=marker)
-    left = _normalise(stated, ignore, ignore_case)
-    right = _normalise(reference or "", ignore, ignore_case)
+    left = _normalise(stated, ignore, ignore_case).strip()
+    if extraction == "anywhere":
+        return float(is_part_of(left, right))
     return float(left == right)
+
+
+def _reference_of(answer: str, extraction: str | None, marker: str | None) -> str:
+    """Return the reference in the form in which a completion's answer is compared with it."""
+    worked = None
+    if marker is not None:
+        worked = extract_answer(answer, marker=marker)
+    elif extraction not in (None, "anywhere"):
+        worked = final_answer(answer, extraction)
+    return answer.strip() if worked is None else worked
 
 
 def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
@@ -76,13 +135,15 @@ def _normalise(text: str, ignore: str, ignore_case: bool) -> str:
 
 def _check_exact_match(
     *,
+    extraction: str | None = None,
     marker: str | None = None,
     last_line: bool = False,
+    truncated: str = "zero",
     ignore: str = "",
     ignore_case: bool = False,
 ) -> None:
-    require_mark("marker", marker)
-    require_switch("last_line", last_line)
+    check_place(extraction, marker, last_line)
+    require_truncated(truncated)
     require_text("ignore", ignore)
     require_switch("ignore_case", ignore_case)
 
@@ -98,20 +159,29 @@ def regex_match(
     *,
     pattern: str,
     whole: bool = True,
+    truncated: str = "zero",
+    empty_elements: bool = False,
 ) -> float:
     r"""Return 1 where the completion has a form, else 0.
 
-    Such a form is ``<think>.*</think>\s*<answer>.*</answer>``.
+    Such a form is ``<think>.+</think>\s*<answer>.+</answer>``.
 
     Args:
         prompt: not used.
         completion: the sampled text.
         answer: not used.
-        metadata: not used.
+        metadata: ``finish_reason``, which :class:`gspo.data.score.Score` adds; without it the
+            completion counts as finished.
         pattern: a Python regular expression; ``.`` matches a newline too.
         whole: the pattern must match the whole completion, less white space at both ends; else a
             part is enough.
+        truncated: ``zero``, or ``score`` to score completions that were cut, too.
+        empty_elements: whether a completion with an empty ``<think></think>`` can have the form.
     """
+    if is_cut(metadata, truncated):
+        return 0.0
+    if not empty_elements and has_empty_element(completion):
+        return 0.0
     matcher = re.compile(pattern, re.DOTALL)  # re keeps compiled patterns
     if whole:
         match = matcher.fullmatch(completion.strip())
@@ -120,9 +190,17 @@ def regex_match(
     return 0.0 if match is None else 1.0
 
 
-def _check_regex_match(*, pattern: str, whole: bool = True) -> None:
+def _check_regex_match(
+    *,
+    pattern: str,
+    whole: bool = True,
+    truncated: str = "zero",
+    empty_elements: bool = False,
+) -> None:
     require_pattern("pattern", pattern)
     require_switch("whole", whole)
+    require_truncated(truncated)
+    require_switch("empty_elements", empty_elements)
 
 
 regex_match.check_options = _check_regex_match  # type: ignore[attr-defined]

@@ -13,7 +13,10 @@ from gspo.rewards import exact_match, math_verify, overlong_penalty, reasoning_g
         (" 42\n", "42", {}, 1),
         ("42.", "42", {}, 0),
         ("so\n#### 42\nbye", "42", {"marker": "####"}, 1),
-        ("#### 1\n####\n42", "42", {"marker": "####"}, 1),
+        ("#### 1\n####\n42", "42", {"marker": "####"}, 0),
+        ("#### 42\n####\n42", "42", {"marker": "####"}, 1),
+        ("it is 42, sir", "42", {"extraction": "anywhere"}, 1),
+        ("it is 420, sir", "42", {"extraction": "anywhere"}, 0),
         ("#### 42 #### 43", "42", {"marker": "####"}, 0),
         ("42", "42", {"marker": "####"}, 0),
         ("#### 42", "6 * 7 = 42\n#### 42", {"marker": "####"}, 1),
@@ -110,7 +113,24 @@ def test_reward_without_a_reference_says_so(reward):
 
 def test_math_verify_refuses_a_reference_without_an_expression():
     with pytest.raises(ValueError, match="no expression"):
-        math_verify("", "3", "", {})
+        math_verify("", "3", "$$", {})
+
+
+@pytest.mark.parametrize("completion", ["", "3"])
+@pytest.mark.parametrize(
+    ("reward", "answer", "options"),
+    [
+        (exact_match, "", {}),
+        (exact_match, " \n", {}),
+        (exact_match, "so\n####", {"marker": "####"}),
+        (exact_match, "$,", {"ignore": "$,"}),
+        (math_verify, " ", {}),
+        (math_verify, "so\n####", {"answer_marker": "####"}),
+    ],
+)
+def test_empty_reference_is_refused(completion, reward, answer, options):
+    with pytest.raises(ValueError, match="empty reference"):
+        reward("", completion, answer, {}, **options)
 
 
 def entry_of(task, index=0):
@@ -175,6 +195,21 @@ def test_reasoning_gym_needs_an_entry():
         (math_verify, {"float_rounding": 1.5}, "float_rounding"),
         (math_verify, {"float_rounding": -1}, "float_rounding"),
         (math_verify, {"strict": "yes"}, "strict"),
+        (math_verify, {"extraction": "box"}, "extraction"),
+        (math_verify, {"extraction": None}, "extraction"),
+        (math_verify, {"extraction": ["boxed"]}, "extraction"),
+        (math_verify, {"extraction": "after_marker"}, "marker"),
+        (math_verify, {"extraction": "boxed", "marker": "####"}, "marker"),
+        (math_verify, {"marker": "####"}, "marker"),
+        (math_verify, {"truncated": True}, "truncated"),
+        (exact_match, {"extraction": "last"}, "extraction"),
+        (exact_match, {"extraction": "boxed", "last_line": True}, "last_line"),
+        (exact_match, {"extraction": "last_number", "marker": "="}, "marker"),
+        (exact_match, {"truncated": "no"}, "truncated"),
+        (regex_match, {"pattern": "a", "truncated": None}, "truncated"),
+        (regex_match, {"pattern": "a", "empty_elements": 0}, "empty_elements"),
+        (reasoning_gym, {"extraction": "boxed", "tag": "answer"}, "tag"),
+        (reasoning_gym, {"truncated": 1}, "truncated"),
         (reasoning_gym, {"marker": ["="]}, "marker"),
         (reasoning_gym, {"last_line": None}, "last_line"),
         (reasoning_gym, {"tag": "(a"}, "tag"),
@@ -194,7 +229,12 @@ def test_options_out_of_range_are_refused(reward, options, key):
         (regex_match, {"pattern": ""}),
         (exact_match, {}),
         (exact_match, {"marker": None, "ignore": "", "ignore_case": True}),
+        (exact_match, {"extraction": "after_marker", "marker": "####", "truncated": "score"}),
+        (regex_match, {"pattern": "a", "truncated": "score", "empty_elements": True}),
         (math_verify, {"float_rounding": 0}),
+        (math_verify, {"extraction": "after_marker", "marker": "####"}),
+        (math_verify, {"extraction": "anywhere", "truncated": "score"}),
+        (reasoning_gym, {"extraction": "last_number"}),
         (reasoning_gym, {"marker": "=", "tag": "answer"}),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
