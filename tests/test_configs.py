@@ -235,9 +235,10 @@ def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, m
     assert prompt.text.count(row.get("problem", row.get("question"))) == 1
     assert "within \\boxed{}." in prompt.text
     (reward,) = [parse_reward(key, entry) for key, entry in cfg.rewards.items()]
+    thinking = "hm\n</think>\n" if prompt.text.endswith("<think>\n") else ""
     scores = []
     for answer in (boxed, "43"):
-        text = f"so \\boxed{{{answer}}}"
+        text = f"{thinking}so \\boxed{{{answer}}}"
         function = resolve(reward.path)
         scores.append(function(prompt.text, text, prompt.answer, prompt.metadata, **reward.options))
     assert scores == [1, 0]
