@@ -32,6 +32,14 @@ _LOOKED_AT = 65_536  # weights of a parameter's shard
 _INERT_STEPS = 50  # in a row without a ratio outside the clip range
 _RECENT_STEPS = 40
 _IDLE_STEPS = 20  # of the recent ones without a document
+_RISE_STEPS = 8  # with rewards, over which a rise is more than noise
+_MUCH_GAMED = 0.5  # of the rewarded documents
+# What rewarded completions have in common that are paid for nothing.
+_GAMED = {
+    "rewarded/truncated": "were cut before they ended",
+    "rewarded/repeats_prompt": "repeat their prompt",
+    "rewarded/same_text": "are one text for several prompts",
+}
 # Metrics that are noise where the policy is still the one that sampled, and where they are read.
 _NOISE_FLOOR = {
     "mismatch/rms_token": "log_ratio/rms_token",
@@ -130,6 +138,7 @@ class Advisor:
             self._look_at_clip(values)
             self._look_at_documents(values)
             self._look_at_rewards(values)
+            self._look_at_rewarded(values)
             self._look_at_quarantine(values)
         return derived
 
@@ -224,6 +233,26 @@ class Advisor:
                 reward,
                 _RECENT_STEPS,
             )
+
+    def _look_at_rewarded(self, values: Mapping[str, float]) -> None:
+        """Warn where most of what is rewarded looks like nothing, while the reward has risen."""
+        reward = values.get("reward/mean", math.nan)
+        if math.isnan(reward) or len(self._rewards) < _RISE_STEPS or reward <= self._rewards[0]:
+            return
+        for name, shows in _GAMED.items():
+            share = values.get(name, 0.0)
+            if share > _MUCH_GAMED:
+                self._warn(
+                    name,
+                    "reward/mean has risen from %.3g to %.3g, and %.0f %% of the rewarded "
+                    "completions %s (%s). Read completions.jsonl: does the reward pay for nothing? "
+                    "docs/reward_hacking.md tells what to change.",
+                    self._rewards[0],
+                    reward,
+                    100 * share,
+                    shows,
+                    name,
+                )
 
     def _look_at_quarantine(self, values: Mapping[str, float]) -> None:
         """Log the first quarantined documents, and then whenever there are twice as many."""

@@ -172,6 +172,13 @@ METRICS: dict[str, Description] = {
     ),
     "reward/mean": Description("drawn document", "", "weighted sum of the rewards"),
     "reward/std": Description("drawn document", "", "its standard deviation"),
+    "rewarded/truncated": Description("rewarded document", "share", "was cut by max_new_tokens"),
+    "rewarded/repeats_prompt": Description(
+        "rewarded document", "share", "has half of its prompt's runs of eight words"
+    ),
+    "rewarded/same_text": Description(
+        "rewarded document", "share", "has the commonest text of several prompts"
+    ),
     "solved": Description("prompt", "share", "has a completion that earns the full reward"),
     "reward_failures": Description("step", "calls", "raised, timed out, died or gave no number; 0"),
     "length/mean": Description("drawn document", "tokens", "of the completion"),

@@ -211,6 +211,31 @@ def test_a_reward_that_never_changes_is_named_once(caplog, reward):
     assert "completions.jsonl" in message and "reward_failures" in message
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("rewarded/truncated", "were cut before they ended"),
+        ("rewarded/repeats_prompt", "repeat their prompt"),
+        ("rewarded/same_text", "are one text for several prompts"),
+    ],
+)
+def test_a_reward_that_rises_for_nothing_is_named_once(caplog, metric, words):
+    rising = [{"reward/mean": 0.1 * step, metric: 0.75} for step in range(1, 11)]
+    (warning,) = warnings_of(caplog, *rising)
+    assert f"risen from 0.1 to 0.8, and 75 % of the rewarded completions {words}" in warning
+    assert metric in warning and "docs/reward_hacking.md" in warning
+
+
+@pytest.mark.parametrize(
+    ("rewards", "share"),
+    [([0.1, 0.2], 0.75), ([0.5] * 5 + [0.4] * 5, 0.75), (range(1, 11), 0.5), ([], 0.75)],
+    ids=["few_steps", "no_rise", "small_share", "no_rewards"],
+)
+def test_shares_without_a_rise_are_no_cause(caplog, rewards, share):
+    steps = [{"reward/mean": reward, "rewarded/same_text": share} for reward in rewards]
+    assert warnings_of(caplog, *steps, {"rewarded/same_text": share}) == []
+
+
 def test_quarantined_documents_are_logged_whenever_they_have_doubled(caplog):
     steps = [{"quarantined_documents": 0.0}, *[{"quarantined_documents": 3.0}] * 10]
     messages = warnings_of(caplog, *steps)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from torchdata.nodes import BaseNode
 
 from gspo.data.node import TransformNode
 from gspo.metrics import Mean, Metrics, Sum, Time
+from gspo.rewards.extraction import without_thinking
 from gspo.rewards.pool import RewardPool, RewardResult
+from gspo.rewards.restating import repeats_prompt
 from gspo.rewards.worker import Item
 from gspo.types import Completion, Group, GroupBatch
 
@@ -23,8 +26,8 @@ class Score(TransformNode[GroupBatch]):
 
     It adds to the stats: ``reward/mean`` and ``reward/<name>`` over completions, ``_reward_sq``
     (the squares, for the standard deviation), ``solved`` (groups with a full reward in them, see
-    :func:`full_rewards`, over groups), ``reward_failures`` (reward calls that failed) and
-    ``time/score``.
+    :func:`full_rewards`, over groups), ``rewarded/*`` (see :func:`rewarded_stats`),
+    ``reward_failures`` (reward calls that failed) and ``time/score``.
 
     Args:
         source: a node of groups.
@@ -46,6 +49,7 @@ class Score(TransformNode[GroupBatch]):
         num_solved = self._count_solved(groups, result)
         batch.stats |= self._reward_stats(result)
         batch.stats["solved"] = Mean(num_solved, len(groups))
+        batch.stats |= rewarded_stats(groups)
         num_failures = sum(result.failures.values())
         batch.stats["reward_failures"] = Sum(num_failures)
         seconds = time.perf_counter() - start
@@ -75,6 +79,35 @@ class Score(TransformNode[GroupBatch]):
             num_full = sum(next(is_full) for _ in group.completions)
             num_solved += num_full > 0
         return num_solved
+
+
+def rewarded_stats(groups: list[Group]) -> Metrics:
+    """Return what of the completions with a reward above 0 may have earned it with nothing.
+
+    - ``rewarded/truncated``: was cut by its length.
+    - ``rewarded/repeats_prompt``: has much of its prompt's text behind its thinking, see
+      :func:`gspo.rewards.restating.repeats_prompt`.
+    - ``rewarded/same_text``: has the text that is rewarded most often, among those that are
+      rewarded for more than one of these groups.
+    """
+    num_rewarded = num_truncated = num_repeating = 0
+    groups_of_text: dict[str, Counter[int]] = {}
+    for number, group in enumerate(groups):
+        prompt = group.prompt.text
+        for completion in group.completions:
+            if not completion.reward > 0:
+                continue
+            num_rewarded += 1
+            num_truncated += completion.finish_reason == "length"
+            text = without_thinking(completion.text, prompt)
+            num_repeating += repeats_prompt(prompt, text)
+            groups_of_text.setdefault(completion.text, Counter())[number] += 1
+    shared = [counts.total() for counts in groups_of_text.values() if len(counts) > 1]
+    return {
+        "rewarded/truncated": Mean(num_truncated, num_rewarded),
+        "rewarded/repeats_prompt": Mean(num_repeating, num_rewarded),
+        "rewarded/same_text": Mean(max(shared, default=0), num_rewarded),
+    }
 
 
 def full_rewards(pool: RewardPool, result: RewardResult) -> list[bool]:

@@ -1,7 +1,7 @@
 import pytest
 from torchdata.nodes import BaseNode
 
-from gspo.data.score import Score
+from gspo.data.score import Score, rewarded_stats
 from gspo.metrics import Mean, Sum, Time
 from gspo.rewards import RewardPool
 from gspo.types import Completion, Group, GroupBatch, Prompt
@@ -78,10 +78,57 @@ def test_score_adds_sums_and_weights(pool):
         "reward/correct": Mean(1.0, 4),
         "reward/length": Mean(-1.0, 4),
         "solved": Mean(0, 2),
+        "rewarded/truncated": Mean(0, 1),
+        "rewarded/repeats_prompt": Mean(0, 1),
+        "rewarded/same_text": Mean(0, 1),
         "reward_failures": Sum(0),
     }
     solved = [rollout.stats["solved"] for rollout in rollouts]
     assert solved == [Mean(1, 2), Mean(1, 2), Mean(1, 2), Mean(0, 2)]
+
+
+def rewarded(text, reward=1.0, finish_reason="stop"):
+    return Completion([7], [0.0], text, finish_reason, 1.0, reward=reward)
+
+
+def group_of(number, prompt, *completions):
+    return Group(number, Prompt(f"p:{number}", prompt, [1]), list(completions))
+
+
+def test_rewarded_stats_count_what_may_be_paid_for_nothing():
+    template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    groups = [
+        group_of(
+            0,
+            template.format("58 + 17"),
+            rewarded("58 + 17", finish_reason="length"),
+            rewarded("it is 75", finish_reason="length"),
+            rewarded("yes"),
+            rewarded("58 + 17", reward=0.0, finish_reason="length"),
+            rewarded("58 + 17", reward=-1.0),
+        ),
+        group_of(
+            1,
+            template.format("30 + 41"),
+            rewarded("yes", reward=0.1),
+            rewarded("yes"),
+            rewarded("<think>30 + 41</think> 71"),
+            rewarded("71"),
+            rewarded("71"),
+            rewarded("71"),
+            rewarded("71"),
+        ),
+    ]
+    assert rewarded_stats(groups) == {
+        "rewarded/truncated": Mean(2, 10),
+        "rewarded/repeats_prompt": Mean(1, 10),
+        "rewarded/same_text": Mean(3, 10),  # "yes", of two prompts; "71" is of one
+    }
+
+
+def test_rewarded_stats_of_no_reward_count_nothing():
+    nothing = rewarded_stats([group_of(0, "58 + 17", rewarded("58 + 17", reward=0.0))])
+    assert set(nothing.values()) == {Mean(0, 0)}
 
 
 def test_score_counts_failures():
