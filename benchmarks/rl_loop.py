@@ -146,7 +146,7 @@ class Loop:
         )
         node = Score(node, self.pool)
         node = Advantage(node, drop_dead_groups=drop_dead_groups)
-        return Pack(node, tokens_per_microbatch=8192)
+        return Pack(node, tokens_per_microbatch=8192, max_seq_len=SHAPE["max_seq_len"])
 
     def run(self) -> dict[str, float]:
         """Make one rollout and its two updates, and return the seconds of each part."""

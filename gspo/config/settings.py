@@ -103,7 +103,7 @@ class Packing(Section):
     bin_length: OptionalCount = Field(
         None,
         description="Slots of a bin. A GPU needs an int: its block masks skip other documents, and "
-        "each new shape is compiled. null fits bins to the documents, for dense masks on a CPU.",
+        "each new shape is compiled. null chooses what costs least under a CPU's dense masks.",
     )
     buffer_size: Count = Field(
         512,

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
-# Bins as long as their longest document are rounded up to this, for fewer distinct shapes.
-MULTIPLE = 8
-# Up to here a dense mask costs next to nothing, so bins may be longer than their longest document.
-SHORT_BIN = 64
-_FULL_ENOUGH = 0.95
+MULTIPLE = 8  # the length of bins that are fitted to documents, for fewer distinct shapes
+# Slots of a bin whose dense mask costs as much as all else that its slots cost. Measured by
+# benchmarks/bins.py: 600 for a model of 0.5 M parameters, 3,000 for one of 135 M. By its products
+# one of 1 B has 14,000. On rollouts of either end 3,000 costs a tenth more at most.
+EVEN_LENGTH = 3000
+# Bins this full are taken for up to so much more than the cheapest: they also hold less memory.
+FULL = 0.93
+MAX_EXTRA = 1.07
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,43 @@ class DocumentSizes:
     shareable: list[int]  # those of them that hold the prefix it can share with its group
     groups: list[int]  # the group's number
 
+    def first(self, num_documents: int) -> DocumentSizes:
+        """Return the sizes of the first documents alone."""
+        until = slice(num_documents)
+        return DocumentSizes(self.slots[until], self.shareable[until], self.groups[until])
+
+    def in_order(self) -> list[int]:
+        """Return the slots that each adds to those before it: a group brings its prefix once."""
+        added = []
+        seen: set[int] = set()
+        for document, group in enumerate(self.groups):
+            num_slots = self.slots[document]
+            if group in seen:
+                num_slots -= self.shareable[document]
+            seen.add(group)
+            added.append(num_slots)
+        return added
+
 
 @dataclass(slots=True)
 class Unit:
     """Documents of one group that stand behind one copy of their prefix."""
 
-    documents: list[int]  # their numbers
-    num_slots: int
+    prefix: int  # slots
+    num_slots: int  # of the prefix and all documents
+    documents: list[int] = field(default_factory=list)  # their numbers
+    behind: list[int] = field(default_factory=list)  # slots of each behind the prefix
+
+    @classmethod
+    def empty(cls, prefix: int) -> Unit:
+        """Return a unit of a prefix alone."""
+        return cls(prefix, prefix)
+
+    def add(self, document: int, behind: int) -> None:
+        """Put a document behind the prefix."""
+        self.documents.append(document)
+        self.behind.append(behind)
+        self.num_slots += behind
 
 
 class Bins(NamedTuple):
@@ -51,66 +85,37 @@ class Bins(NamedTuple):
         num_bins = last + 1
         return self.length * num_bins
 
+    @property
+    def cost(self) -> float:
+        """The cost under a dense mask, see :func:`dense_cost`."""
+        return dense_cost(self.num_slots, self.length)
+
+
+def dense_cost(num_slots: Any, length: Any) -> Any:
+    """Estimate the cost of bins under a dense mask, in slots that attend to nothing.
+
+    A mask costs ``length`` pairs for each slot; all else costs the same for each.
+
+    Args:
+        num_slots: of all bins, a number or an array.
+        length: of a bin, likewise.
+    """
+    pairs = length / EVEN_LENGTH
+    return num_slots * (1 + pairs)
+
 
 def integers(values: list[int]) -> IntArray:
     """Return the values as an array of int64."""
     return np.array(values, dtype=np.int64)
 
 
-def share_prefixes(sizes: DocumentSizes, max_slots: int) -> list[Unit]:
-    """Put documents behind one copy of their prefix, for bins with a dense mask.
-
-    As many stand together as keep the square of their slots, which such a mask costs, no larger
-    than apart. Up to 64 slots a mask costs next to nothing.
-
-    Args:
-        sizes: of the documents.
-        max_slots: an upper limit for several together.
-    """
-    units: list[Unit] = []
-    last_group: int | None = None
-    square_apart = 0  # of the last unit's documents
-    for document, group in enumerate(sizes.groups):
-        alone = sizes.slots[document]
-        square = alone**2
-        if group == last_group:
-            unit = units[-1]
-            behind_prefix = alone - sizes.shareable[document]
-            together = unit.num_slots + behind_prefix
-            square_apart += square
-            if together <= max_slots and _is_cheap(together, square_apart):
-                unit.documents.append(document)
-                unit.num_slots = together
-                continue
-        unit = Unit([document], alone)
-        units.append(unit)
-        last_group = group
-        square_apart = square
-    return units
-
-
-def _is_cheap(num_slots: int, square_apart: int) -> bool:
-    if num_slots <= SHORT_BIN:
-        return True
-    square_together = num_slots**2
-    return square_together <= square_apart
-
-
 def best_fit(slots: list[int], bin_length: int) -> list[int]:
     """Return the bin of each item: longest first, each into the fullest bin that takes it.
 
     Args:
-        slots: of each item.
+        slots: of each item, none of them longer than a bin.
         bin_length: S.
-
-    Raises:
-        ValueError: An item is longer than a bin.
     """
-    longest = max(slots, default=0)
-    if longest > bin_length:
-        raise ValueError(
-            f"a document takes {longest} slots, more than bin_length {bin_length}; raise it"
-        )
     bin_of = [0] * len(slots)
     bins = _OpenBins(bin_length)
     items = range(len(slots))
@@ -144,31 +149,105 @@ class _OpenBins:
         return number
 
 
-def short_bins(slots: list[int], max_length: int | None = None) -> Bins:
-    """Return short bins for a dense mask.
+def whole_groups(sizes: DocumentSizes) -> list[Unit]:
+    """Return one unit for each group, with all its documents."""
+    units: dict[int, Unit] = {}
+    for document, group in enumerate(sizes.groups):
+        prefix = sizes.shareable[document]
+        if group not in units:
+            units[group] = Unit.empty(prefix)
+        behind = sizes.slots[document] - prefix
+        units[group].add(document, behind)
+    return list(units.values())
 
-    They are as long as the longest item, rounded up to a multiple of 8. Where that leaves more than
-    5 % empty, they have the multiple up to 64 that leaves least. Documents of 10 slots go four to a
-    bin of 40, not one to a bin of 16.
+
+def fill_bins(groups: list[Unit], length: int) -> Bins:
+    """Put groups into bins by best fit, whole ones where they fit into a bin.
 
     Args:
-        slots: of each item.
-        max_length: an upper limit, at least the longest item.
+        groups: with all documents from 0 on.
+        length: of a bin.
+
+    Raises:
+        ValueError: A document is longer than a bin.
     """
-    longest = max([1, *slots])
-    limit = max_length or max(SHORT_BIN, longest) + MULTIPLE
+    units: list[Unit] = []
+    for group in groups:
+        units += _split(group, length)
+    unit_slots = [unit.num_slots for unit in units]
+    bin_of_unit = best_fit(unit_slots, length)
+    num_documents = sum(len(unit.documents) for unit in units)
+    bin_of = [0] * num_documents
+    for unit, number in zip(units, bin_of_unit, strict=True):
+        for document in unit.documents:
+            bin_of[document] = number
+    return Bins(length, bin_of)
+
+
+def _split(group: Unit, length: int) -> list[Unit]:
+    """Split a group into parts that each fit into a bin, each with a copy of the prefix."""
+    if group.num_slots <= length:
+        return [group]
+    longest = group.prefix + max(group.behind)
+    if longest > length:
+        raise ValueError(
+            f"a document takes {longest} slots, more than bin_length {length}; raise it"
+        )
+    part_of = best_fit(group.behind, length - group.prefix)
+    num_parts = max(part_of) + 1
+    parts = [Unit.empty(group.prefix) for _ in range(num_parts)]
+    for document, behind, number in zip(group.documents, group.behind, part_of, strict=True):
+        parts[number].add(document, behind)
+    return parts
+
+
+def cheapest_bins(sizes: DocumentSizes, max_length: int | None = None) -> Bins:
+    """Return the bins that cost least under a dense mask, see :func:`dense_cost`.
+
+    All multiples of 8 are tried as their length. Longer bins hold more of a group behind one prefix
+    and less padding, and cost more for the mask. Of bins that cost up to 7 % more than the
+    cheapest, those at least 93 % full of needed slots are taken, the cheapest of them first.
+
+    Args:
+        sizes: of the documents.
+        max_length: an upper limit, at least the longest document; None: that of one bin for all.
+    """
+    groups = whole_groups(sizes)
+    group_slots = [group.num_slots for group in groups]
+    num_needed = sum(group_slots)
+    limit = max_length or _round_up(max(1, num_needed))
+    longest = max([1, *sizes.slots])
     shortest = min(_round_up(longest), limit)
-    longest_tried = min(SHORT_BIN, limit)
-    num_used = sum(slots)
-    best = _bins_of(slots, shortest)
-    for length in range(shortest + MULTIPLE, longest_tried + 1, MULTIPLE):
-        enough = _FULL_ENOUGH * best.num_slots
-        if num_used >= enough:
+    largest_group = max([longest, *group_slots])
+    tried = [fill_bins(groups, min(_round_up(largest_group), limit))]
+    ceiling = MAX_EXTRA * tried[0].cost  # what costs more is no choice
+    lengths = np.arange(shortest, limit + 1, MULTIPLE)
+    lengths = lengths[dense_cost(num_needed, lengths) <= ceiling]
+    bounds = _lower_bounds(groups, lengths)
+    for i in np.argsort(bounds, kind="stable"):
+        if bounds[i] > ceiling:
             break
-        longer = _bins_of(slots, length)
-        if longer.num_slots < best.num_slots:
-            best = longer
-    return best
+        bins = fill_bins(groups, int(lengths[i]))
+        tried.append(bins)
+        ceiling = min(ceiling, MAX_EXTRA * bins.cost)
+    near = [bins for bins in tried if bins.cost <= ceiling]
+    full = [bins for bins in near if num_needed >= FULL * bins.num_slots]
+    return min(full or near, key=lambda bins: bins.cost)
+
+
+def _lower_bounds(
+    groups: list[Unit],
+    lengths: IntArray,  # [L], each at least the longest document
+) -> FloatArray:  # [L]
+    """Return what bins of each length cost at least."""
+    prefix = integers([group.prefix for group in groups])
+    num_slots = integers([group.num_slots for group in groups])
+    behind = num_slots - prefix
+    room = lengths[:, None] - prefix
+    num_parts = np.ceil(behind / room)
+    num_needed = (behind + num_parts * prefix).sum(1)
+    num_bins = np.ceil(num_needed / lengths)
+    return dense_cost(num_bins * lengths, lengths)
 
 
 def _round_up(length: int) -> int:
@@ -176,27 +255,23 @@ def _round_up(length: int) -> int:
     return num_multiples * MULTIPLE
 
 
-def _bins_of(slots: list[int], length: int) -> Bins:
-    bin_of = best_fit(slots, length)
-    return Bins(length, bin_of)
-
-
-def take_short_bins(slots: list[int], max_slots: int, max_length: int) -> Bins:
-    """Fill short bins with as many items from the front as ``max_slots`` slots take.
+def take_short_bins(sizes: DocumentSizes, max_slots: int, max_length: int) -> Bins:
+    """Fill the cheapest bins with as many documents from the front as ``max_slots`` slots take.
 
     Args:
-        slots: of each item.
+        sizes: of the documents, the oldest first.
         max_slots: of all bins together.
-        max_length: of a bin.
+        max_length: of a bin, at most ``max_slots``.
 
     Returns:
-        The bins of the items taken.
+        The bins of the documents taken.
     """
-    filled = np.cumsum(slots)
+    added = sizes.in_order()
+    filled = np.cumsum(added)
     num_taken = _count_fitting(filled, max_slots)
     while True:
-        taken = slots[:num_taken]
-        bins = short_bins(taken, max_length)
+        taken = sizes.first(num_taken)
+        bins = cheapest_bins(taken, max_length)
         if bins.num_slots <= max_slots:
             return bins
         in_proportion = num_taken * max_slots // bins.num_slots
@@ -216,8 +291,9 @@ def take_long_bins(
 ) -> tuple[list[int], list[int]]:
     """Fill up to ``max_bins`` bins in turn, each with the oldest documents, then the longest.
 
-    Documents come in order of age while they fit, then the longest that fits into the gap. A
-    document whose group is in the bin already does not bring its prefix again.
+    Documents come in order of age while they fit, then those that fit into the gap, the longest
+    behind its prefix first. A document whose group is in the bin already does not bring its prefix
+    again.
 
     Args:
         sizes: of the documents, the oldest first.
@@ -280,7 +356,12 @@ class _Waiting:
         return np.where(follows, behind, alone)
 
     def fill_gap(self, num_free: int, chosen: list[int]) -> list[int]:
-        """Take the longest that fits, again and again, into a bin that holds ``chosen``."""
+        """Take what is longest behind its prefix and fits, again and again, into a bin.
+
+        Args:
+            num_free: slots of the gap.
+            chosen: the documents that the bin holds.
+        """
         groups_here = self._group[chosen]
         group_is_here = np.isin(self._group, groups_here)
         taken: list[int] = []
@@ -288,7 +369,7 @@ class _Waiting:
             sizes = np.where(group_is_here, self._behind, self._alone)
             fits = sizes <= num_free
             can_go = self._waits & fits
-            candidates = np.where(can_go, sizes, 0)
+            candidates = np.where(can_go, self._behind, 0)
             if not candidates.any():
                 return taken
             longest = int(candidates.argmax())

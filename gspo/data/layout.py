@@ -21,10 +21,10 @@ import torch
 from gspo.data.bins import (
     DocumentSizes,
     IntArray,
-    best_fit,
+    cheapest_bins,
+    fill_bins,
     integers,
-    share_prefixes,
-    short_bins,
+    whole_groups,
 )
 from gspo.metrics import Mean
 from gspo.types import GroupBatch, PackedBatch
@@ -115,7 +115,7 @@ def pack_documents(
     Args:
         documents: any number, none included. Those of one group stand next to each other and keep
             their order in a bin.
-        bin_length: S; None fits the bins to the documents, see :func:`~gspo.data.bins.short_bins`.
+        bin_length: S; None chooses it, see :func:`~gspo.data.bins.cheapest_bins`.
         share_prompts: one copy of its prompt for all documents of a group in a bin.
         num_bins: at least; those without a document are padding.
 
@@ -123,19 +123,13 @@ def pack_documents(
         ValueError: A document is longer than a bin.
     """
     sizes = document_sizes(documents, share_prompts)
-    max_slots = bin_length or sum(sizes.slots)
-    units = share_prefixes(sizes, max_slots)
-    unit_slots = [unit.num_slots for unit in units]
     if bin_length is None:
-        bin_length, bin_of_unit = short_bins(unit_slots)
+        bins = cheapest_bins(sizes)
     else:
-        bin_of_unit = best_fit(unit_slots, bin_length)
-    bin_of = [0] * len(documents)
-    for unit, number in zip(units, bin_of_unit, strict=True):
-        for document in unit.documents:
-            bin_of[document] = number
+        groups = whole_groups(sizes)
+        bins = fill_bins(groups, bin_length)
     return build_batch(
-        documents, bin_of, bin_length, share_prompts=share_prompts, num_bins=num_bins
+        documents, bins.bin_of, bins.length, share_prompts=share_prompts, num_bins=num_bins
     )
 
 

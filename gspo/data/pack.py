@@ -5,11 +5,10 @@ Two layouts:
 - ``bin_length`` an int, for a GPU: long bins of that length, attention by document under a block
   mask. A bin takes the buffer's documents in order of age while they fit, then the longest that
   still fit into the gap.
-- ``bin_length`` None, for a CPU, where a dense mask costs the square of the bin: many bins, each as
-  long as the longest document in the microbatch (a multiple of 8), which shorter ones share by best
-  fit. Documents of a group share a prompt as long as the square of their bin costs no more than
-  apart. A microbatch takes documents in order of age, so that its mix of lengths is that of the
-  rollout.
+- ``bin_length`` None, for a CPU, where a dense mask costs the square of the bin: bins of the length
+  (a multiple of 8) that costs least by slots and attention together. Longer bins hold more of a
+  group behind one prompt and less padding. A microbatch takes documents in order of age, so that
+  its mix of lengths is that of the rollout.
 
 In both the oldest document is always in the next microbatch, which bounds how stale one can become.
 
@@ -23,7 +22,7 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.bins import MULTIPLE, SHORT_BIN, share_prefixes, take_long_bins, take_short_bins
+from gspo.data.bins import MULTIPLE, take_long_bins, take_short_bins
 from gspo.data.layout import Document, build_batch, document_sizes, group_documents
 from gspo.errors import DataError, InputError, require
 from gspo.metrics import Metrics, merge
@@ -37,8 +36,8 @@ def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
     """Refuse a layout whose bins could be longer than the model takes.
 
     Raises:
-        InputError: Bins of ``bin_length``, or those that :func:`~gspo.data.bins.short_bins`
-            chooses, may exceed ``max_seq_len``.
+        InputError: Bins of ``bin_length`` exceed ``max_seq_len``, or it is None and ``max_seq_len``
+            no multiple of 8.
     """
     if bin_length is not None:
         require(
@@ -48,13 +47,13 @@ def check_bin_length(bin_length: int | None, max_seq_len: int) -> None:
             f"is more than the model's max_seq_len {max_seq_len}",
             "lower it, or raise model.max_seq_len",
         )
-    elif max_seq_len < SHORT_BIN or max_seq_len % MULTIPLE:
+    elif max_seq_len % MULTIPLE:
         raise InputError(
             "bin_length",
-            must=f"null makes bins of up to {SHORT_BIN} tokens or of the longest document, rounded "
-            f"up to a multiple of {MULTIPLE}, and the model's max_seq_len is {max_seq_len}",
+            must=f"null makes bins of a multiple of {MULTIPLE} slots, and the model's max_seq_len "
+            f"is {max_seq_len}",
             remedy=f"set bin_length to {max_seq_len} or less, or make model.max_seq_len a multiple "
-            f"of {SHORT_BIN}",
+            f"of {MULTIPLE}",
         )
 
 
@@ -79,7 +78,7 @@ class Pack(BaseNode[PackedBatch]):
     Args:
         source: a node of groups with advantages; one of its items is a rollout.
         tokens_per_microbatch: R * S of a full microbatch; for an int ``bin_length`` a multiple.
-        bin_length: S, or None to fit the bins to the documents, see the module.
+        bin_length: S, or None to choose it by cost, see the module.
         buffer_size: documents; without ``flush_every_rollout``, rollouts are drawn until this many
             wait (and a microbatch can be filled). More means fuller bins and staler documents.
         flush_every_rollout: empty the buffer before the next rollout is drawn, so that rollouts and
@@ -180,11 +179,7 @@ class Pack(BaseNode[PackedBatch]):
         if len(self._documents) < self.buffer_size:
             return True
         sizes = document_sizes(self._documents, self.share_prompts)
-        num_slots = 0
-        seen: set[int] = set()
-        for alone, shareable, group in zip(sizes.slots, sizes.shareable, sizes.groups, strict=True):
-            num_slots += alone - shareable if group in seen else alone
-            seen.add(group)
+        num_slots = sum(sizes.in_order())
         return num_slots < self.tokens_per_microbatch
 
     def _add(self, rollout: GroupBatch) -> int:
@@ -220,15 +215,10 @@ class Pack(BaseNode[PackedBatch]):
     def _choose_short(self) -> _Choice:
         sizes = document_sizes(self._documents, self.share_prompts)
         max_length = min(self.tokens_per_microbatch, self.max_seq_len)
-        units = share_prefixes(sizes, max_length)
-        unit_slots = [unit.num_slots for unit in units]
-        bins = take_short_bins(unit_slots, self.tokens_per_microbatch, max_length)
-        documents: list[int] = []
-        bin_of: list[int] = []
-        for unit, number in zip(units, bins.bin_of, strict=False):  # units that were taken
-            documents += unit.documents
-            bin_of += [number] * len(unit.documents)
-        return _Choice(documents, bin_of, bins.length)
+        bins = take_short_bins(sizes, self.tokens_per_microbatch, max_length)
+        num_taken = len(bins.bin_of)
+        documents = list(range(num_taken))  # the oldest
+        return _Choice(documents, bins.bin_of, bins.length)
 
     def _choose_long(self) -> _Choice:
         assert self.bin_length is not None

@@ -11,7 +11,8 @@ from torchtune import training
 
 from gspo.compat import component_from_path
 from gspo.config import Settings, build, refusals
-from gspo.data.layout import Document, pack_documents
+from gspo.data.bins import take_short_bins
+from gspo.data.layout import Document, build_batch, document_sizes, pack_documents
 from gspo.data.pack import check_bin_length
 from gspo.decoder import attention_sizes
 from gspo.errors import require
@@ -22,7 +23,6 @@ from gspo.types import PackedBatch
 
 PROMPT_GUESS = 128  # tokens, where max_prompt_tokens says nothing
 _SHORTEST_DOCUMENT = 3  # tokens: two of a prompt, one of a completion
-_BIN_MULTIPLE = 8  # slots; bins without a fixed length are rounded up to it
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -68,7 +68,8 @@ class Layout:
         attention = attention_sizes(decoder)
         document = _document_size(cfg, mean_document_tokens)
         rollout_documents = cfg.prompts_per_rollout // data_ranks * cfg.group_size
-        microbatch = _fill_microbatch(cfg, document, rollout_documents)
+        max_seq_len = decoder.max_seq_len
+        microbatch = _fill_microbatch(cfg, document, rollout_documents, max_seq_len)
         documents_at_once = data_ranks * microbatch.num_documents
         return cls(
             world_size=world_size,
@@ -83,7 +84,7 @@ class Layout:
             head_dim=attention.head_dim,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            max_seq_len=decoder.max_seq_len,
+            max_seq_len=max_seq_len,
             weight_bytes=sum(p.nbytes for p in decoder.parameters()),
             chunk_size=cfg.head_chunk_size or rows_per_chunk(vocab_size, cfg.device),
             prompt_tokens=document.prompt_tokens,
@@ -204,10 +205,12 @@ def _document_size(cfg: Settings, mean: int | None) -> _DocumentSize:
     return _DocumentSize(prompt, mean - prompt)
 
 
-def _fill_microbatch(cfg: Settings, size: _DocumentSize, rollout_documents: int) -> PackedBatch:
+def _fill_microbatch(
+    cfg: Settings, size: _DocumentSize, rollout_documents: int, max_seq_len: int
+) -> PackedBatch:
     """Pack as many documents as a microbatch holds, or a rollout has."""
     limit, length = cfg.packing.tokens_per_microbatch, cfg.packing.bin_length
-    bin_length = length or math.ceil(size.num_slots / _BIN_MULTIPLE) * _BIN_MULTIPLE
+    bin_length = length or min(limit, max_seq_len)
     require(
         size.num_slots <= bin_length <= limit,
         "packing.bin_length" if length else "packing.tokens_per_microbatch",
@@ -216,5 +219,12 @@ def _fill_microbatch(cfg: Settings, size: _DocumentSize, rollout_documents: int)
         "raise it, or state the mean with --mean-document-tokens",
     )
     num_bins = limit // bin_length
+    if length is None:
+        most = min(limit // size.num_slots, rollout_documents)
+        documents = size.documents(most)
+        sizes = document_sizes(documents, cfg.packing.share_prompts)
+        bins = take_short_bins(sizes, limit, bin_length)
+        taken = documents[: len(bins.bin_of)]
+        return build_batch(taken, bins.bin_of, bins.length)
     count = min(bin_length // size.num_slots * num_bins, rollout_documents)
     return pack_documents(size.documents(count), length)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.data.bins import DocumentSizes, best_fit, share_prefixes, short_bins
+from gspo.data.bins import (
+    Bins,
+    DocumentSizes,
+    best_fit,
+    cheapest_bins,
+    dense_cost,
+    fill_bins,
+    take_long_bins,
+    whole_groups,
+)
 from gspo.data.layout import Document, group_documents, pack_documents
 from gspo.data.pack import Pack, check_bin_length
 from gspo.errors import InputError
@@ -195,23 +204,15 @@ def test_pack_documents_lays_out_a_group_behind_its_prompt_by_hand():
     assert batch.ids == [("a", 11), ("a", 11), ("b", 12)]
 
 
-@pytest.mark.parametrize(
-    ("slots", "prefixes", "max_slots", "units"),
-    [
-        ([10] * 4, [5] * 4, 1000, [[0, 1, 2, 3]]),
-        ([100] * 8, [90] * 8, 1000, [[0, 1, 2, 3, 4, 5, 6, 7]]),
-        ([100] * 4, [90] * 4, 115, [[0, 1], [2, 3]]),
-        ([100] * 4, [5] * 4, 1000, [[0], [1], [2], [3]]),  # a bin of 195 costs more than two of 100
-        ([100] * 4, [60] * 4, 1000, [[0, 1], [2, 3]]),
-    ],
-    ids=["tiny", "long_prompt", "limited", "short_prompt", "in_pairs"],
-)
-def test_share_prefixes_never_pays_more_for_the_mask_than_apart(slots, prefixes, max_slots, units):
-    found = share_prefixes(DocumentSizes(slots, prefixes, [0] * len(slots)), max_slots)
-    assert [unit.documents for unit in found] == units
-    assert [unit.num_slots for unit in found] == [
-        sum(slots[i] for i in unit) - sum(prefixes[i] for i in unit[1:]) for unit in units
-    ]
+def test_fill_bins_splits_only_a_group_that_is_longer_than_a_bin():
+    sizes = DocumentSizes([9, 8, 7, 6, 5], [4, 4, 4, 4, 0], [0, 0, 0, 0, 1])
+    groups = whole_groups(sizes)
+    assert [group.num_slots for group in groups] == [18, 5]
+    # Behind the prefix of 4 stand 5, 4, 3 and 2: in bins of 13 the first two, then the others.
+    assert fill_bins(groups, 13) == Bins(13, [0, 0, 1, 1, 2])
+    assert fill_bins(groups, 14) == Bins(14, [0, 0, 1, 1, 1])
+    assert fill_bins(groups, 18) == Bins(18, [0, 0, 0, 0, 1])
+    assert fill_bins(groups, 23) == Bins(23, [0, 0, 0, 0, 0])
 
 
 def test_pack_documents_has_the_types_of_packed_batch():
@@ -264,22 +265,93 @@ def test_best_fit_takes_the_fullest_bin_that_fits():
     assert best_fit([3, 6, 4, 7], 10) == [0, 1, 1, 0]
 
 
+def alone(slots: list[int]) -> DocumentSizes:
+    return DocumentSizes(slots, [0] * len(slots), list(range(len(slots))))
+
+
+def in_groups(num_groups, group_size, prompt, completions, seed) -> DocumentSizes:
+    draw = random.Random(seed)
+    prefix = prompt - 1
+    num = num_groups * group_size
+    return DocumentSizes(
+        [prefix + draw.randint(*completions) for _ in range(num)],
+        [prefix] * num,
+        [i // group_size for i in range(num)],
+    )
+
+
 @pytest.mark.parametrize(
     ("slots", "length", "num_bins"),
     [
         ([10] * 256, 40, 64),  # 16 would be 62 % full
-        ([7] * 4, 8, 4),
-        ([7] * 32, 56, 4),  # 8 is 87 % full
+        ([7] * 4, 8, 4),  # 88 % full, and one bin of 32 is no fuller
+        ([7] * 32, 56, 4),
         ([8] * 5, 8, 5),
-        ([100, 50, 50, 30], 104, 3),
+        ([100, 50, 50, 30], 232, 1),  # best fit needs two bins of 136
+        ([500, 500, 12], 512, 2),  # one of 1,016 costs a seventh more for its mask
         ([60, 1], 64, 1),
         ([], 8, 1),
     ],
-    ids=["many_tiny", "few_sevens", "sevens", "exact", "long", "one_short_beside", "none"],
+    ids=["tiny", "few_sevens", "sevens", "exact", "long", "longer", "one_short_beside", "none"],
 )
-def test_short_bins_are_little_longer_than_their_documents(slots, length, num_bins):
-    found, bin_of = short_bins(slots)
-    assert (found, max(bin_of, default=0) + 1) == (length, num_bins)
+def test_cheapest_bins_by_hand(slots, length, num_bins):
+    bins = cheapest_bins(alone(slots))
+    assert (bins.length, bins.num_slots) == (length, length * num_bins)
+
+
+ROLLOUTS = pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 8, 27, (12, 24)),
+        (16, 4, 27, (12, 24)),
+        (16, 16, 60, (12, 24)),
+        (32, 8, 10, (12, 24)),
+        (8, 8, 500, (50, 200)),
+        (12, 4, 90, (20, 300)),
+        (100, 1, 20, (5, 60)),
+        (32, 8, 6, (5, 5)),
+    ],
+    ids=str,
+)
+
+
+@ROLLOUTS
+@pytest.mark.parametrize("max_length", [None, 704])
+def test_cheapest_bins_are_about_the_cheapest_of_all_lengths(shape, max_length):
+    """The lengths left out untried would not have been chosen."""
+    for seed in range(3):
+        sizes = in_groups(*shape, seed)
+        groups = whole_groups(sizes)
+        bins = cheapest_bins(sizes, max_length)
+        num_needed = sum(sizes.in_order())
+        one_bin = 8 * -(-num_needed // 8)
+        longest = max_length or one_bin
+        shortest = 8 * -(-max(sizes.slots) // 8)
+        every = [fill_bins(groups, length) for length in range(shortest, longest + 1, 8)]
+        cheapest = min(other.cost for other in every)
+        assert bins.cost <= 1.07 * cheapest
+        near = [other for other in every if other.cost <= 1.07 * cheapest]
+        full = [other for other in near if num_needed >= 0.93 * other.num_slots]
+        assert bins.cost == min(other.cost for other in full or near)
+        assert bins.length % 8 == 0 and shortest <= bins.length <= longest
+
+
+@ROLLOUTS
+def test_cheapest_bins_cost_no_more_than_one_long_one_or_one_for_each_document(shape):
+    for seed in range(5):
+        sizes = in_groups(*shape, seed)
+        longest = 8 * -(-max(sizes.slots) // 8)
+        needed = 8 * -(-sum(sizes.in_order()) // 8)
+        apart = dense_cost(longest * len(sizes.slots), longest)
+        cost = cheapest_bins(sizes).cost
+        assert cost <= dense_cost(needed, needed) and cost <= apart
+
+
+def test_dense_cost_counts_slots_and_the_pairs_of_each():
+    assert dense_cost(600, 0) == 600
+    # A bin of 3,000: its mask costs as much as all else.
+    assert dense_cost(3000, 3000) == 2 * 3000
+    assert dense_cost(6000, 3000) == 2 * dense_cost(3000, 3000)
 
 
 def random_rollout(index: int, sizes=(12, 0, 5, 30)) -> GroupBatch:
@@ -365,6 +437,58 @@ def test_pack_keeps_short_bins_within_the_model():
             b.bin_length for b in pack(3, make, tokens_per_microbatch=1024, max_seq_len=limit)
         }
         assert max(lengths) == longest
+
+
+def group_rollout(seed, num_groups, group_size, num_prompt_tokens):
+    """Groups of completions of 12 to 24 tokens."""
+    draw = random.Random(f"{seed} {num_groups} {group_size} {num_prompt_tokens}")
+    groups = []
+    for i in range(num_groups):
+        prompt = Prompt(f"p:{i}", "", [1] * num_prompt_tokens)
+        completions = [completion(draw.randint(12, 24), draw.random()) for _ in range(group_size)]
+        groups.append(Group(i, prompt, completions))
+    return GroupBatch(groups)
+
+
+def needed_slots(groups: list[Group]) -> int:
+    """Slots where each prompt stands once: its last token and each completion make one a label."""
+    num_slots = 0
+    for group in groups:
+        num_slots += len(group.prompt.tokens) - 1
+        num_slots += sum(len(one.tokens) for one in group.completions)
+    return num_slots
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [10, 27, 40, 60])
+@pytest.mark.parametrize("group_size", [4, 8, 16])
+def test_pack_fills_fitted_bins_to_93_percent_of_what_groups_need(group_size, num_prompt_tokens):
+
+    def make(index):
+        return group_rollout(index, 16, group_size, num_prompt_tokens)
+
+    batches = list(pack(6, make, tokens_per_microbatch=8192, max_seq_len=2048))
+    for index, batch in enumerate(batches):
+        assert len(batch.ids) == 16 * group_size
+        assert needed_slots(make(index).groups) >= 0.93 * batch.tokens.numel()
+
+
+def test_a_gap_takes_what_is_longest_behind_its_prefix():
+    """A stray document's prefix is a copy that its group will need again."""
+    sizes = DocumentSizes([10, 15, 10, 8], [0, 0, 9, 2], [0, 1, 2, 3])
+    assert take_long_bins(sizes, 20, 1) == ([0, 3], [0, 0])
+
+
+@pytest.mark.parametrize("bin_length", [2048, 16384])
+def test_pack_fills_long_bins_to_93_percent_of_what_groups_need(bin_length):
+    """Of all bins but the last, which the rollout's end leaves empty in part."""
+
+    def make(index):
+        return group_rollout(index, 512, 8, 27)
+
+    batches = list(pack(1, make, tokens_per_microbatch=bin_length, bin_length=bin_length))
+    num_full = len(batches) - 1
+    assert num_full >= 5
+    assert needed_slots(make(0).groups) >= 0.93 * bin_length * num_full
 
 
 @pytest.mark.parametrize("make", [random_rollout, grouped_rollout], ids=["alone", "groups"])
@@ -507,7 +631,7 @@ def test_pack_refuses_arguments(options, message):
     ("bin_length", "message"),
     [
         (129, "^bin_length: 129 is more than the model's max_seq_len 128; lower it"),
-        (None, "^bin_length: null makes bins of up to 64 .* max_seq_len is 60; set bin_length to"),
+        (None, "^bin_length: null makes bins of a multiple of 8 .* max_seq_len is 60; set bin_l"),
     ],
     ids=str,
 )

@@ -221,6 +221,15 @@ def test_more_layers_are_worked_out_from_few(monkeypatch):
     assert few["transfers"] == every["transfers"]
 
 
+def test_bins_without_a_length_are_filled_as_the_packer_fills_them():
+    fitted = plan(1, "packing.bin_length=null", "packing.tokens_per_microbatch=1024")["layout"]
+    num_slots = fitted["prompt_tokens"] + fitted["completion_tokens"] - 1
+    used = fitted["documents_per_microbatch"] * num_slots
+    slots = fitted["bins"] * fitted["bin_length"]
+    assert fitted["bin_length"] % 8 == 0 and fitted["bin_length"] <= fitted["max_seq_len"]
+    assert 0.85 * slots <= used <= slots == fitted["slots"] <= 1024
+
+
 def test_sampler_cache_is_that_of_the_longest_completions():
     moment = plan(1, "sampler.max_batch_size=8")["memory"]["moments"][IN_SAMPLING]
     columns = 40 + 40  # a guess for prompts that state no length
