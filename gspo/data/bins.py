@@ -17,8 +17,8 @@ FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 MULTIPLE = 8  # the length of bins that are fitted to documents, for fewer distinct shapes
 # Slots of a bin whose dense mask costs as much as all else that its slots cost. Measured by
-# benchmarks/bins.py: 600 for a model of 0.5 M parameters, 3,000 for one of 135 M. By its products
-# one of 1 B has 14,000. On rollouts of either end 3,000 costs a tenth more at most.
+# benchmarks/bins.py: 580 for a model of 0.5 M parameters, 2,200 for one of 135 M; by its products
+# one of 1 B has 19,000. What one number for all costs is in benchmarks/results/README.md.
 EVEN_LENGTH = 3000
 # Bins this full are taken for up to so much more than the cheapest: they also hold less memory.
 FULL = 0.93
@@ -213,16 +213,28 @@ def cheapest_bins(sizes: DocumentSizes, max_length: int | None = None) -> Bins:
         max_length: an upper limit, at least the longest document; None: that of one bin for all.
     """
     groups = whole_groups(sizes)
-    group_slots = [group.num_slots for group in groups]
-    num_needed = sum(group_slots)
+    num_needed = sum(group.num_slots for group in groups)
     limit = max_length or _round_up(max(1, num_needed))
     longest = max([1, *sizes.slots])
     shortest = min(_round_up(longest), limit)
-    largest_group = max([longest, *group_slots])
-    tried = [fill_bins(groups, min(_round_up(largest_group), limit))]
-    ceiling = MAX_EXTRA * tried[0].cost  # what costs more is no choice
     lengths = np.arange(shortest, limit + 1, MULTIPLE)
-    lengths = lengths[dense_cost(num_needed, lengths) <= ceiling]
+    near = _near_cheapest(groups, lengths)
+    full = [bins for bins in near if num_needed >= FULL * bins.num_slots]
+    return min(full or near, key=lambda bins: bins.cost)
+
+
+def _near_cheapest(
+    groups: list[Unit],
+    lengths: IntArray,  # [L] ascending, the first at least the longest document
+) -> list[Bins]:
+    """Return the bins that cost at most ``MAX_EXTRA`` times what the cheapest do."""
+    group_slots = [group.num_slots for group in groups]
+    holds_groups = lengths >= max(group_slots, default=0)
+    guess = lengths[holds_groups.argmax()] if holds_groups.any() else lengths[-1]
+    tried = [fill_bins(groups, int(guess))]
+    ceiling = MAX_EXTRA * tried[0].cost
+    may_be_near = dense_cost(sum(group_slots), lengths) <= ceiling
+    lengths = lengths[may_be_near]
     bounds = _lower_bounds(groups, lengths)
     for i in np.argsort(bounds, kind="stable"):
         if bounds[i] > ceiling:
@@ -230,16 +242,14 @@ def cheapest_bins(sizes: DocumentSizes, max_length: int | None = None) -> Bins:
         bins = fill_bins(groups, int(lengths[i]))
         tried.append(bins)
         ceiling = min(ceiling, MAX_EXTRA * bins.cost)
-    near = [bins for bins in tried if bins.cost <= ceiling]
-    full = [bins for bins in near if num_needed >= FULL * bins.num_slots]
-    return min(full or near, key=lambda bins: bins.cost)
+    return [bins for bins in tried if bins.cost <= ceiling]
 
 
 def _lower_bounds(
     groups: list[Unit],
     lengths: IntArray,  # [L], each at least the longest document
 ) -> FloatArray:  # [L]
-    """Return what bins of each length cost at least."""
+    """Return what bins of each length cost at least: each part of a group needs a prefix."""
     prefix = integers([group.prefix for group in groups])
     num_slots = integers([group.num_slots for group in groups])
     behind = num_slots - prefix
