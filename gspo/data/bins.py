@@ -235,7 +235,7 @@ def _near_cheapest(
     ceiling = MAX_EXTRA * tried[0].cost
     may_be_near = dense_cost(sum(group_slots), lengths) <= ceiling
     lengths = lengths[may_be_near]
-    bounds = _lower_bounds(groups, lengths)
+    bounds = lower_bounds(groups, lengths)
     for i in np.argsort(bounds, kind="stable"):
         if bounds[i] > ceiling:
             break
@@ -245,7 +245,7 @@ def _near_cheapest(
     return [bins for bins in tried if bins.cost <= ceiling]
 
 
-def _lower_bounds(
+def lower_bounds(
     groups: list[Unit],
     lengths: IntArray,  # [L], each at least the longest document
 ) -> FloatArray:  # [L]

@@ -13,6 +13,7 @@ from gspo.data.bins import (
     cheapest_bins,
     dense_cost,
     fill_bins,
+    lower_bounds,
     take_long_bins,
     whole_groups,
 )
@@ -334,6 +335,18 @@ def test_cheapest_bins_are_about_the_cheapest_of_all_lengths(shape, max_length):
         full = [other for other in near if num_needed >= 0.93 * other.num_slots]
         assert bins.cost == min(other.cost for other in full or near)
         assert bins.length % 8 == 0 and shortest <= bins.length <= longest
+
+
+@ROLLOUTS
+def test_bins_cost_no_less_than_their_lower_bound(shape):
+    sizes = in_groups(*shape, 0)
+    groups = whole_groups(sizes)
+    shortest = 8 * -(-max(sizes.slots) // 8)
+    lengths = np.arange(shortest, 8 * shortest, 8)
+    bounds = lower_bounds(groups, lengths)
+    for length, bound in zip(lengths.tolist(), bounds.tolist(), strict=True):
+        assert bound <= fill_bins(groups, length).cost
+    assert bounds.max() > sum(sizes.in_order())
 
 
 @ROLLOUTS
