@@ -14,8 +14,8 @@ share of each document's rows without a label.
 
 First each provider's log-probabilities and gradients are compared with float64, then all are timed
 in turn, round by round. Peak memory is beyond what was there before the call, gradients included.
-Rivals come with ``pip install 'gspo[bench]'``; one that is not there, or needs another device, is
-left out and named. ``--counts`` does the arithmetic of ``loss_kernel_counts.py`` instead.
+Rivals come with ``pip install 'gspo[bench]'``; one that is not there, fails, or needs another
+device, is left out and named. ``--counts`` does the arithmetic of ``loss_kernel_counts.py`` instead.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
     calls: list[Call] = []
     for m, f in CASES:
         calls += check(shape, m, f, providers, args)
+    calls = [call for call in calls if call.provider in providers]  # those that no case has refused
     time_in_turn(calls, args.rounds, description=f"T, H, V {shape}")
     return [call.row for call in calls]
 
@@ -150,7 +151,8 @@ def check(
 ) -> list[Call]:
     """Compare each provider with float64 on one case, and measure its memory.
 
-    A provider that cannot be imported is named, and taken from ``providers``.
+    A provider that cannot be imported, or fails here, is named and taken from ``providers``: a
+    rival's own mistake must not cost the others their figures.
     """
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     lengths = tuple(args.lengths or LENGTHS[args.device])
@@ -167,8 +169,9 @@ def check(
         truth = packed_truth if provider.packed else even_truth
         try:
             row = {"provider": provider.name} | inputs | errors(provider, case, truth)
-        except ImportError as error:
-            tqdm.write(f"{provider.name}: left out, {error}")
+        except Exception as error:
+            tqdm.write(f"{provider.name}: left out, {type(error).__name__}: {error}")
+            args.left_out[provider.name] = f"{type(error).__name__}: {error}"[:1000]
             providers.remove(provider)
             continue
         row["lengths"] = list(lengths) if provider.packed else [EVEN_LENGTH, EVEN_LENGTH]
@@ -264,13 +267,14 @@ def main() -> None:
     if args.counts:
         report_counts(args.json)
         return
+    args.left_out = {}
     rows: list[dict] = []
     for shape in [tuple(args.shape)] if args.shape else SHAPES[args.device]:
         shape_rows = measure(shape, args)
         print("T {}, H {}, V {}".format(*shape))
         table(shape_rows)
         rows += shape_rows
-    write(hardware() | {"rows": rows}, args.json)
+    write(hardware() | {"left_out": args.left_out, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":
