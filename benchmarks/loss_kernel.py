@@ -15,7 +15,8 @@ share of each document's rows without a label.
 First each provider's log-probabilities and gradients are compared with float64, then all are timed
 in turn, round by round. Peak memory is beyond what was there before the call, gradients included.
 Rivals come with ``pip install 'gspo[bench]'``; one that is not there, fails, or needs another
-device, is left out and named. ``--counts`` does the arithmetic of ``loss_kernel_counts.py`` instead.
+device, is left out and named. ``--counts`` does the arithmetic of ``loss_kernel_counts.py``
+instead.
 """
 
 from __future__ import annotations

@@ -58,8 +58,7 @@ def exact(visit: Visit) -> dict[str, Any]:
     """Compare the head's log-probabilities and gradients with float64 at a real shape."""
     sizes = visit.sizes
     shape = (sizes.num_rows, sizes.hidden_size, sizes.vocab_size)
-    options = {"dtype": visit.dtype, "device": str(visit.device)}
-    case = make_case(shape, 0.0, 0.5, lengths=_LENGTHS, **options)
+    case = make_case(shape, 0.0, 0.5, lengths=_LENGTHS, dtype=visit.dtype, device=str(visit.device))
     truth = exact_results(case)
     rows = {}
     says = []

@@ -1,4 +1,4 @@
-"""What torch.compile has compiled, and why again."""
+"""The record of what torch.compile has compiled, and why again."""
 
 from __future__ import annotations
 

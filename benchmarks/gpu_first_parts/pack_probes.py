@@ -21,7 +21,6 @@ from gspo.sampling.local import LocalSampler, draw_tokens
 from gspo.types import SamplingParams
 
 
-
 def read_settings(visit: Visit, *more: str) -> Settings:
     """Return the settings of the shipped config, with the sizes of the visit."""
     return read_checked([CONFIG, *visit.sizes.overrides, *more])

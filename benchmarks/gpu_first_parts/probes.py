@@ -1,4 +1,4 @@
-"""What the design rests on and only a GPU can say, with torch and the head's operations alone."""
+"""Probes of what the design rests on, with torch and the head's operations alone."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _attention_calls(visit: Visit, form: str) -> Iterator[tuple[int, Callable[[]
     sizes = visit.sizes
     capacity = sizes.num_lengths * sizes.block_columns
     cache_shape = (sizes.decode_rows, sizes.num_kv_heads, capacity, sizes.head_dim)
-    options = {"dtype": torch.bfloat16, "device": visit.device}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": visit.device}
     keys = torch.randn(cache_shape, **options)
     values = torch.randn(cache_shape, **options)
     query_shape = (sizes.decode_rows, sizes.num_kv_heads, sizes.queries_per_kv_head, sizes.head_dim)
@@ -119,7 +119,7 @@ def _attention_calls(visit: Visit, form: str) -> Iterator[tuple[int, Callable[[]
     bias[..., ::3] = -torch.inf
     for number in range(sizes.num_lengths):
         length = (number + 1) * sizes.block_columns
-        mask = bias[..., :length]
+        mask: Tensor | None = bias[..., :length]
         if form == "exact":
             length = sizes.block_columns + 1 + number * _COLUMNS_BESIDE
             mask = None

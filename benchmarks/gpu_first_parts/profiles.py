@@ -1,4 +1,4 @@
-"""Where the time of an update and of decode steps goes, kernel by kernel, and what memory holds."""
+"""Profiles of an update and of decode steps, kernel by kernel, and the blocks of memory."""
 
 from __future__ import annotations
 

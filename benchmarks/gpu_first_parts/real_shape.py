@@ -78,11 +78,7 @@ def steps(visit: Visit) -> dict[str, Any]:
     rig = the_rig(visit)
     batches = pack(rig.cfg, draw_groups(rig.cfg, visit.sizes.short_documents))
     microbatches = rig.prepare(batches)
-    taken = []
-    for _ in range(_NUM_STEPS):
-        values: dict[str, float] = {}
-        duration = seconds(lambda into=values: into.update(rig.step(microbatches)), visit.device)
-        taken.append({"seconds": duration, **values})
+    taken = [_timed_step(rig, microbatches) for _ in range(_NUM_STEPS)]
     compiled = compilations.describe()
     num_flex = compiled["flex_attention"]
     is_finite = all(math.isfinite(step["grad_norm"]) for step in taken)
@@ -98,8 +94,18 @@ def steps(visit: Visit) -> dict[str, Any]:
     }
 
 
+def _timed_step(rig: Rig, microbatches: list[Microbatch]) -> dict[str, float]:
+    values: dict[str, float] = {}
+
+    def call() -> None:
+        values.update(rig.step(microbatches))
+
+    duration = seconds(call, rig.device)
+    return {"seconds": duration, **values}
+
+
 def split_sums(visit: Visit) -> dict[str, Any]:
-    """Compare the sampler's log-probabilities with the trainer's, bf16 sums rounded on the way or not.
+    """Compare the sampler's log-probabilities with the trainer's, bf16 sums rounded or not.
 
     The sampler's products have few rows, which cuBLAS splits; the trainer's have many.
     """
@@ -139,7 +145,9 @@ def _mismatch(rig: Rig) -> dict[str, float]:
         group_size=cfg.group_size,
         new_tokens=rig.visit.sizes.mismatch_tokens,
     )
-    rollout = GroupBatch([Group(i, *pair) for i, pair in enumerate(zip(prompts, groups, strict=True))])
+    rollout = GroupBatch(
+        [Group(i, *pair) for i, pair in enumerate(zip(prompts, groups, strict=True))]
+    )
     packed = pack_documents(group_documents(rollout), cfg.packing.bin_length)
     microbatch = Microbatch.prepare(packed, rig.device, rig.ranks.context)
     logps = rig.policy.logps(microbatch)
@@ -161,7 +169,7 @@ def _mismatch(rig: Rig) -> dict[str, float]:
 def cudnn(visit: Visit) -> dict[str, Any]:
     """Time decode steps with cuDNN's attention off, as the pack has it, and on."""
     rig = _synced_rig(visit)
-    sides = []
+    sides: list[_Side] = []
     for name, is_on in (("off", False), ("on", True)):
         sides.append((name, cudnn_attention(is_on), {}))
     return _compare_decodes(rig, "cudnn", sides)
@@ -172,7 +180,7 @@ def cuda_graphs(visit: Visit) -> dict[str, Any]:
     if not visit.on_cuda:
         raise Skipped("CUDA graphs need a CUDA device")
     rig = _synced_rig(visit)
-    sides = []
+    sides: list[_Side] = []
     for name, is_on in (("off", False), ("on", True)):
         sides.append((name, nullcontext(), {"cuda_graphs": is_on}))
     return _compare_decodes(rig, "cuda_graphs", sides)
@@ -214,6 +222,7 @@ def rollout(visit: Visit) -> dict[str, Any]:
     with peak_memory(visit.device) as peak:
         duration = _decode_seconds(rig, rig.sampler, new_tokens)
     num_tokens = cfg.prompts_per_rollout * cfg.group_size * new_tokens
+    tokens_per_s = num_tokens / duration
     planned = visit.earlier("plan")
     against = {}
     if planned is not None:
@@ -221,11 +230,11 @@ def rollout(visit: Visit) -> dict[str, Any]:
         against["seconds"] = duration / planned["rollout_s"]
     return peak.describe() | {
         "seconds": duration,
-        "tokens_per_s": num_tokens / duration,
+        "tokens_per_s": tokens_per_s,
         "optimizer_has_state": rig.num_steps > 0,  # the plan counts it
         "measured_to_planned": against,
-        "says": f"{duration:.1f} s, {num_tokens / duration:,.0f} tokens/s, peak {peak.allocated:.0f} "
-        f"MiB, {peak.reserved:.0f} reserved{_against_in_words(against)}",
+        "says": f"{duration:.1f} s, {tokens_per_s:,.0f} tokens/s, peak {peak.allocated:.0f} MiB, "
+        f"{peak.reserved:.0f} reserved{_against_in_words(against)}",
     }
 
 

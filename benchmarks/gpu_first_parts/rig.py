@@ -31,7 +31,7 @@ _LOGIT_SPREAD = 4.0
 
 
 class Rig:
-    """What an optimizer step and a rollout need, on one device.
+    """A policy, its optimizer and a sampler on one device.
 
     Args:
         visit: The visit.

@@ -11,7 +11,7 @@ CONFIG = "deepseek_r1_distill_qwen_1_5b/gspo_math"
 class Sizes:
     """How much is measured."""
 
-    # The loss head: rows, hidden size, vocabulary, and a prime vocabulary, whose rows lie unaligned.
+    # The loss head: rows, hidden size, vocabulary, and a prime one, whose rows lie unaligned.
     num_rows: int
     hidden_size: int
     vocab_size: int

@@ -1,11 +1,10 @@
-"""The device of a visit, its clock and its memory, with a CPU's stand-ins for what only CUDA has."""
+"""The device of a visit, its clock and memory, and a CPU's stand-ins for what only CUDA has."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Visit:
-    """Where it is measured and how much."""
+    """The device that is measured, and how much of it."""
 
     device: torch.device
     sizes: Sizes
@@ -108,7 +107,7 @@ class Peak:
 
     @property
     def beyond(self) -> float:
-        """What was allocated beyond what was there before."""
+        """The allocated memory beyond what was there before."""
         return self.allocated - self.before
 
     def describe(self) -> dict[str, float]:
@@ -171,11 +170,6 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 @contextlib.contextmanager

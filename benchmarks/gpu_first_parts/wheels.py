@@ -22,6 +22,7 @@ _DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,nohea
 def versions(visit: Visit) -> dict[str, Any]:
     """Return versions, and what the device is."""
     packages = {name: _installed(name) for name in _NAMED}
+    packages["torch"] = torch.__version__  # says for which CUDA it was built
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": packages,
