@@ -140,7 +140,7 @@ class PartRun:
                 stdout=log,
                 stderr=log,
                 env=self._environment(),
-                start_new_session=True,  # so that what it starts ends with it
+                process_group=0,  # so that what it starts ends with it
             )
         try:
             problem = self._wait(process, started)
