@@ -204,8 +204,10 @@ class PartRun:
             paths.append(os.environ["PYTHONPATH"])
         added = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         if self.is_rehearsal:
-            # Triton's kernels run on the CPU, and layers are compiled to nothing.
+            # Triton's kernels run on the CPU, and layers are compiled to nothing. On tensors this
+            # small a second thread costs more than it does.
             added |= {"TRITON_INTERPRET": "1", "TORCH_COMPILE_BACKEND": "aot_eager"}
+            added |= {"OMP_NUM_THREADS": "1"}
         return os.environ | added
 
 

@@ -268,6 +268,7 @@ def _updates(visit: Visit, *, compiles: bool) -> dict[str, Any]:
     mfu = 6 * num_parameters * num_slots / duration / peak_rate if peak_rate else None
     against = _against_plan(visit, peak.allocated, duration / len(microbatches))
     return peak.describe() | {
+        "allocated_before_rig_mib": rig.before_mib,
         "microbatches": len(microbatches),
         "slots": num_slots,
         "first_s": first,

@@ -6,7 +6,6 @@ Not here: prompts, rewards, files, more than one rank.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 
 from gpu_first_parts.documents import Texts
 from gpu_first_parts.pack_probes import read_settings
-from gpu_first_parts.visit import Skipped, Visit, free_memory, synchronize
+from gpu_first_parts.visit import Skipped, Visit, allocated_mib, free_memory, synchronize
 from gspo import parallel, update
 from gspo.compat import patch_stochastic_rounding
 from gspo.config import Settings, build, build_loss
@@ -41,6 +40,7 @@ class Rig:
     def __init__(self, visit: Visit, *more: str) -> None:
         cfg = read_settings(visit, *more)
         self.visit = visit
+        self.before_mib = allocated_mib(visit.device)  # what an earlier rig has left behind
         self.cfg = cfg
         self.device = visit.device
         if not dist.is_initialized():
@@ -112,18 +112,20 @@ class Rig:
         num_documents = sum(microbatch.shard.whole.num_documents for microbatch in microbatches)
         num_tokens = sum(microbatch.shard.whole.num_label_tokens for microbatch in microbatches)
         denominator = update.denominator_of(policy, num_documents, num_tokens)
-        outputs = update.accumulate_gradients(
+        losses = []
+        for output in update.accumulate_gradients(
             policy,
             microbatches,
             denominator,
             reduce_every_microbatch=cfg.reduce_every_microbatch,
-        )
-        loss = math.fsum(float(output.loss) for output in outputs) / denominator
+        ):
+            losses.append(output.loss)
         grad_norm = update.clip_gradients(policy, cfg.clip_grad_norm)
         update.seed_rounding(cfg.seed, self.num_steps, self.ranks)
         has_moved = update.step_if_finite(self.optimizer, grad_norm)
         self.num_steps += 1
         synchronize(self.device)
+        loss = float(torch.stack(losses).sum()) / denominator  # now: it waits for the device
         return {"loss": loss, "grad_norm": grad_norm, "moved": has_moved}
 
     def give_weights(self) -> None:

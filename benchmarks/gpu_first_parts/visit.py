@@ -56,11 +56,13 @@ class Visit:
 
 
 def make_visit(file: Path, *, is_rehearsal: bool) -> Visit:
-    """Return the visit to this machine's GPU, or the rehearsal of one."""
+    """Return the visit to this machine's first GPU, or the rehearsal of one."""
     if is_rehearsal:
         _compile_quickly()
         return Visit(torch.device("cpu"), TINY, file)
-    return Visit(torch.device("cuda", torch.cuda.current_device()), REAL, file)
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here; --rehearse runs on a CPU")
+    return Visit(torch.device("cuda", 0), REAL, file)
 
 
 def _compile_quickly() -> None:
@@ -163,6 +165,13 @@ def peak_flops(device: torch.device) -> float | None:
         if known in name:
             return flops
     return None
+
+
+def allocated_mib(device: torch.device) -> float:
+    """Return what is allocated now, or the resident process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MIB
+    return _resident_mib("VmRSS")
 
 
 def free_memory(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import subprocess
 import tomllib
 from importlib import metadata
@@ -38,15 +39,22 @@ def _describe(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"name": platform.processor() or platform.machine(), "driver": None}
     properties = torch.cuda.get_device_properties(device)
-    answer = subprocess.run(_DRIVER_QUERY, capture_output=True, text=True, check=True)
     return {
         "name": properties.name,
-        "driver": answer.stdout.strip(),
+        "driver": _driver(),
         "memory_gib": properties.total_memory / 2**30,
         "capability": [properties.major, properties.minor],
         "multiprocessors": properties.multi_processor_count,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def _driver() -> str | None:
+    """Return the version of the driver; None where nothing tells it."""
+    if shutil.which(_DRIVER_QUERY[0]) is None:
+        return None
+    answer = subprocess.run(_DRIVER_QUERY, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
 
 
 def packages(visit: Visit) -> dict[str, Any]:
