@@ -38,6 +38,8 @@ from loss_kernel_providers import PROVIDERS, Provider
 from torch import Tensor
 from tqdm import tqdm
 
+from gspo.parallel import prepare_device
+
 # Median and longest document, in rows: within a chunk of the device's.
 LENGTHS = {"cpu": (128, 512), "cuda": (400, 4096)}
 SHAPES = {  # T, H, V
@@ -124,6 +126,7 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]
 
     Cases and providers are timed in turn, round by round, so that ratios hold between all.
     """
+    prepare_device(torch.device(args.device))  # as a run does
     providers = wanted_providers(args.device, args.only)
     calls: list[Call] = []
     for m, f in CASES:

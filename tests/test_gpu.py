@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from gspo import parallel
 from gspo.data.layout import pack_documents
 from gspo.losses import GSPOLoss
 from gspo.policy.attention import attend
@@ -17,6 +18,12 @@ from tests.policy.test_policy import assert_parts_attend_as_the_whole
 pytestmark = pytest.mark.gpu
 
 WIDTH = {"embed_dim": 64}  # four heads of 16, the smallest that FlexAttention takes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prepared():
+    """As a run starts."""
+    parallel.prepare_device(torch.device("cuda"))
 
 
 def build_decoder():

@@ -5,7 +5,6 @@ Not here: prompts, rewards, files, more than one rank.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 
 from gpu_first_parts.documents import Texts
 from gpu_first_parts.pack_probes import read_settings
-from gpu_first_parts.visit import Skipped, Visit, allocated_mib, free_memory, synchronize
+from gpu_first_parts.visit import Visit, allocated_mib, free_memory, synchronize
 from gspo import parallel, update
 from gspo.compat import patch_stochastic_rounding
 from gspo.config import Settings, build, build_loss
@@ -66,15 +65,7 @@ class Rig:
         )
 
     def make_sampler(self, **options: Any) -> LocalSampler:
-        """Make a sampler with a replica of its own and the policy's weights.
-
-        Raises:
-            Skipped: This version's sampler does not know an option.
-        """
-        parameters = inspect.signature(LocalSampler).parameters
-        for name in options:
-            if name not in parameters:
-                raise Skipped(f"LocalSampler has no {name}")
+        """Make a sampler with a replica of its own and the policy's weights."""
         max_batch_size = self.cfg.sampler["max_batch_size"]
         sampler = LocalSampler(
             lambda: _build_decoder(self.cfg, self.device),
