@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from gspo.plugin import hide_torchao_note
+from gspo.plugin import hide_torchao_note, shorten_interrupts
 
 TUNE_COMMANDS = ("download", "ls", "cp", "cat", "run")
 COMMANDS = {
@@ -28,6 +28,7 @@ Each command has --help."""
 
 def main() -> None:
     """Run the command named by the first argument."""
+    shorten_interrupts()
     hide_torchao_note()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:

@@ -10,12 +10,21 @@ torchtune's registry is named here and not in ``gspo.compat``. ``TORCH_DEVICE_BA
 switches the entry point off; ``python -m gspo`` opens the same doors without it.
 """
 
+import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
 from _gspo_torch_plugin import hide_torchao_note
 
-__all__ = ["add_recipes", "hide_torchao_note", "register", "shipped_configs", "shipped_folder"]
+__all__ = [
+    "add_recipes",
+    "hide_torchao_note",
+    "register",
+    "shipped_configs",
+    "shipped_folder",
+    "shorten_interrupts",
+]
 
 RECIPE = "gspo_full_finetune"
 
@@ -32,9 +41,31 @@ def register() -> None:
         return
     try:
         hide_torchao_note()
+        if Path(sys.argv[0]).name == "tune":  # and not a script of the user's
+            shorten_interrupts()
         add_recipes()
     except Exception as error:
         print(f"gspo: not registered with tune: {error!r}", file=sys.stderr)
+
+
+def shorten_interrupts() -> None:
+    """Show Ctrl-C as one line with exit code 130 where no command catches it, as while it imports.
+
+    :func:`gspo.config.show_errors` does the same for a command that has begun.
+    """
+    show = sys.excepthook
+
+    def show_briefly(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            show(kind, error, traceback)
+            return
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+
+    sys.excepthook = show_briefly
 
 
 def add_recipes() -> None:

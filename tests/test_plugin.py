@@ -239,6 +239,25 @@ def test_module_runs_a_command_of_the_pack(monkeypatch):
         gspo.__main__.main()
 
 
+INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("tune", True), ("mine", False)])
+def test_tune_ends_an_interrupted_import_with_one_line(installed, tmp_path, name, shown):
+    (tmp_path / name).write_text(f"import torchtune\n{INTERRUPT}")
+    result = python(name, path=installed, cwd=tmp_path)
+    assert (result.returncode == 130) == shown
+    assert result.stderr.endswith("Interrupted.\n") == shown
+    assert ("Traceback" in result.stderr) != shown
+
+
+def test_module_ends_an_interrupted_import_with_one_line(tmp_path):
+    (tmp_path / "slow.py").write_text(INTERRUPT)
+    script = "from gspo import __main__ as m; m.COMMANDS['slow'] = 'slow:main'; m.main()"
+    result = python("-c", script, "slow", path=f"{ROOT}:{tmp_path}", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"), [([], None), (["--help"], None), (["lss"], 1)], ids=str
 )

@@ -13,6 +13,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -78,11 +79,33 @@ def refusals(key: str, remedy: str = _CORRECT) -> Iterator[None]:
     except InputError as error:
         raise error.within(key) from error
     except (Exception, SystemExit) as error:  # torchtune's checkpointers raise a bare Exception
-        problem = f"{type(error).__name__}: {error}"
-        if isinstance(error, ModuleNotFoundError) and remedy == _CORRECT:
-            package = (error.name or "").partition(".")[0]
+        cause = _missing_module(error) or error
+        problem = f"{type(cause).__name__}: {cause}"
+        if isinstance(cause, ModuleNotFoundError) and remedy == _CORRECT:
+            package = (cause.name or "").partition(".")[0]
             remedy = f"install the package of {package!r}"
+        _free_in_silence(error)
         raise InputError(key, NO_VALUE, problem, remedy) from error
+
+
+def _missing_module(error: BaseException) -> ModuleNotFoundError | None:
+    """Return the failed import behind an ImportError: torchtune raises one of its own words."""
+    cause: BaseException | None = error
+    while isinstance(cause, ImportError):
+        if isinstance(cause, ModuleNotFoundError):
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def _free_in_silence(error: BaseException) -> None:
+    """Free what failed halfway now: the ``__del__`` of such an object may print a stack."""
+    print_ignored = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = print_ignored
 
 
 def build(cfg: BaseSettings, key: str, *args: Any, **kwargs: Any) -> Any:

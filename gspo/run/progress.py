@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -11,8 +14,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import nn
-from torchtune import config
+from torchtune import config, utils
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gspo.config import refusals
 from gspo.metrics import public
@@ -33,6 +37,43 @@ _PEAK_BF16_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
+
+
+class _Bar(tqdm):
+    """A bar above which each line that is logged stands alone, on a terminal and in a file."""
+
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        """Write a line above the bars."""
+        file = file or sys.stderr
+        begin = "" if file.isatty() else "\n"  # nothing clears the bar in a file
+        super().write(f"{begin}{s}", file, end, nolock)
+
+
+class _LastResort(logging.Handler):
+    """The handler of a logger without any, as ``logging.lastResort`` is, beside a bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the bars."""
+        line = self.format(record)
+        _Bar.write(line)
+
+
+@contextlib.contextmanager
+def _lines_above_bar() -> Iterator[None]:
+    """Write what is logged to the console above the bar, and not behind it."""
+    loggers = []
+    for logger in (logging.getLogger(), utils.get_logger()):
+        streams = [getattr(handler, "stream", None) for handler in logger.handlers]
+        if sys.stderr in streams or sys.stdout in streams:
+            loggers.append(logger)
+    last_resort = logging.lastResort
+    logging.lastResort = _LastResort(logging.WARNING)  # type: ignore[assignment]
+    try:
+        with logging_redirect_tqdm(loggers, _Bar):
+            yield
+    finally:
+        logging.lastResort = last_resort
 
 
 class Progress:
@@ -58,9 +99,12 @@ class Progress:
     def __enter__(self) -> Progress:
         """Show the bar and start the clock of the steps."""
         self._step_began = time.perf_counter()
-        self._bar = tqdm(
+        self._bar = _Bar(
             total=self._num_steps, disable=not self._shown, desc="steps", dynamic_ncols=True
         )
+        self._above_bar = contextlib.ExitStack()
+        if self._shown:
+            self._above_bar.enter_context(_lines_above_bar())
         return self
 
     def __exit__(
@@ -70,6 +114,7 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         """Leave the bar as it is."""
+        self._above_bar.close()
         self._bar.close()
 
     @property

@@ -371,6 +371,16 @@ def test_missing_package_is_to_be_installed():
     assert str(caught.value).endswith("No module named 'a.b'; install the package of 'a'")
 
 
+def test_missing_package_that_a_library_tells_of_is_to_be_installed():
+    with pytest.raises(InputError) as caught, refusals("metric_logger"):
+        try:
+            raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
+        except ImportError as error:
+            raise ImportError("set metric_logger_type='stdout'") from error
+    message = "metric_logger: ModuleNotFoundError: No module named 'wandb'; install the package of"
+    assert str(caught.value) == f"{message} 'wandb'"
+
+
 TEXT_WITH_A_VARIABLE = "seed: 1\ngroup_size: 4\ndata_dir: /x\noutput_dir: ${data_dir}/y"
 
 

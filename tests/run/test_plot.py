@@ -59,4 +59,5 @@ def test_module_draws_the_curves_of_a_folder(tmp_path):
     assert (tmp_path / "curves.png").is_file()
     nameless = subprocess.run(command, capture_output=True, text=True)
     assert nameless.returncode == 2
+    assert "cpp extensions" not in nameless.stderr
     assert "usage: python -m gspo.run.plot" in nameless.stderr

@@ -1,5 +1,8 @@
+import logging
 import math
+import sys
 
+import pytest
 import torch
 
 from gspo.run import Progress
@@ -43,3 +46,19 @@ def test_a_gpu_s_share_of_its_peak_is_that_of_the_update_alone(monkeypatch):
     assert speed["mfu"] == 6 * 6 * 1e12 / (0.5 * 2 * 989e12)
     assert speed["peak_memory_gib"] == 3 and speed["reserved_memory_gib"] == 4
     assert speed["alloc_retries"] == 2
+
+
+@pytest.mark.parametrize("name", ["gspo.alone", "torchtune.utils._logging"])
+def test_a_warning_has_a_line_of_its_own_above_the_bar(monkeypatch, capsys, name):
+    """Loggers of the pack have no handler, torchtune's has one for the console."""
+    logger = logging.getLogger(name)
+    handlers = [] if name == "gspo.alone" else [logging.StreamHandler(sys.stderr)]
+    monkeypatch.setattr(logger, "handlers", handlers)
+    monkeypatch.setattr(logger, "propagate", False)  # pytest listens at the root
+    last_resort = logging.lastResort
+    progress = Progress(3, torch.nn.Linear(2, 2), torch.device("cpu"), shown=True)
+    with progress:
+        progress.advance({"_slots": 5.0})
+        logger.warning("look at this")
+    assert "look at this" in capsys.readouterr().err.split("\n")
+    assert logger.handlers is handlers and logging.lastResort is last_resort
