@@ -44,8 +44,7 @@ class InputError(ValueError):
     def __str__(self) -> str:
         message = f"{self.key}: "
         if self.value is not NO_VALUE:
-            shown = _shorten(repr(self.value))
-            message += f"{shown} "
+            message += f"{show(self.value)} "
         message += self.must
         if self.remedy:
             message += f"; {self.remedy}"
@@ -116,7 +115,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"there are: {', '.join(choices[:12])}{ending}"
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= _MAX_VALUE_LENGTH:
+def show(value: Any, max_length: int = _MAX_VALUE_LENGTH) -> str:
+    """Return a value's ``repr`` for a message, cut to a length in characters."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4,300 digits, or code of the user's
+        text = f"a {type(value).__name__}"
+    if len(text) <= max_length:
         return text
-    return f"{text[:_MAX_VALUE_LENGTH]}..."
+    return f"{text[:max_length]}..."

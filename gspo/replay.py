@@ -28,6 +28,7 @@ from gspo.config import refusals
 from gspo.config.checks import component_problems
 from gspo.errors import InputError, InputErrors, did_you_mean, require
 from gspo.losses.accounting import LENGTH_BINS
+from gspo.losses.checked import checked_output, denominator_of
 from gspo.losses.inputs import LossOutput, traits_of
 from gspo.losses.presets import PRESETS
 from gspo.losses.units import RatioTerms, SurrogateTerms, per_label, sums_at
@@ -327,7 +328,8 @@ def _backward(loss: Any, microbatch: DumpedMicrobatch) -> _Backward:
     logps = microbatch.new_logps[rows].requires_grad_()
     entropy = torch.zeros_like(logps)
     inputs = row_inputs(whole, None)
-    output = LossOutput(*loss(logps, entropy, inputs))
+    result = loss(logps, entropy, inputs)
+    output = checked_output(loss, result, needs_gradient=True)
     (gradient,) = torch.autograd.grad(output.loss, logps, materialize_grads=True)
     zeros = torch.zeros_like(microbatch.new_logps)
     of_slots = zeros.index_put((rows,), gradient)
@@ -373,8 +375,7 @@ class _Totals(NamedTuple):
         not_finite = step.not_finite
         num_documents = dump.metadata["num_documents"] - int(not_finite.documents)
         num_label_tokens = dump.metadata["num_label_tokens"] - int(not_finite.tokens)
-        stated = loss.denominator(num_documents, num_label_tokens)
-        denominator = max(stated, 1.0)
+        denominator = denominator_of(loss, num_documents, num_label_tokens)
         shares = []
         for backward in backwards:
             share = backward.output.loss / denominator

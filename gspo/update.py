@@ -21,8 +21,9 @@ from torchtune import training
 
 from gspo.data.steps import StepBatches
 from gspo.errors import DataError, InputError
+from gspo.losses import checked
 from gspo.losses.inputs import LossOutput
-from gspo.metrics import Metrics, NotFinite, Sum
+from gspo.metrics import METRICS, Metrics, NotFinite, Sum
 from gspo.parallel.context import ContextAxis
 from gspo.parallel.mesh import Ranks
 from gspo.policy.microbatch import Microbatch
@@ -30,8 +31,18 @@ from gspo.policy.model import Policy
 from gspo.policy.sharding import check_weights
 from gspo.types import PackedBatch, field_specs
 
-# Names in a row of metrics.jsonl that no metric may take.
-RESERVED_METRICS = {"step"}
+# How the names begin that the shipped losses give. A loss of the user's own may give them too.
+_OF_LOSSES = (
+    *("ratio/", "log_ratio/", "mismatch/", "correction/", "clip/"),
+    *("kl_", "entropy", "new_logps", "old_logps", "bounded_documents"),
+)
+# Names in a row of metrics.jsonl that no metric of a loss may take, and how others begin: the
+# recipe gives them. Beside its own value a loss's would be added in silence.
+RESERVED_METRICS = {
+    *(name for name in METRICS if not name.startswith(_OF_LOSSES)),
+    *("step", "_slots", "_reward_sq", "clip/at_zero_drift"),
+}
+_RESERVED_SECTIONS = ("reward/", "eval/", "time/")
 
 
 def check_versions(batch: PackedBatch, version: int) -> None:
@@ -58,9 +69,13 @@ def check_versions(batch: PackedBatch, version: int) -> None:
 
 
 def denominator_of(policy: Policy, num_documents: int, num_label_tokens: int) -> float:
-    """Return what the loss sum of a step is divided by; 1 when nothing is left."""
+    """Return what the loss sum of a step is divided by; 1 when nothing is left.
+
+    Raises:
+        InputError: The loss states no number above 0.
+    """
     assert policy.loss is not None
-    return max(policy.loss.denominator(num_documents, num_label_tokens), 1.0)
+    return checked.denominator_of(policy.loss, num_documents, num_label_tokens)
 
 
 def accumulate_gradients(
@@ -92,23 +107,30 @@ def accumulate_gradients(
         reduces = reduce_every_microbatch or i == last
         policy.set_requires_gradient_sync(reduces)
         output = policy(microbatch)
-        _check_names(policy.loss, output.metrics)
+        metrics = _own_metrics(policy.loss, output)
         scaled = output.loss * scale
         scaled.backward()
         loss = output.loss.detach()
-        metrics = {**output.metrics, "loss": Sum(loss / denominator)}
+        metrics["loss"] = Sum(loss / denominator)
         yield LossOutput(loss, metrics, output.not_finite)
 
 
-def _check_names(loss: Any, metrics: Metrics) -> None:
+def _own_metrics(loss: Any, output: LossOutput) -> Metrics:
+    """Return the metrics of a loss, without a name that is the recipe's."""
+    metrics = dict(output.metrics)
+    if output.not_finite is not None:
+        metrics["quarantined_documents"] = Sum(output.not_finite.documents)
     for name in metrics:
-        if name in RESERVED_METRICS:
+        is_taken = name in RESERVED_METRICS or name.startswith(_RESERVED_SECTIONS)
+        is_count = name == "quarantined_documents" and output.not_finite is not None
+        if is_taken and not is_count:
             raise InputError(
                 "loss",
-                type(loss).__name__,
-                f"gives a metric named {name!r}, the name of a row's number in metrics.jsonl",
-                "give it another name, e.g. own/step",
+                checked.name_of(loss),
+                f"gives a metric named {name!r}, which in metrics.jsonl is the recipe's own",
+                f"give it another name, e.g. own/{name.rpartition('/')[2]}",
             )
+    return metrics
 
 
 def take_out(policy: Policy, not_finite: NotFinite, step: StepBatches, denominator: float) -> float:

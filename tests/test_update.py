@@ -10,8 +10,12 @@ import torch
 
 from gspo import update
 from gspo.data.layout import pack_documents
-from gspo.errors import DataError
+from gspo.errors import DataError, InputError
+from gspo.losses.checked import CheckedLoss
+from gspo.losses.inputs import LossOutput
+from gspo.metrics import Mean, NotFinite, Sum
 from tests import tiny_policy
+from tests.recipes.own_loss import OwnLoss
 
 
 def test_a_segment_advantage_that_is_not_finite_names_its_document():
@@ -21,6 +25,34 @@ def test_a_segment_advantage_that_is_not_finite_names_its_document():
     ((number, document),) = update.not_finite_documents(batch, batch.old_logps).items()
     assert number == 3 and set(document.values["token_advantages"]) == {"nan"}
     assert document.cause == "token_advantages"
+
+
+OF_THE_RECIPE = [
+    *("step", "loss", "reward/mean", "reward/own", "documents", "staleness/max", "dead_groups"),
+    *("_slots", "time/step", "eval/pass@k", "quarantined_documents", "lr", "tokens_per_second"),
+]
+
+
+@pytest.mark.parametrize("name", OF_THE_RECIPE)
+def test_a_loss_gives_no_metric_of_the_recipes_own(name):
+    output = LossOutput(torch.zeros(()), {name: (99, 1)})
+    with pytest.raises(InputError, match=f"^loss: 'OwnLoss' gives a metric named '{name}'"):
+        update._own_metrics(CheckedLoss(OwnLoss()), output)
+
+
+def test_a_loss_gives_the_metrics_of_the_shipped_ones_and_its_own():
+    """The count of documents that were taken out is the recipe's, whatever the loss says."""
+    names = [
+        "ratio/ess",
+        "clip/any_document",
+        "kl_ref",
+        "entropy",
+        "own/x",
+        "quarantined_documents",
+    ]
+    metrics = dict.fromkeys(names, Mean(1, 1))
+    output = LossOutput(torch.zeros(()), metrics, NotFinite(3, 7))
+    assert update._own_metrics(OwnLoss(), output) == {**metrics, "quarantined_documents": Sum(3)}
 
 
 @pytest.mark.parametrize("spoil", ["logps", "old_logps", "ref_logps"])

@@ -28,6 +28,8 @@ from gspo.config.merge import preset_keys
 from gspo.config.settings import BaseSettings, Section, Settings
 from gspo.config.value_types import Given
 from gspo.errors import NO_VALUE, InputError, did_you_mean, raise_all
+from gspo.losses import GSPOLoss
+from gspo.losses.checked import CheckedLoss
 from gspo.losses.inputs import Loss, traits_of
 from gspo.types import Axis
 
@@ -182,7 +184,8 @@ def build_loss(cfg: Settings) -> Loss:
             "cut them, e.g. with segments._component_=gspo.data.segments.AtDelimiter, or name "
             "gspo.losses.GSPOLoss",
         )
-    return loss
+    is_shipped = type(loss).__module__ == GSPOLoss.__module__
+    return loss if is_shipped else CheckedLoss(loss)
 
 
 def check(cfg: DictConfig, settings: type[S]) -> S:

@@ -13,8 +13,8 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gspo.advantages import Estimator, all_equal, check_group_size, get_estimator
-from gspo.data.node import TransformNode
-from gspo.errors import require
+from gspo.data.node import TransformNode, as_numbers
+from gspo.errors import InputError, require, show
 from gspo.metrics import Mean, Sum
 from gspo.types import Completion, Group, GroupBatch
 
@@ -68,7 +68,8 @@ class Advantage(TransformNode[GroupBatch]):
         on_quarantine: called with a dict of ids and values for each quarantined completion.
 
     Raises:
-        InputError: An unknown estimator, or a refill without a drop. From ``next``: groups of one.
+        InputError: An unknown estimator, or a refill without a drop. From ``next``: groups of one,
+            or an estimator that does not give a number for each reward.
     """
 
     def __init__(
@@ -141,10 +142,10 @@ class Advantage(TransformNode[GroupBatch]):
     def _estimate(self, group: Group, finite: list[Completion]) -> list[Completion]:
         """Set the advantages of ``finite`` and return those whose advantage is finite too."""
         left_alone = len(finite) == 1 < len(group.completions)
-        advantages = [0.0] if left_alone else self.estimator([c.reward for c in finite])
+        advantages = [0.0] if left_alone else _call(self.estimator, [c.reward for c in finite])
         live = []
         for completion, advantage in zip(finite, advantages, strict=True):
-            completion.advantage = float(advantage)
+            completion.advantage = advantage
             if _is_finite(completion.advantage):
                 live.append(completion)
             else:
@@ -157,6 +158,25 @@ class Advantage(TransformNode[GroupBatch]):
         for name in _REPORTED_FIELDS:
             record[name] = getattr(completion, name)
         self.on_quarantine(record)
+
+
+def _call(estimator: Estimator, rewards: list[float]) -> list[float]:
+    """Return an estimator's advantages.
+
+    Raises:
+        InputError: It gave something else than a number for each reward.
+    """
+    advantages = estimator(rewards)
+    numbers = as_numbers(advantages)
+    if numbers is None or len(numbers) != len(rewards):
+        must = f"must give {len(rewards)} numbers for as many rewards, and gave "
+        raise InputError(
+            "advantages.estimator",
+            getattr(estimator, "__qualname__", type(estimator).__name__),
+            must + show(advantages, 80),
+            "correct the function",
+        )
+    return numbers
 
 
 def _keep(group: Group, live: list[Completion], batch: GroupBatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torchdata.nodes import BaseNode
@@ -27,3 +28,18 @@ class TransformNode(BaseNode[T]):
     def get_state(self) -> dict[str, Any]:
         """Return the source's state."""
         return {"source": self.source.state_dict()}
+
+
+def as_numbers(values: Any) -> list[float] | None:
+    """Return what a function of the user's own has returned as floats; None if it is no numbers."""
+    if not isinstance(values, Iterable):
+        return None
+    numbers = []
+    for value in values:
+        if not hasattr(value, "__float__"):  # a text has none
+            return None
+        try:
+            numbers.append(float(value))
+        except (OverflowError, TypeError, ValueError):  # a huge integer, or an array of several
+            return None
+    return numbers

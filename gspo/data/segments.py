@@ -8,14 +8,17 @@ Not here: the use of segments, see :class:`gspo.losses.SegmentLoss`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gspo.data.node import TransformNode
+from gspo.data.node import TransformNode, as_numbers
 from gspo.errors import DataError, require
 from gspo.types import Completion, GroupBatch
+
+MAX_SEGMENTS = 2**20  # of a completion
 
 Splitter = Callable[[Completion], list[int] | None]
 
@@ -95,15 +98,34 @@ class Segment(TransformNode[GroupBatch]):
         batch = next(self.source)
         for group in batch.groups:
             for completion in group.completions:
-                numbers = [int(number) for number in self.splitter(completion) or ()]
-                completion.segments = numbers or [0] * len(completion.tokens)
-                _check(completion, group.prompt.id)
+                self._cut(completion, group.prompt.id)
         return batch
 
+    def _cut(self, completion: Completion, prompt_id: str) -> None:
+        place = f"segments of a completion of prompt {prompt_id}"
+        remedy = f"correct the splitter, {type(self.splitter).__name__}"
+        segments = self.splitter(completion)
+        numbers = _whole_numbers([] if segments is None else segments)
+        advantages = as_numbers(completion.segment_advantages)
+        if numbers is None:
+            raise DataError(place, segments, "must be whole numbers, or none", remedy)
+        if advantages is None:
+            must = "must be a list of numbers, as segment_advantages"
+            raise DataError(place, completion.segment_advantages, must, remedy)
+        completion.segments = numbers or [0] * len(completion.tokens)
+        completion.segment_advantages = advantages
+        _check(completion, place, remedy)
 
-def _check(completion: Completion, prompt_id: str) -> None:
-    place = f"segments of a completion of prompt {prompt_id}"
-    remedy = "correct the splitter"
+
+def _whole_numbers(values: Any) -> list[int] | None:
+    """Return what a splitter has returned as whole numbers; None if it is none."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        return None
+
+
+def _check(completion: Completion, place: str, remedy: str) -> None:
     num_numbers, num_tokens = len(completion.segments), len(completion.tokens)
     if num_numbers != num_tokens:
         raise DataError(place, must=f"{num_numbers} numbers for {num_tokens} tokens", remedy=remedy)
@@ -111,6 +133,9 @@ def _check(completion: Completion, prompt_id: str) -> None:
     if lowest < 0:
         raise DataError(place, lowest, "is not a number from 0", remedy)
     num_segments = max(completion.segments, default=0) + 1
+    if num_segments > MAX_SEGMENTS:
+        must = f"must be less than {MAX_SEGMENTS:,}, since all numbers up to it get an advantage"
+        raise DataError(place, num_segments - 1, must, remedy)
     num_advantages = len(completion.segment_advantages)
     if num_advantages not in (0, num_segments):
         must = f"{num_advantages} advantages for {num_segments} segments"

@@ -68,7 +68,7 @@ def _lines_above_bar() -> Iterator[None]:
         if sys.stderr in streams or sys.stdout in streams:
             loggers.append(logger)
     last_resort = logging.lastResort
-    logging.lastResort = _LastResort(logging.WARNING)  # type: ignore[assignment]
+    logging.lastResort = _LastResort(logging.WARNING)
     try:
         with logging_redirect_tqdm(loggers, _Bar):
             yield

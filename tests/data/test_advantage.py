@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+import torch
 
 from gspo.data.advantage import Advantage
 from gspo.errors import InputError
@@ -89,6 +90,22 @@ def test_quarantine_of_an_advantage_that_is_not_finite():
     result = run([0.0, 1.0], estimator=lambda rewards: [NAN, 2.0], seen=seen)
     assert advantages(result) == [[2.0]] and seen[0]["cause"] == "advantage"
     assert result.stats["quarantined_documents"] == Sum(1)
+
+
+@pytest.mark.parametrize(
+    "nonsense", [None, 5, [1.0], ["a", "b"], [[1.0], [2.0]], [10**400, 1.0]], ids=repr
+)
+def test_an_estimator_that_gives_no_advantages_is_named(nonsense):
+    def mine(rewards):
+        return nonsense
+
+    message = "^advantages.estimator: '.*mine' must give 2 numbers for as many rewards, and gave "
+    with pytest.raises(InputError, match=message):
+        run([0.0, 1.0], estimator=mine)
+
+
+def test_an_estimator_may_give_a_tensor():
+    assert advantages(run([0.0, 1.0], estimator=torch.tensor)) == [[0.0, 1.0]]
 
 
 def test_a_completion_that_quarantine_leaves_alone_is_a_dead_group():

@@ -93,6 +93,14 @@ def test_every_completion_is_cut():
         ([0, 0], [], "2 numbers for 3 tokens"),
         ([0, -1, 0], [], "-1 is not a number from 0"),
         ([0, 1, 1], [0.5], "1 advantages for 2 segments"),
+        ([2**40] * 3, [], "1099511627776 must be less than 1,048,576, since"),
+        ([0, 0, 10**5000], [], "a int must be less than 1,048,576, since"),
+        (["a"] * 3, [], r"\['a', 'a', 'a'\] must be whole numbers, or none"),
+        ([0.5] * 3, [], r"\[0.5, 0.5, 0.5\] must be whole numbers, or none"),
+        (7, [], "7 must be whole numbers, or none"),
+        ([0, 0, 0], None, "None must be a list of numbers, as segment_advantages"),
+        ([0, 0, 0], 5, "5 must be a list of numbers, as segment_advantages"),
+        ([0, 0, 0], ["a"], r"\['a'\] must be a list of numbers, as segment_advantages"),
     ],
 )
 def test_segments_that_do_not_fit_are_refused(segments, advantages, message):
@@ -100,10 +108,8 @@ def test_segments_that_do_not_fit_are_refused(segments, advantages, message):
         given.segment_advantages = advantages
         return segments
 
-    with pytest.raises(
-        InputError,
-        match=f"^segments of a completion of prompt p:0: {message}; correct the splitter",
-    ):
+    beginning = f"^segments of a completion of prompt p:0: {message}"
+    with pytest.raises(InputError, match=f"{beginning}.*; correct the splitter, function$"):
         segmented(splitter, [completion(3)])
 
 
