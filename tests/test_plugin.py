@@ -205,7 +205,8 @@ def test_configs_go_to_the_recipe_that_they_are_for(recipes, monkeypatch, tmp_pa
         ),
         (
             ["my.yaml", "num_steps=0"],
-            "error: num_steps: 0 must be a whole number of 1 or more; change it\n",
+            "error: num_steps: 0 must be a whole number of 1 or more, at most 2,147,483,647; "
+            "change it\n",
         ),
         (
             ["nowhere.yaml"],

@@ -1,14 +1,14 @@
-"""Ranges of arguments of torch's and torchtune's components, which check none or few themselves."""
+"""Ranges of arguments of components that check none or few themselves, torchtune's above all."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gspo.config.value_types import Must, is_whole
+from gspo.config.value_types import FOLDER, Must, is_number, is_whole
 from gspo.errors import NO_VALUE, InputError, did_you_mean
 
+LOCAL_SAMPLERS = ("gspo.sampling.local.LocalSampler", "gspo.sampling.LocalSampler")
 PROFILER = "torchtune.training.setup_torch_profiler"
 _SWITCH = Must("true or false", lambda x: type(x) is bool)
 _STEPS = Must("a whole number of 0 or more, or null", lambda x: x is None or is_whole(x, 0))
@@ -29,6 +29,80 @@ _PROFILER_ARGUMENTS = {  # torchtune 0.6.1
     "num_cycles": _STEPS,
     "output_dir": _FOLDER,
 }
+_WHOLE = Must("a whole number of 1 or more, without a point", lambda x: is_whole(x, 1))
+_LOCAL_SAMPLER_ARGUMENTS = {
+    "max_batch_size": _WHOLE,
+    "max_prefill_tokens": _WHOLE,
+    "progress": _SWITCH,
+    "stop_token_ids": Must("a list of token ids, or null", lambda x: x is None or _are_ids(x)),
+}
+_OPTIMIZER_ARGUMENTS = {
+    "betas": Must("two numbers, e.g. [0.9, 0.95]", lambda x: _is_list_of(x, is_number, 2))
+}
+_FOLDERS = {"checkpoint_dir": FOLDER, "output_dir": FOLDER}
+_CHECKPOINTER_ARGUMENTS = {
+    "checkpoint_files": Must(
+        "a list of file names, or a mapping with filename_format and max_filename",
+        lambda x: isinstance(x, Mapping) or _is_list_of(x, _is_text),
+    )
+}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(value: Any, holds: Callable[[Any], bool], length: int | None = None) -> bool:
+    if not isinstance(value, list) or not all(holds(element) for element in value):
+        return False
+    return length is None or len(value) == length
+
+
+def _are_ids(value: Any) -> bool:
+    return _is_list_of(value, lambda element: is_whole(element, 0))
+
+
+def sampler_problems(sampler: Mapping[str, Any]) -> Iterator[InputError]:
+    """Yield what is wrong with the arguments of the shipped sampler.
+
+    Args:
+        sampler: The section ``sampler``.
+    """
+    if sampler["_component_"] in LOCAL_SAMPLERS:
+        yield from _misfits("sampler", sampler, _LOCAL_SAMPLER_ARGUMENTS)
+
+
+def optimizer_problems(optimizer: Mapping[str, Any]) -> Iterator[InputError]:
+    """Yield what is wrong with the arguments of torch's and torchao's optimizers.
+
+    Args:
+        optimizer: The section ``optimizer``.
+    """
+    if str(optimizer["_component_"]).startswith(("torch.", "torchao.")):
+        yield from _misfits("optimizer", optimizer, _OPTIMIZER_ARGUMENTS)
+
+
+def checkpointer_problems(key: str, checkpointer: Mapping[str, Any] | None) -> Iterator[InputError]:
+    """Yield what is wrong with the folders of a checkpointer, and the files of torchtune's.
+
+    Args:
+        key: Of the section.
+        checkpointer: What it holds.
+    """
+    options = checkpointer or {}
+    yield from _misfits(key, options, _FOLDERS)
+    if str(options.get("_component_")).startswith("torchtune."):
+        yield from _misfits(key, options, _CHECKPOINTER_ARGUMENTS)
+
+
+def _misfits(
+    section: str, options: Mapping[str, Any], arguments: Mapping[str, Must]
+) -> Iterator[InputError]:
+    for name, must in arguments.items():
+        if name in options and not must.holds(options[name]):
+            yield InputError(
+                f"{section}.{name}", options[name], f"must be {must.words}", "change it"
+            )
 
 
 def profiler_problems(options: Mapping[str, Any] | None) -> Iterator[InputError]:
@@ -40,13 +114,11 @@ def profiler_problems(options: Mapping[str, Any] | None) -> Iterator[InputError]
     arguments = dict(options or {})
     if arguments.pop("_component_", PROFILER) != PROFILER:
         return
-    for name, value in arguments.items():
+    for name in arguments:
         key = f"profiler.{name}"
-        must = _PROFILER_ARGUMENTS.get(name)
-        if must is None:
+        if name not in _PROFILER_ARGUMENTS:
             yield InputError(key, NO_VALUE, "unknown key", did_you_mean(name, _PROFILER_ARGUMENTS))
-        elif not must.holds(value):
-            yield InputError(key, value, f"must be {must.words}", "change it")
+    yield from _misfits("profiler", arguments, _PROFILER_ARGUMENTS)
 
 
 def warmup_problems(scheduler: Mapping[str, Any] | None) -> Iterator[InputError]:
@@ -71,7 +143,7 @@ def warmup_problems(scheduler: Mapping[str, Any] | None) -> Iterator[InputError]
 
 
 def not_finite_numbers(key: str, value: Any) -> Iterator[InputError]:
-    """Yield the numbers in a section that are inf or nan.
+    """Yield the numbers in a section that are inf or nan, or beyond any float.
 
     Args:
         key: Of the section.
@@ -82,7 +154,7 @@ def not_finite_numbers(key: str, value: Any) -> Iterator[InputError]:
         children = value.items()
     elif isinstance(value, list):
         children = enumerate(value)
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif type(value) in (int, float) and not is_number(value):
         yield InputError(key, value, "must be a finite number", "write one like 1e-5")
     for name, child in children:
         yield from not_finite_numbers(f"{key}.{name}", child)

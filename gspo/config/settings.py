@@ -17,16 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 
 from gspo.advantages import check_group_size, get_estimator
-from gspo.config.arguments import not_finite_numbers, profiler_problems, warmup_problems
+from gspo.config import arguments
 from gspo.config.value_types import (
     Component,
     Count,
     CountOrZero,
+    Folder,
     Given,
+    GroupSize,
     Must,
     OptionalComponent,
     OptionalCount,
     OptionalSwitch,
+    ProcessCount,
+    PromptCount,
+    QueueLength,
+    SampleCountOrZero,
     Seconds,
     Seed,
     Share,
@@ -40,8 +46,6 @@ from gspo.config.value_types import Mapping as AnyMapping
 from gspo.errors import InputError, require
 from gspo.kernels import KERNELS
 from gspo.rewards.reward import reward_problems
-
-_LOCAL_SAMPLERS = ("gspo.sampling.local.LocalSampler", "gspo.sampling.LocalSampler")
 
 
 class Section(BaseModel):
@@ -146,7 +150,7 @@ class Advantages(Section):
 class RewardWorkers(Section):
     """The processes that call the rewards."""
 
-    num_workers: Count = Field(2, description="Processes on each rank.")
+    num_workers: ProcessCount = Field(2, description="Processes on each rank.")
     timeout: Seconds = Field(10.0, description="Seconds that one call of one reward may take.")
     on_failure: Annotated[str, one_of("zero", "error")] = Field(
         "zero", description="zero counts a failed call as 0; error ends the run at the first."
@@ -164,7 +168,7 @@ class Evaluation(Section):
     every_n_steps: CountOrZero = Field(
         0, description="Steps between evaluations, a multiple of sync_every_steps; 0 for none."
     )
-    num_samples: CountOrZero = Field(
+    num_samples: SampleCountOrZero = Field(
         0, description="Completions drawn for each prompt, for pass@k; 0 for greedy ones alone."
     )
 
@@ -181,7 +185,7 @@ class Settings(BaseSettings):
     """All keys of the recipe ``gspo_full_finetune``."""
 
     # What a run is
-    output_dir: Text = Field(description="Folder for all that a run writes.")
+    output_dir: Folder = Field(description="Folder for all that a run writes.")
     seed: Seed = Field(description="Seed of the prompts' order, the draws and the rounding.")
     device: Text = Field(description="Type of the device: cpu or cuda.")
     dtype: Annotated[str, one_of("fp32", "bf16")] = Field(
@@ -233,11 +237,13 @@ class Settings(BaseSettings):
         description="What draws the completions."
     )
     sampling: Sampling = Field(description="How they are drawn.")
-    group_size: Count = Field(description="Completions of each prompt, compared with one another.")
-    prompts_per_rollout: Count = Field(
+    group_size: GroupSize = Field(
+        description="Completions of each prompt, compared with one another."
+    )
+    prompts_per_rollout: PromptCount = Field(
         description="Prompts of one call of the sampler, over all ranks."
     )
-    prefetch: CountOrZero = Field(
+    prefetch: QueueLength = Field(
         0,
         description="Microbatches made ahead on a thread while the policy trains; 0 makes each "
         "when it is asked for. On a GPU it needs a sampler that runs elsewhere.",
@@ -417,10 +423,7 @@ class Settings(BaseSettings):
         yield from self._cuda_problems()
         yield from self._estimator_problems()
         yield from reward_problems(self.rewards)
-        yield from not_finite_numbers("optimizer", self.optimizer)
-        yield from not_finite_numbers("lr_scheduler", self.lr_scheduler)
-        yield from warmup_problems(self.lr_scheduler)
-        yield from profiler_problems(self.profiler)
+        yield from self._argument_problems()
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:
             yield InputError(
@@ -430,6 +433,17 @@ class Settings(BaseSettings):
                 "which splits every bin",
                 f"use {_round_up(length, self.context_parallel_size)}",
             )
+
+    def _argument_problems(self) -> Iterator[InputError]:
+        """Yield arguments of components that these do not check."""
+        yield from arguments.sampler_problems(self.sampler)
+        for key in ("checkpointer", "reference_checkpointer"):
+            yield from arguments.checkpointer_problems(key, getattr(self, key))
+        yield from arguments.optimizer_problems(self.optimizer)
+        yield from arguments.not_finite_numbers("optimizer", self.optimizer)
+        yield from arguments.not_finite_numbers("lr_scheduler", self.lr_scheduler)
+        yield from arguments.warmup_problems(self.lr_scheduler)
+        yield from arguments.profiler_problems(self.profiler)
 
     def _cuda_problems(self) -> Iterator[InputError]:
         """Yield what runs on a CPU and not, or not well, on CUDA."""
@@ -443,7 +457,7 @@ class Settings(BaseSettings):
                 "must be a number on CUDA, where attention is compiled anew for each shape",
                 f"set it to {tokens}, or to a divisor of it that the model's max_seq_len takes",
             )
-        if self.prefetch and self.sampler["_component_"] in _LOCAL_SAMPLERS:
+        if self.prefetch and self.sampler["_component_"] in arguments.LOCAL_SAMPLERS:
             yield InputError(
                 "prefetch",
                 self.prefetch,

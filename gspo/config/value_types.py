@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 # numpy's generators take 32 bits, and torchtune adds the rank: room is left for 2**20 ranks.
 LARGEST_SEED = 2**32 - 2**20
+LARGEST_COUNT = 2**31 - 1  # of anything that is counted: no more fits a tensor's 32 bits
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Given:
     names: tuple[str, ...]
 
 
-def is_whole(value: Any, least: int) -> bool:
-    """Whether a value is an int of ``least`` or more; True and False are none."""
-    return type(value) is int and value >= least
+def is_whole(value: Any, least: int, most: int = LARGEST_COUNT) -> bool:
+    """Whether a value is an int from ``least`` to ``most``; True and False are none."""
+    return type(value) is int and least <= value <= most
 
 
 def is_number(value: Any) -> bool:
@@ -55,6 +57,17 @@ def is_number(value: Any) -> bool:
 def is_between(value: Any, least: float, most: float) -> bool:
     """Whether a value is an int or float from ``least`` to ``most``; True and False are none."""
     return type(value) in (int, float) and least <= value <= most
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value is a text that can be the path of a file."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def is_component(value: Any) -> bool:
@@ -72,12 +85,24 @@ def one_of(*choices: str) -> Must:
     return Must(words, lambda value: value in choices)
 
 
-Count = Annotated[int, Must("a whole number of 1 or more", lambda x: is_whole(x, 1))]
-CountOrZero = Annotated[int, Must("a whole number of 0 or more", lambda x: is_whole(x, 0))]
+def count(least: int, most: int) -> Must:
+    """Make the condition that a value is a whole number from ``least`` to ``most``."""
+    words = f"a whole number of {least} or more, at most {most:,}"
+    return Must(words, lambda value: is_whole(value, least, most))
+
+
+_ONE_OR_MORE = count(1, LARGEST_COUNT)
+Count = Annotated[int, _ONE_OR_MORE]
+CountOrZero = Annotated[int, count(0, LARGEST_COUNT)]
 OptionalCount = Annotated[
-    int | None,
-    Must("a whole number of 1 or more, or left out", _or_none(lambda x: is_whole(x, 1))),
+    int | None, Must(f"{_ONE_OR_MORE.words}, or left out", _or_none(_ONE_OR_MORE.holds))
 ]
+# What is held in memory, or started, at once: far more than any run has, and still no harm.
+GroupSize = Annotated[int, count(1, 65_536)]
+SampleCountOrZero = Annotated[int, count(0, 65_536)]
+PromptCount = Annotated[int, count(1, 2**20)]
+ProcessCount = Annotated[int, count(1, 1_024)]
+QueueLength = Annotated[int, count(0, 1_024)]
 Seed = Annotated[
     int,
     Must(
@@ -89,6 +114,8 @@ OptionalSwitch = Annotated[
     bool | None, Must("true, false or null", _or_none(lambda x: type(x) is bool))
 ]
 Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]
+FOLDER = Must("a text that names a folder", lambda x: is_path(x))
+Folder = Annotated[str, FOLDER]
 Mapping = Annotated[
     dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))
 ]

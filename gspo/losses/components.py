@@ -385,6 +385,7 @@ class FSPOLoss(_PolicyLoss):
         return partial(F.length_fair_surrogate, clip_low=low, clip_high=high)
 
 
+_MAX_FLOAT32 = 3.4e38  # objectives are float32, in which a larger number is infinite
 _MAX_WHOLE = 2**63 - 1  # more is beyond what tensors hold, and far more beyond any float
 
 
@@ -402,10 +403,11 @@ def _check_type(key: str, value: Any, kinds: list[str]) -> None:
     is_number = type(value) is int and abs(value) <= _MAX_WHOLE
     if type(value) is float:
         takes_float = "float" in kinds
-        is_number = takes_float and math.isfinite(value)
+        is_number = takes_float and abs(value) <= _MAX_FLOAT32
     whole = " whole" if "int" in kinds else ""
     ending = ", or null" if is_optional else ""
-    require(is_number, key, value, f"must be a finite{whole} number{ending}")
+    remedy = f"give one up to {_MAX_FLOAT32:g}" if type(value) is float else ""
+    require(is_number, key, value, f"must be a finite{whole} number{ending}", remedy)
 
 
 def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:

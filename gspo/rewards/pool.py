@@ -38,6 +38,7 @@ from gspo.rewards.worker import Item
 logger = logging.getLogger(__name__)
 
 MAX_TIMEOUT = 86_400.0  # seconds; timers overflow at some 1e9
+MAX_WORKERS = 1_024
 CHUNKS_PER_WORKER = 4  # more balance the load better, fewer cost fewer messages
 
 
@@ -328,10 +329,10 @@ def _check_arguments(
     num_workers: int, timeout: float, on_failure: str, max_failure_share: float
 ) -> None:
     require(
-        type(num_workers) is int and num_workers >= 1,
+        type(num_workers) is int and 1 <= num_workers <= MAX_WORKERS,
         "reward_pool.num_workers",
         num_workers,
-        "must be a whole number of 1 or more",
+        f"must be a whole number of 1 or more, at most {MAX_WORKERS:,}",
     )
     require(
         type(timeout) in (int, float) and 0 < timeout <= MAX_TIMEOUT,

@@ -355,6 +355,15 @@ def test_row_of_text_that_is_not_utf8_is_named(tmp_path, kind):
         next(reader)
 
 
+@ARROW
+def test_row_with_a_date_beyond_python_s_is_named(tmp_path, kind):
+    dates = pyarrow.array([0, 2**55], pyarrow.timestamp("ms"))
+    reader = make_reader(kind, tmp_path, {"question": ["1", "2"], "answer": ["1", "2"], "z": dates})
+    next(reader)
+    with pytest.raises(DataError, match=":1: not readable: "):
+        next(reader)
+
+
 def test_integer_of_any_size_is_text_in_a_prompt(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"question": 10**400, "answer": 1}])
     assert next(readers.jsonl_prompts(TOKENIZER, source=source)).text == str(10**400)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.data.readers.rows import readable, require_rows
-from gspo.errors import InputError, did_you_mean
+from gspo.errors import InputError, did_you_mean, require
 
 
 class HuggingFaceRows:
@@ -39,6 +39,8 @@ def _load(source: str, split: str, subset: str | None) -> Any:
     """Load a dataset, or a dictionary of its splits."""
     import datasets
 
+    is_text = isinstance(source, str) and source != ""
+    require(is_text, "source", source, "must be a text", "name a dataset or a folder")
     folder = Path(source)
     is_saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     try:

@@ -20,7 +20,7 @@ class JsonlRows:
     """
 
     def __init__(self, source: str) -> None:
-        self._path = existing_path(source)
+        self._path = existing_path(source, takes_folder=False)
         self._offsets = array("q")
         self._lines = array("q")
         offset = 0

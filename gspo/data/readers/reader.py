@@ -72,6 +72,9 @@ class PromptReader(BaseNode[Prompt]):
         _check_length_limit(max_prompt_tokens, on_long_prompt)
         _check_count("num_epochs", num_epochs, "no end")
         _check_switch("add_bos", add_bos)
+        is_column = answer_column is None or isinstance(answer_column, str)
+        must = "must be a column's name, or null"
+        require(is_column, "answer_column", answer_column, must, "change it")
         _check_switch("shuffle", shuffle)
         _check_ranks(rows, rank, world_size)
         self._rows = rows

@@ -29,15 +29,19 @@ class Rows(Protocol):
         ...
 
 
-def existing_path(source: str) -> Path:
+def existing_path(source: str, *, takes_folder: bool = True) -> Path:
     """Return the path of a file or folder that is there.
 
     Raises:
-        InputError: It is not.
+        InputError: It is not, or is a folder where none is taken.
     """
+    is_text = isinstance(source, str) and source != ""
+    require(is_text, "source", source, "must be a text", "name a file of prompts")
     path = Path(source).expanduser()
     looked_for = f"does not exist (looked for {path.absolute()})"
     require(path.exists(), "source", source, looked_for)
+    is_taken = takes_folder or not path.is_dir()
+    require(is_taken, "source", source, "is a folder", "name a file in it")
     return path
 
 
@@ -59,7 +63,7 @@ def readable(rows: Rows, index: int) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
+    except (ArithmeticError, ValueError) as error:
         must = f"not readable: {error}"
         raise DataError(rows.name(index), must=must, remedy=_CORRECT) from error
 

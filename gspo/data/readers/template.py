@@ -150,7 +150,20 @@ def _parse(template: str) -> _Run:
         literal = ""
     if literal:
         parts.append(literal)
+    _check_colons(template, parts)
     return parts
+
+
+def _check_colons(template: str, parts: _Run) -> None:
+    """Refuse ``{name:}``, which the parser shows as ``{name}``."""
+    written = ""
+    for part in parts:
+        if isinstance(part, _Field):
+            written += f"{{{part.name}}}"
+        else:
+            written += part.replace("{", "{{").replace("}", "}}")
+    must = "has a colon in a field, which must be a column's name alone, e.g. {question}"
+    require(written == template, "prompt_template", template, must, "drop the colon")
 
 
 def _check_field(template: str, name: str, spec: str | None, conversion: str | None) -> None:
