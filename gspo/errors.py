@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-MAX_SHOWN = 8  # problems in one message, so that it stays on a screen
+MAX_SHOWN = 8  # problems in one message, and lines of one, so that it stays on a screen
 _MAX_VALUE_LENGTH = 200  # characters
 
 
@@ -48,7 +48,11 @@ class InputError(ValueError):
         message += self.must
         if self.remedy:
             message += f"; {self.remedy}"
-        return message
+        lines = [printable(line) for line in message.splitlines()]
+        num_left = len(lines) - MAX_SHOWN
+        if num_left > 0:
+            lines[MAX_SHOWN:] = [f"... and {num_left} more lines"]
+        return "\n".join(lines)
 
     def within(self, section: str) -> InputError:
         """Return the same error with its key in a section of the config."""
@@ -113,6 +117,23 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return ""
     ending = ", ..." if len(choices) > 12 else "."
     return f"there are: {', '.join(choices[:12])}{ending}"
+
+
+def printable(text: str) -> str:
+    """Return a text in one line that no terminal takes for a command: others may have written it.
+
+    Line breaks, control characters and half surrogate pairs become escapes as in Python.
+    """
+    if text.isprintable():
+        return text
+    shown = ""
+    for character in text:
+        shown += character if character.isprintable() else _escape(character)
+    return shown
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def show(value: Any, max_length: int = _MAX_VALUE_LENGTH) -> str:

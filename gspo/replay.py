@@ -40,6 +40,7 @@ from gspo.types import Axis, PackedBatch, field_specs
 
 _CONTEXT = ("docs_per_step", "sampling")  # keys of a run's config to which presets refer
 _DUMP_AGAIN = "dump the step again"
+_MAX_DEPTH = 20  # of a dump's config; a run's has four
 _CPU = torch.device("cpu")
 
 
@@ -132,8 +133,11 @@ def _keys_of_file(run: dict[str, Any], overrides: Sequence[str] | None) -> dict[
 def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         assignment = override.lstrip("~")
-        key, _, _ = assignment.partition("=")
+        key, _, value = assignment.partition("=")
         section, _, _ = key.partition(".")
+        if "???" in value:  # the merge would leave the key as it is
+            problem = "has the mark for a missing value"
+            raise InputError(key, value, problem, "give a value, or leave it out")
         require(
             section == "loss",
             key,
@@ -169,21 +173,24 @@ def _loss_in_file(loss: Any, overrides: Sequence[str]) -> dict[str, Any]:
     return dict(loss)
 
 
-def _check_plain(values: Any, key: str = "config") -> None:
+def _check_plain(values: Any, key: str = "config", depth: int = 0) -> None:
     """Refuse what is more than data in a file's config.
 
     Raises:
-        InputError: An interpolation, or a component inside another's arguments.
+        InputError: An interpolation, a component inside another's arguments, or a nesting that the
+            libraries which read it on would fail at.
     """
+    is_flat = depth <= _MAX_DEPTH
+    require(is_flat, key, values, f"is nested more than {_MAX_DEPTH} deep", _DUMP_AGAIN)
     if isinstance(values, dict):
         for name, value in values.items():
             inner_key = f"{key}.{name}"
             is_nested = name == "_component_" and key != "config.loss"
             require(not is_nested, inner_key, value, "may not stand in a file", _DUMP_AGAIN)
-            _check_plain(value, inner_key)
+            _check_plain(value, inner_key, depth + 1)
     elif isinstance(values, list):
         for number, value in enumerate(values):
-            _check_plain(value, f"{key}.{number}")
+            _check_plain(value, f"{key}.{number}", depth + 1)
     elif isinstance(values, str):
         is_text = "${" not in values
         problem = "has an interpolation, which a dump never has"
@@ -342,13 +349,15 @@ def _backward(loss: Any, microbatch: DumpedMicrobatch) -> _Backward:
 def _whole_microbatch(batch: PackedBatch) -> Microbatch:
     """Return what an objective's inputs are taken from."""
     rows = batch.loss_mask.nonzero().squeeze(-1)
+    with refusals("segment_index", _DUMP_AGAIN):
+        segments = batch_segments(batch, batch, rows, _CPU)
     return Microbatch(
         shard=split(batch, None),
         batch=batch,
         label_rows=rows,
         label_counts=batch.label_counts.tolist(),
         counted=None,
-        segments=batch_segments(batch, batch, rows, _CPU),
+        segments=segments,
     )
 
 

@@ -260,6 +260,12 @@ HOSTILE = {
 }
 
 
+HOSTILE["deep"] = (
+    {"loss": CONFIG["loss"] | {"clip_low": json.loads("[" * 300 + "]" * 300)}},
+    "[]]]]]]... is nested more than 20 deep; dump the step again".replace("[]]]]]]", "[[[["),
+)
+
+
 @pytest.mark.parametrize(("config", "message"), HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("arguments", [(), ("--preset", "pipelinerl")], ids=["own", "preset"])
 def test_no_code_runs_from_a_file(capsys, tmp_path, monkeypatch, config, message, arguments):
@@ -278,6 +284,26 @@ def test_no_code_runs_from_a_file(capsys, tmp_path, monkeypatch, config, message
     else:  # the preset stands in the place of what the file names
         replay_command.main([str(tmp_path / "a"), *arguments])
     assert not marker.exists()
+
+
+def test_texts_of_a_file_give_a_terminal_no_commands(capsys, tmp_path):
+    named = replace(microbatch(LONG).batch, ids=[("\x1b[2J\ud800\nno", 1)])
+    metrics = {"a\x1b[2J\nb": 1.0}
+    dumped = DumpedMicrobatch(0, named, microbatch(LONG).new_logps)
+    dump.write(tmp_path / "a", step(dumped, metrics=metrics))
+    replay_command.main([str(tmp_path / "a")])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b[2J\\ud800\\nno" in shown
+
+
+def test_a_segment_in_two_documents_is_one_message(capsys, tmp_path):
+    cut = microbatch(LONG, SHORT).batch
+    cut = replace(cut, segment_index=torch.zeros_like(cut.document_index))
+    dump.write(tmp_path / "a", step(DumpedMicrobatch(0, cut, cut.old_logps)))
+    with pytest.raises(SystemExit):
+        replay_command.main([str(tmp_path / "a")])
+    message = "error: segment_index: ValueError: segment_index: a segment lies in two documents"
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_top_shows_the_largest_shares(capsys, path):
@@ -388,6 +414,10 @@ def test_command_prints_one_json_object(path):
         (
             ["loss.clip_low"],
             "overrides: ValueError: Command-line overrides must be in the form of key=value",
+        ),
+        (
+            ["loss.clip_low=???"],
+            "loss.clip_low: '???' has the mark for a missing value; give a value, or leave it out",
         ),
         (
             ["optimizer.lr=3"],

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo.errors import InputError
+from gspo.errors import InputError, printable
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row of cells, in columns."""
+    table = [[printable(cell) for cell in row] for row in table]
     widths = []
     for column in zip(*table, strict=True):
         lengths = [len(cell) for cell in column]

@@ -9,7 +9,7 @@ from typing import Any
 
 from gspo.commands.output import add_json_option, aligned, write_result
 from gspo.config import show_errors
-from gspo.errors import require
+from gspo.errors import printable, require
 from gspo.replay import find_documents, result, score
 from gspo.run.dump import read
 
@@ -74,7 +74,7 @@ def report(replayed: dict[str, Any]) -> str:
     for objective in replayed["objectives"]:
         tables.append(_length_rows(objective))
     tables.append(_document_rows(replayed))
-    lines = list(_head_lines(replayed))
+    lines = [printable(line) for line in _head_lines(replayed)]
     for table in tables:
         rows = list(table)
         lines.append("")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any
 
-from gspo.errors import NO_VALUE, InputError, require
+from gspo.errors import NO_VALUE, InputError, printable, require
 from gspo.rewards.failures import FailureWatch, Tally
 from gspo.rewards.process import ENDED, START_SECONDS, WorkerLost, WorkerProcess, stop
 from gspo.rewards.reward import read_reward, reward_problems
@@ -309,7 +309,7 @@ class RewardPool:
         if kind not in self._logged:
             self._logged.add(kind)
             ending = "The value is 0; more of this kind are counted and not logged."
-            logger.warning("%s: %s. %s", key, message, ending)
+            logger.warning("%s: %s. %s", key, printable(message), ending)
 
 
 def _tally(outcomes: Sequence[Outcome]) -> Tally:

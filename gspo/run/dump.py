@@ -57,7 +57,9 @@ _METADATA = {
 }
 # The tensors of a batch that hold fractions, beside log-probabilities.
 _FRACTIONS = {"advantages", "rewards", "temperature", "segment_advantages"}
-_LARGEST_COUNT = 2**53  # a float holds it exactly
+_LARGEST_COUNT = 2**40
+_LARGEST_SEGMENT = 2**24  # counting segments takes memory for all numbers up to the largest
+_FRACTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _GIVE_A_DUMP = "give a file of a run's folder dumps, see dump_every_n_steps"
 
 Sizes = dict[str, int]  # how many of each axis a batch has
@@ -272,6 +274,7 @@ def read(path: Path) -> Dump:
         metadata = _read_header(path, header)
         rows = metadata.pop("microbatches")
         microbatches = _split(tensors, rows)
+        _check_totals(microbatches, metadata)
         return Dump(microbatches, metadata)
     except InputError:
         raise
@@ -317,8 +320,8 @@ def _read_header(path: Path, header: str | None) -> dict[str, Any]:
         )
     for key, kind in _METADATA.items():
         value = metadata[key]
-        is_too_large = isinstance(value, int) and abs(value) > _LARGEST_COUNT
-        if not isinstance(value, kind) or is_too_large:
+        is_right = is_whole(value, 0, _LARGEST_COUNT) if kind is int else isinstance(value, kind)
+        if not is_right:
             raise ValueError(f"{key} is {value!r}")
     for name, value in metadata["metrics"].items():
         if not is_number(value):
@@ -398,7 +401,7 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
         axis = spec.numbers
         if axis is None:
             continue
-        count = sizes[axis]
+        count = min(sizes[axis], _LARGEST_SEGMENT)
         if not _are_numbers(values, count):
             raise ValueError(f"{name} has a number beyond its {count} {axis}")
     num_documents = sizes[Axis.DOCUMENT]
@@ -407,6 +410,22 @@ def _check(batch: PackedBatch, new_logps: Tensor) -> None:
     if not torch.equal(counts, batch.label_counts):
         raise ValueError("label_counts are not those of loss_mask")
 
+    num_sampled = len(batch.ids)
+    is_sampled = torch.arange(num_documents) < num_sampled
+    if num_sampled > num_documents or not torch.equal(batch.label_counts > 0, is_sampled):
+        raise ValueError(f"there are {num_sampled} ids for other documents than those with labels")
+
+
+def _check_totals(microbatches: list[DumpedMicrobatch], metadata: dict[str, Any]) -> None:
+    """Check that the denominators count the documents that are there, and their tokens."""
+    num_documents = num_label_tokens = 0
+    for microbatch in microbatches:
+        num_documents += len(microbatch.batch.ids)
+        num_label_tokens += int(microbatch.batch.label_counts.sum())
+    for key, least in (("num_documents", num_documents), ("num_label_tokens", num_label_tokens)):
+        if metadata[key] < least:
+            raise ValueError(f"{key} is {metadata[key]}, and the file has {least}")
+
 
 def _check_dtypes(batch: PackedBatch, new_logps: Tensor) -> None:
     """Check that tensors hold fractions, booleans or whole numbers as a batch has them."""
@@ -414,7 +433,7 @@ def _check_dtypes(batch: PackedBatch, new_logps: Tensor) -> None:
         spec = _SPECS.get(name)
         has_fractions = spec is None or spec.logps or name in _FRACTIONS
         needed = torch.bool if name == "loss_mask" else torch.int64
-        is_right = values.is_floating_point() if has_fractions else values.dtype == needed
+        is_right = values.dtype in _FRACTION_DTYPES if has_fractions else values.dtype == needed
         if not is_right:
             raise ValueError(f"{name} is {values.dtype}")
 

@@ -302,6 +302,13 @@ def test_require_says_key_value_rule_and_remedy():
         require(False, "group_size", 1, "must be at least 2", "set it to 8")
 
 
+def test_a_message_is_a_screen_without_control_characters():
+    error = InputError("a", "\x1b", "\x1b[2J\r" + "line\n" * 100, "\ud800")
+    first, *lines, last = str(error).split("\n")
+    assert first == "a: '\\x1b' \\x1b[2J" and lines == ["line"] * 7
+    assert last == "... and 94 more lines"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -214,6 +214,20 @@ def with_fields(**changes):
     return spoil
 
 
+def with_float8(path):
+    logps = load_file(path)["new_logps"]
+    rewrite(path, {"new_logps": logps.to(torch.float8_e4m3fn)}, {})
+
+
+def with_far_segment(number):
+    def spoil(path):
+        index = load_file(path)["segment_index"]
+        index[load_file(path)["loss_mask"].nonzero()[0]] = number
+        rewrite(path, {"segment_index": index, "segment_advantages": None}, {})
+
+    return spoil
+
+
 def with_metadata(**changes):
     return lambda path: rewrite(path, {}, changes)
 
@@ -266,6 +280,21 @@ def rewrite(path, tensors, metadata):
         (of_metadata("[]"), "is damaged: "),
         (of_metadata("{}"), "is damaged: KeyError('version')"),
         (shorter, "is damaged: "),
+        (with_float8, "is damaged: ValueError('new_logps is torch.float8_e4m3fn')"),
+        (with_far_segment(2**33), "is damaged: ValueError('segment_index has a number beyond"),
+        (with_far_segment(2**62), "is damaged: ValueError('segment_index has a number beyond"),
+        (with_metadata(num_documents=-1), "is damaged: ValueError('num_documents is -1')"),
+        (with_metadata(num_documents=True), "is damaged: ValueError('num_documents is True')"),
+        (with_metadata(num_documents=0), "is damaged: ValueError('num_documents is 0, and the fil"),
+        (
+            with_metadata(num_label_tokens=2**53),
+            "is damaged: ValueError('num_label_tokens is 9007199254740992')",
+        ),
+        (with_fields(ids=[]), "is damaged: ValueError('there are 0 ids for other documents than"),
+        (
+            with_fields(ids=[["a", 0]] * 7),
+            "is damaged: ValueError('there are 7 ids for other documents than",
+        ),
     ],
     ids=lambda value: (
         value.partition(":")[0] if isinstance(value, str) else value.__name__.strip("<>")
