@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 
-from gspo.errors import InputError, require
+from gspo.errors import InputError, exits_raise, require
 
 Estimator = Callable[[Sequence[float]], Sequence[float]]
 
@@ -105,8 +105,9 @@ def get_estimator(estimator: str | Estimator) -> Estimator:
 def _import(path: str) -> Estimator:
     module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module does
+        with exits_raise():
+            function = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # whatever the module does
         problem = f"cannot be imported: {type(error).__name__}: {error}"
         raise InputError("estimator", path, problem, "correct the path or the module") from error
     must = f"is a {type(function).__name__}, not a function of a group's rewards"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+import dis
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 MAX_SHOWN = 8  # problems in one message, and lines of one, so that it stays on a screen
 _MAX_VALUE_LENGTH = 200  # characters
@@ -104,6 +107,42 @@ def raise_all(problems: Sequence[InputError]) -> None:
     """Raise the mistakes found: nothing for none, a single one as itself, several as one error."""
     if problems:
         raise InputErrors(problems) if len(problems) > 1 else problems[0]
+
+
+@contextlib.contextmanager
+def exits_raise() -> Iterator[None]:
+    """Let code of the user's raise SystemExit where it would end the run without a word.
+
+    That is at ``os._exit``, and at a KeyboardInterrupt that no Ctrl-C has caused. A process that
+    the code forks ends as it does elsewhere.
+    """
+    end_process = os._exit
+    here = os.getpid()
+
+    def raise_exit(code: int) -> NoReturn:
+        if os.getpid() != here:
+            end_process(code)
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = raise_exit  # type: ignore[assignment]
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not _is_of_statement(error):
+            raise
+        raise SystemExit(f"KeyboardInterrupt: {error}") from error
+    finally:
+        os._exit = end_process
+
+
+def _is_of_statement(error: BaseException) -> bool:
+    """Whether a ``raise`` has raised it; Ctrl-C strikes between statements."""
+    step = error.__traceback__
+    assert step is not None
+    while step.tb_next is not None:
+        step = step.tb_next
+    instruction = step.tb_frame.f_code.co_code[step.tb_lasti]
+    return dis.opname[instruction] == "RAISE_VARARGS"
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

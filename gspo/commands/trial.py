@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gspo.config import Settings, build
-from gspo.errors import InputError, raise_all
+from gspo.errors import InputError, exits_raise, raise_all
 from gspo.policy import check_decoder
 from gspo.rewards.reward import parse_reward
 from gspo.sampling.fingerprint import check_tokenizer
@@ -68,7 +68,13 @@ def _try_optimizer(cfg: Settings) -> Parts:
 
 def _try_rewards(cfg: Settings) -> Parts:
     for name, entry in cfg.rewards.items():
-        yield partial(parse_reward, name, entry)
+        yield partial(_import_reward, name, entry)
+
+
+def _import_reward(name: str, entry: dict[str, Any]) -> None:
+    """Import a reward, as a worker does, where it would end the command without a word."""
+    with exits_raise():
+        parse_reward(name, entry)
 
 
 def _try_checkpointers(cfg: Settings) -> Parts:

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,7 +27,7 @@ from gspo.compat import InstantiationError, component_from_path
 from gspo.config.merge import preset_keys
 from gspo.config.settings import BaseSettings, Section, Settings
 from gspo.config.value_types import Given
-from gspo.errors import NO_VALUE, InputError, did_you_mean, raise_all
+from gspo.errors import NO_VALUE, InputError, did_you_mean, exits_raise, raise_all
 from gspo.losses import GSPOLoss
 from gspo.losses.checked import CheckedLoss
 from gspo.losses.inputs import Loss, traits_of
@@ -125,7 +125,7 @@ def build(cfg: BaseSettings, key: str, *args: Any, **kwargs: Any) -> Any:
     component = getattr(cfg, key)
     if component is None:
         return None
-    with refusals(key, _REMEDIES.get(key, _CORRECT)):
+    with refusals(key, _REMEDIES.get(key, _CORRECT)), exits_raise():
         built = config.instantiate(OmegaConf.create(component), *args, **kwargs)
     _check_kind(key, component["_component_"], built)
     return built
@@ -344,7 +344,7 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
             key, dotpath, "must be a dotted path such as gspo.losses.GSPOLoss", "correct it"
         )
     try:
-        with _exits_raise():
+        with exits_raise():
             component = component_from_path(dotpath)
     except InstantiationError as error:
         if _is_missing(error.__cause__, dotpath):
@@ -362,21 +362,6 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
         hint = did_you_mean(dotpath.rpartition(".")[2], _public_names(component))
         raise InputError(key, dotpath, f"is a {kind}, but it must be a class or a function", hint)
     return component
-
-
-@contextlib.contextmanager
-def _exits_raise() -> Iterator[None]:
-    """Let ``os._exit`` raise SystemExit: it would end the run without a word."""
-    end_process = os._exit
-
-    def raise_exit(code: int) -> NoReturn:
-        raise SystemExit(f"os._exit({code})")
-
-    os._exit = raise_exit  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        os._exit = end_process
 
 
 def _is_missing(cause: BaseException | None, dotpath: str) -> bool:
