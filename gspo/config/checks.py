@@ -25,6 +25,7 @@ from torchtune import config
 
 from gspo.compat import InstantiationError, component_from_path
 from gspo.config.merge import preset_keys
+from gspo.config.model_files import check_model_files
 from gspo.config.settings import BaseSettings, Section, Settings
 from gspo.config.value_types import Given
 from gspo.errors import NO_VALUE, InputError, did_you_mean, exits_raise, raise_all
@@ -83,6 +84,8 @@ def refusals(key: str, remedy: str = _CORRECT) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # torchtune's checkpointers raise a bare Exception
         cause = _missing_module(error) or error
         problem = f"{type(cause).__name__}: {cause}"
+        if error.__cause__ is not None and cause is error:  # torchtune's may not tell the reason
+            problem += f" ({type(error.__cause__).__name__}: {error.__cause__})"
         if isinstance(cause, ModuleNotFoundError) and remedy == _CORRECT:
             package = (cause.name or "").partition(".")[0]
             remedy = f"install the package of {package!r}"
@@ -125,6 +128,8 @@ def build(cfg: BaseSettings, key: str, *args: Any, **kwargs: Any) -> Any:
     component = getattr(cfg, key)
     if component is None:
         return None
+    if key in _REMEDIES:
+        check_model_files(component)
     with refusals(key, _REMEDIES.get(key, _CORRECT)), exits_raise():
         built = config.instantiate(OmegaConf.create(component), *args, **kwargs)
     _check_kind(key, component["_component_"], built)
@@ -201,6 +206,20 @@ def check(cfg: DictConfig, settings: type[S]) -> S:
     Raises:
         InputError: Up to eight problems at once, each with its key, the value and the remedy.
     """
+    checked, problems = examine(cfg, settings)
+    raise_all(problems)
+    assert checked is not None
+    return checked
+
+
+def examine(cfg: DictConfig, settings: type[S]) -> tuple[S | None, list[InputError]]:
+    """Return what :func:`check` does beside the problems that it finds.
+
+    None stands for settings whose names or values are wrong by themselves.
+
+    Raises:
+        InputError: The config cannot be read as plain values.
+    """
     merged = OmegaConf.merge(preset_keys(cfg) if "preset" in settings.model_fields else {}, cfg)
     values = _resolve(merged, settings)
     known = set(settings.model_fields) | variables_of(merged) | variables_of(cfg)
@@ -217,11 +236,9 @@ def check(cfg: DictConfig, settings: type[S]) -> S:
     except ValidationError as error:
         problems += [_problem(details, settings) for details in error.errors()]
     problems += component_problems(values, given_arguments(settings))
-    if checked is not None and not problems:
-        problems += checked.problems()
-    raise_all(problems)
-    assert checked is not None
-    return checked
+    if checked is None or problems:
+        return None, problems
+    return checked, list(checked.problems())
 
 
 def variables_of(cfg: DictConfig) -> set[str]:

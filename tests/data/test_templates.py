@@ -13,7 +13,7 @@ from torchtune.modules.transforms.tokenizers import HuggingFaceBaseTokenizer
 
 from gspo import tiny
 from gspo.data import readers
-from gspo.errors import InputError
+from gspo.errors import DataError, InputError
 from gspo.sampling.fingerprint import tokenizer_fingerprint
 from gspo.sampling.local import LocalSampler
 from gspo.types import SamplingParams
@@ -217,6 +217,12 @@ def test_text_is_whole_for_a_tokenizer_that_takes_special_tokens_for_text(
     monkeypatch.setattr(llama, "encode", lambda text, **knobs: encoded.append(text) or encode(text))
     draw(llama, tmp_path, "1<|eot_id|>2", prompt_template="a{question}b")
     assert encoded[-1] == "a1<|eot_id|>2b"
+
+
+def test_special_tokens_of_a_single_id_are_refused(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "special_tokens", dict.fromkeys(llama.special_tokens, 3))
+    with pytest.raises(DataError, match=r"^tokenizer: all \d+ special tokens have the id 3; get"):
+        draw(llama, tmp_path, "1")
 
 
 def with_tokens(folder, *tokens):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gspo.errors import InputError, require
+from gspo.errors import DataError, InputError, require
 from gspo.sampling.fingerprint import special_ids
 
 _DOUBLE = "double a brace that is text, e.g. {{x}}"
@@ -63,7 +63,9 @@ class PromptTemplate:
         self._bos_id: int | None = getattr(tokenizer, "bos_id", None)
         # torchtune's wrapper of Hugging Face's tokenizers may add it whatever add_bos says.
         self._always_adds_bos = bool(getattr(tokenizer, "hf_adds_bos", False))
-        self._pieces = _split_at_special_tokens(self._parts, special_ids(tokenizer))
+        ids = special_ids(tokenizer)
+        _check_special_ids(ids)
+        self._pieces = _split_at_special_tokens(self._parts, ids)
         self._from_text = _any_of(_special_tokens_from_text(tokenizer))
 
     def text(self, row: Mapping[str, Any]) -> str:
@@ -152,6 +154,13 @@ def _parse(template: str) -> _Run:
         parts.append(literal)
     _check_colons(template, parts)
     return parts
+
+
+def _check_special_ids(ids: Mapping[str, int]) -> None:
+    """Refuse special tokens that are all one: a stop token would then be any of them."""
+    if len(ids) > 1 and len(set(ids.values())) == 1:
+        must = f"all {len(ids)} special tokens have the id {next(iter(ids.values()))}"
+        raise DataError("tokenizer", must=must, remedy="get its files again")
 
 
 def _check_colons(template: str, parts: _Run) -> None:
