@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from gspo.config import Settings, build
-from gspo.errors import InputError, exits_raise, raise_all
+from gspo.config import Settings, build, build_loss
+from gspo.config.arguments import option_name_problems
+from gspo.errors import InputError, exits_raise
 from gspo.policy import check_decoder
 from gspo.rewards.reward import parse_reward
 from gspo.sampling.fingerprint import check_tokenizer
@@ -22,17 +23,17 @@ from gspo.sampling.fingerprint import check_tokenizer
 _LOCAL_READERS = ("jsonl_prompts", "parquet_prompts")
 
 
-def try_parts(cfg: Settings, *, with_files: bool = True) -> None:
+def problems_of_parts(cfg: Settings, *, with_files: bool = True) -> list[InputError]:
     """Build a run's parts on tensors without values, and read its files but for the weights.
 
     Args:
-        cfg: The settings, checked.
+        cfg: The settings, right by themselves.
         with_files: Read tokenizer, checkpointer's folder and local prompts too.
 
-    Raises:
-        InputError: All that the run would refuse.
+    Returns:
+        All that the run would refuse.
     """
-    trials = [_try_model, _try_optimizer, _try_rewards]
+    trials = [_try_loss, _try_model, _try_optimizer, _try_rewards]
     if with_files:
         trials += [_try_checkpointers, _try_prompts]
     problems: list[InputError] = []
@@ -42,10 +43,14 @@ def try_parts(cfg: Settings, *, with_files: bool = True) -> None:
                 build_part()
             except InputError as error:
                 problems.append(error)
-    raise_all(problems)
+    return problems
 
 
 Parts = Iterator[Callable[[], Any]]
+
+
+def _try_loss(cfg: Settings) -> Parts:
+    yield partial(build_loss, cfg)
 
 
 def _try_model(cfg: Settings) -> Parts:
@@ -68,6 +73,8 @@ def _try_optimizer(cfg: Settings) -> Parts:
 
 def _try_rewards(cfg: Settings) -> Parts:
     for name, entry in cfg.rewards.items():
+        if list(option_name_problems({name: entry})):
+            continue  # reported already; no function takes such an option
         yield partial(_import_reward, name, entry)
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
-from gspo.commands.trial import try_parts
+from gspo.commands.trial import problems_of_parts
 from gspo.config import (
     BaseSettings,
     Settings,
@@ -27,8 +27,8 @@ from gspo.config import (
     refusals,
     show_errors,
 )
-from gspo.config.checks import S
-from gspo.errors import NO_VALUE, InputError
+from gspo.config.checks import S, examine
+from gspo.errors import NO_VALUE, InputError, raise_all
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
 
 _RUN_NAME = "gspo_validated_recipe"  # not __main__, so that the recipe does not start
@@ -48,9 +48,11 @@ def main(arguments: list[str]) -> None:
         config.validate(OmegaConf.load(shipped_configs()[words.config]))
     else:
         settings = Settings if words.recipe is None else settings_of(words.recipe)
-        cfg = read_checked([words.config, *words.overrides], settings)
+        cfg, problems = examine(_read([words.config, *words.overrides]), settings)
         if isinstance(cfg, Settings):
-            try_parts(cfg, with_files=words.files)
+            problems += problems_of_parts(cfg, with_files=words.files)
+        distinct = {str(problem): problem for problem in problems}
+        raise_all(list(distinct.values()))
     print("Config is well-formed!")
 
 
@@ -108,13 +110,18 @@ def read_checked(
     Raises:
         InputError: The recipe would refuse the config before anything is loaded.
     """
-    name, *overrides = arguments
-    file = shipped_configs().get(name, name)
-    with _command_line(["--config", str(file), *overrides]):
-        cfg = check(read_command_line(), settings)
+    cfg = check(_read(arguments), settings)
     if isinstance(cfg, Settings):
         build_loss(cfg)
     return cfg
+
+
+def _read(arguments: Sequence[str]) -> DictConfig:
+    """Return the config that a command line names."""
+    name, *overrides = arguments
+    file = shipped_configs().get(name, name)
+    with _command_line(["--config", str(file), *overrides]):
+        return read_command_line()
 
 
 @contextlib.contextmanager

@@ -121,6 +121,21 @@ def profiler_problems(options: Mapping[str, Any] | None) -> Iterator[InputError]
     yield from _misfits("profiler", arguments, _PROFILER_ARGUMENTS)
 
 
+def option_name_problems(rewards: Mapping[Any, Any]) -> Iterator[InputError]:
+    """Yield the options of rewards whose names are no texts.
+
+    Args:
+        rewards: The section ``rewards``.
+    """
+    for name, entry in rewards.items():
+        if not isinstance(entry, Mapping):
+            continue
+        for option in entry:
+            if not isinstance(option, str):
+                must = "must be a text, since it names an option"
+                yield InputError(f"rewards.{name}", option, must, "rename it")
+
+
 def warmup_problems(scheduler: Mapping[str, Any] | None) -> Iterator[InputError]:
     """Yield what is wrong with the warm-up of torchtune's schedules.
 

@@ -423,6 +423,7 @@ class Settings(BaseSettings):
         yield from self._cuda_problems()
         yield from self._estimator_problems()
         yield from reward_problems(self.rewards)
+        yield from arguments.option_name_problems(self.rewards)
         yield from self._argument_problems()
         length = self.packing.bin_length or 0  # null fits bins to any size
         if length % self.context_parallel_size:

@@ -14,7 +14,7 @@ import pickle
 import signal
 import socket
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from gspo.errors import InputError
 from gspo.rewards.reward import RewardFunction, parse_reward, resolve
@@ -47,13 +47,14 @@ def main(file_descriptor: int) -> None:
     os.set_inheritable(file_descriptor, False)
     # A manager of jobs may send it to all processes; the pool ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, ConnectionError):
+    # OSError: a reward has closed the socket, which the pool sees as the end of this process.
+    with contextlib.suppress(EOFError, OSError):
         _serve(socket.socket(fileno=file_descriptor))
 
 
 def _serve(channel: socket.socket) -> None:
     from_pool = channel.makefile("rb")
-    entries, timeout = pickle.load(from_pool)
+    entries, timeout = _receive(from_pool)
     functions: list[RewardFunction] = []
     max_values: list[float] = []
     for number, (name, entry) in enumerate(entries):
@@ -69,8 +70,20 @@ def _serve(channel: socket.socket) -> None:
         max_values.append(reward.max_value)
     send_lines(channel, [write_ready(max_values)])
     while True:
-        items, calls = pickle.load(from_pool)
+        items, calls = _receive(from_pool)
         _answer(channel, functions, items, calls, timeout)
+
+
+def _receive(from_pool: BinaryIO) -> Any:
+    """Return the pool's next message.
+
+    Raises:
+        EOFError: The pool has gone, or a reward has read from the socket or altered it.
+    """
+    try:
+        return pickle.load(from_pool)
+    except Exception as error:
+        raise EOFError from error
 
 
 def _answer(

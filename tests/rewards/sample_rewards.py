@@ -169,3 +169,24 @@ COMMANDS = {
     "die": lambda: os._exit(7),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
+
+
+def spoils_socket(prompt, completion, answer, metadata, *, how):
+    """Closes, alters or shuts the sockets of this process."""
+    for number in range(3, 64):
+        try:
+            channel = socket.socket(fileno=os.dup(number))
+        except OSError:
+            continue
+        if how == "close":
+            os.close(number)
+        elif how == "block":
+            os.set_blocking(number, False)
+        else:
+            channel.shutdown(socket.SHUT_RDWR)
+        channel.close()
+    return 1.0
+
+
+def raises_commands(prompt, completion, answer, metadata):
+    raise ValueError("\x1b[2J\nred")

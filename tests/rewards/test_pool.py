@@ -51,6 +51,24 @@ def test_scores_come_back_in_order(num_items, num_workers):
     assert result.failures == {"raised": 0, "timed_out": 0, "died": 0, "nonfinite": 0}
 
 
+@pytest.mark.parametrize("how", ["close", "block", "shut"])
+def test_a_reward_that_spoils_its_socket_prints_no_stack(capfd, how):
+    pool = make_pool({"r": {"function": f"{HERE}.spoils_socket", "how": how}}, num_workers=1)
+    pool.score(items_of("a"))
+    pool.score(items_of("b"))
+    pool.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_reward_gives_a_terminal_no_commands(caplog):
+    pool = make_pool({"r": {"function": f"{HERE}.raises_commands"}})
+    with caplog.at_level(logging.WARNING, logger="gspo.rewards.pool"):
+        pool.score(items_of("a"))
+    pool.close()
+    (record,) = caplog.records
+    assert r"ValueError: \x1b[2J\nred. The value is 0" in record.getMessage()
+
+
 def test_function_gets_the_item_whole():
     pool = make_pool({"r": {"function": f"{HERE}.described"}})
     assert pool.score([("p", "c", "a", {"k": (1, 2)})]).totals == [1.0]
