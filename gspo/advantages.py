@@ -111,7 +111,8 @@ def _import(path: str) -> Estimator:
         problem = f"cannot be imported: {type(error).__name__}: {error}"
         raise InputError("estimator", path, problem, "correct the path or the module") from error
     must = f"is a {type(function).__name__}, not a function of a group's rewards"
-    require(callable(function), "estimator", path, must)
+    is_function = callable(function) and not isinstance(function, type)
+    require(is_function, "estimator", path, must)
     return function
 
 

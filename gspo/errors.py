@@ -130,7 +130,7 @@ def exits_raise() -> Iterator[None]:
     except KeyboardInterrupt as error:
         if not _is_of_statement(error):
             raise
-        raise SystemExit(f"KeyboardInterrupt: {error}") from error
+        raise SystemExit(f"KeyboardInterrupt: {error}") from None
     finally:
         os._exit = end_process
 
@@ -180,7 +180,7 @@ def show(value: Any, max_length: int = _MAX_VALUE_LENGTH) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of more than 4,300 digits, or code of the user's
-        text = f"a {type(value).__name__}"
+        text = f"<{type(value).__name__}>"
     if len(text) <= max_length:
         return text
     return f"{text[:max_length]}..."

@@ -30,5 +30,7 @@ def test_interrupt_of_a_statement_is_an_exit():
 
 
 def test_ctrl_c_stays_an_interrupt():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), exits_raise():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

@@ -240,7 +240,11 @@ def test_module_runs_a_command_of_the_pack(monkeypatch):
         gspo.__main__.main()
 
 
-INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+INTERRUPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
+signal.raise_signal(signal.SIGINT)
+"""
 
 
 @pytest.mark.parametrize(("name", "shown"), [("tune", True), ("mine", False)])

@@ -101,7 +101,7 @@ def _build_checkpointer(cfg: Settings, key: str) -> None:
         build(cfg, key)
     finally:
         for path in absent:
-            with contextlib.suppress(OSError):  # it was not made
+            with contextlib.suppress(OSError, ValueError):  # it was not made, or cannot be
                 path.rmdir()
 
 

@@ -50,9 +50,12 @@ def main(arguments: list[str]) -> None:
         settings = Settings if words.recipe is None else settings_of(words.recipe)
         cfg, problems = examine(_read([words.config, *words.overrides]), settings)
         if isinstance(cfg, Settings):
-            problems += problems_of_parts(cfg, with_files=words.files)
-        distinct = {str(problem): problem for problem in problems}
-        raise_all(list(distinct.values()))
+            told = [problem.key for problem in problems]
+            for problem in problems_of_parts(cfg, with_files=words.files):
+                # A part says less, or the same, of an argument that is refused already.
+                if not any(key.startswith(problem.key) for key in told):
+                    problems.append(problem)
+        raise_all(problems)
     print("Config is well-formed!")
 
 

@@ -66,7 +66,7 @@ def checked_output(loss: Any, output: Any, *, needs_gradient: bool) -> LossOutpu
     is_scalar = isinstance(total, Tensor) and total.numel() == 1
     _require(is_scalar, loss, "one loss sum, a tensor of one element", total)
     is_attached = total.requires_grad or not needs_gradient
-    _require(is_attached, loss, "a loss that depends on logps", "one without a gradient")
+    _require(is_attached, loss, "a loss with a gradient by logps", total)
     _require(isinstance(metrics, Mapping), loss, "its metrics as a mapping", metrics)
     for name, metric in metrics.items():
         is_name = isinstance(name, str) and name.strip() != "" and name.isprintable()

@@ -94,7 +94,7 @@ def test_every_completion_is_cut():
         ([0, -1, 0], [], "-1 is not a number from 0"),
         ([0, 1, 1], [0.5], "1 advantages for 2 segments"),
         ([2**40] * 3, [], "1099511627776 must be less than 1,048,576, since"),
-        ([0, 0, 10**5000], [], "a int must be less than 1,048,576, since"),
+        ([0, 0, 10**5000], [], "<int> must be less than 1,048,576, since"),
         (["a"] * 3, [], r"\['a', 'a', 'a'\] must be whole numbers, or none"),
         ([0.5] * 3, [], r"\[0.5, 0.5, 0.5\] must be whole numbers, or none"),
         (7, [], "7 must be whole numbers, or none"),

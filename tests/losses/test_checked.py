@@ -39,7 +39,7 @@ def with_metric(value, name="own/x"):
         (lambda loss: (loss, {}, None, 1), "a loss and its metrics, and gave (tensor"),
         (lambda loss: (loss.item(), {}), "one loss sum, a tensor of one element, and gave 3.0"),
         (lambda loss: (loss * torch.ones(2), {}), "one loss sum, a tensor of one element"),
-        (lambda loss: (loss.detach(), {}), "a loss that depends on logps"),
+        (lambda loss: (loss.detach(), {}), "a loss with a gradient by logps"),
         (lambda loss: (loss, None), "its metrics as a mapping, and gave None"),
         (lambda loss: (loss, {}, 3), "a NotFinite or None as its third result, and gave 3"),
         (with_metric((1, 1), 5), "metrics by names of printable text, and gave 5"),

@@ -66,7 +66,7 @@ REFUSED = {
     ),
     "true_for_a_bin": (
         ["packing.bin_length=true"],
-        "packing.bin_length: True must be a whole number of 1 or more, or",
+        "packing.bin_length: True must be a whole number of 1 or more, at most 2,147,483,647, or",
     ),
     "tokens_not_a_number": (
         ["packing.tokens_per_microbatch=many"],
@@ -84,7 +84,7 @@ REFUSED = {
         ["clip_grad_norm=true"],
         "clip_grad_norm: True must be a number above 0, or null for no clip",
     ),
-    "misspelt_switch": (["compile=flase"], "compile: 'flase' must be true or false"),
+    "misspelt_switch": (["compile=flase"], "compile: 'flase' must be true, false or null"),
     "misspelt_dtype": (["dtype=fp16"], "dtype: 'fp16' must be fp32 or bf16"),
     "rate_not_a_number": (
         ["optimizer.lr=1e-5x"],
