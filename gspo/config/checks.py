@@ -353,6 +353,14 @@ def _components(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _components(child, f"{path}.{key}" if path else str(key))
 
 
+def _remedy_of_import(dotpath: str, cause: BaseException | None) -> str:
+    """Return what to do about a component whose module raises while it is imported."""
+    if not isinstance(cause, ModuleNotFoundError):
+        return "correct the module"
+    package = "gspo[hf]" if dotpath.startswith("gspo.models.huggingface") else cause.name
+    return f"pip install '{package}'"
+
+
 def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
     """Return the object that a ``_component_`` names."""
     is_dotted = isinstance(dotpath, str) and all(p.isidentifier() for p in dotpath.split("."))
@@ -368,7 +376,8 @@ def _locate(key: str, dotpath: Any) -> Callable[..., Any]:
             problem, remedy = _what_is_missing(dotpath)
             raise InputError(key, dotpath, problem, remedy) from error
         problem = f"cannot be imported: {error.__cause__!r}"
-        raise InputError(key, dotpath, problem, "correct the module") from error
+        remedy = _remedy_of_import(dotpath, error.__cause__)
+        raise InputError(key, dotpath, problem, remedy) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module may exit, too

@@ -16,16 +16,19 @@ def allocator(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     settings = []
     monkeypatch.setattr(cuda, "set_allocator", settings.append)
-    matmul, dynamo = torch.backends.cuda.matmul, torch._dynamo.config
+    matmul = torch.backends.cuda.matmul
     before = (
         torch.backends.cuda.cudnn_sdp_enabled(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction_split_k,
         torch.get_float32_matmul_precision(),
     )
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", dynamo.fail_on_recompile_limit_hit)
-    yield settings
+    limits = {
+        name: getattr(torch._dynamo.config, name)
+        for name in ("recompile_limit", "fail_on_recompile_limit_hit")
+    }
+    with torch._dynamo.config.patch(limits):
+        yield settings
     torch.backends.cuda.enable_cudnn_sdp(before[0])
     matmul.allow_bf16_reduced_precision_reduction = before[1:3]
     torch.set_float32_matmul_precision(before[3])

@@ -37,7 +37,7 @@ def documents():
 def build(base, output_dir, loss, *more):
     """A recipe inside the process group that is there."""
     module = runs.load_recipe()
-    parallel.init_process_group = lambda device: None
+    parallel.init_process_group = lambda *_: None
     arguments = runs.overrides(
         base, output_dir, f"loss={loss}", "loss.aggregation=token", "max_skipped_steps=1", *more
     )

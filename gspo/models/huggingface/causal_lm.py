@@ -137,10 +137,10 @@ class _Decoder(nn.Module):
         longest = config.max_position_embeddings
         self.max_seq_len = max_seq_len or longest
         require(
-            self.max_seq_len <= longest,
+            0 < self.max_seq_len <= longest,
             "max_seq_len",
             max_seq_len,
-            f"is more than the model's max_position_embeddings {longest}",
+            f"must be from 1 to the model's max_position_embeddings {longest}",
             f"use {longest} or less",
         )
         self._attached = attention.AttachedAttention()
