@@ -213,7 +213,7 @@ def test_long_prompts_are_skipped_and_counted(jsonl, caplog):
     with caplog.at_level(logging.WARNING):
         assert sorted(set(ids(reader))) == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
     assert reader.num_skipped == 8
-    assert len(caplog.records) == 1
+    assert [record.levelno for record in caplog.records].count(logging.WARNING) == 1
     assert_resumes_anywhere(lambda: readers.jsonl_prompts(TOKENIZER, **knobs), 8)
 
 

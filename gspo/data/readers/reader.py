@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 from torchdata.nodes import BaseNode
+from torchtune import utils
 
-from gspo.data.readers.rows import Rows, require_plain
-from gspo.data.readers.template import Encoder, PromptTemplate
-from gspo.errors import DataError, InputError, require
+from gspo.data.readers.chat import ChatPrompts, Messages, MessagesColumn, MessageTemplates
+from gspo.data.readers.rows import Rows, require_field, require_plain
+from gspo.data.readers.template import Encoder, PromptTemplate, Template
+from gspo.errors import DataError, require
 from gspo.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_TEMPLATE = "{question}"
+_MAX_HEAD, _MAX_TAIL = 800, 400  # characters of the prompt that is logged
 _WITHOUT_ANSWERS = "set answer_column: null where no reward needs an answer"
 
 
@@ -29,15 +33,25 @@ class PromptReader(BaseNode[Prompt]):
 
     Every epoch takes a fresh permutation of the rows, the same on all ranks, of which each rank
     takes its own strided part: no two ranks draw the same prompt in an epoch. Prompts are tokenised
-    when they are drawn. Rows that are skipped for their length are counted in ``num_skipped``.
+    when they are drawn. Rows that are skipped for their length are counted in ``num_skipped``. The
+    first row's prompt is logged once, on the first rank, with its number of tokens.
+
+    Prompts are of three kinds: text from ``prompt_template``; the messages in ``messages_column``;
+    messages from ``chat``. The tokenizer's chat template renders messages and opens the answer's
+    turn. Only :func:`gspo.models.huggingface.tokenizer` reads one.
 
     Args:
         rows: the source.
         tokenizer: has torchtune's ``encode(text, add_bos=, add_eos=)``.
         prompt_template: a text with ``{name}`` for the row's fields; a literal brace is doubled.
             The tokenizer's special tokens may stand in it; in a row they are text.
+        messages_column: the field that holds a list of mappings with ``role`` (system, user,
+            assistant or tool) and ``content``, the last one not the assistant's.
+        chat: templates like ``prompt_template`` of the ``user`` message, and of a ``system``
+            message before it.
+        chat_template_arguments: keyword arguments of the chat template, e.g. ``enable_thinking``.
         answer_column: the field that holds the reference answer; None for prompts without one.
-        add_bos: put the tokenizer's begin-of-sequence token first.
+        add_bos: put the tokenizer's begin-of-sequence token first; a chat template decides itself.
         max_prompt_tokens: the longest prompt allowed, in tokens; None for no limit.
         on_long_prompt: ``error`` or ``skip``.
         shuffle: permute the rows; else they come in their order.
@@ -47,9 +61,10 @@ class PromptReader(BaseNode[Prompt]):
         num_epochs: passes over the rows; None for no end.
 
     Raises:
-        InputError: An argument is out of range, there are fewer rows than ranks or the first row
-            lacks a field. From ``next``: a row lacks a field or has no text, number or boolean
-            there, its prompt is too long or empty or begins twice, or a whole pass was skipped.
+        InputError: An argument is out of range, there are fewer rows than ranks, the tokenizer has
+            no chat template or the first row gives no prompt. From ``next``: a row lacks a field or
+            has no text, number, boolean or messages there, its prompt is too long or empty or
+            begins twice, the chat template raises, or a whole pass was skipped.
     """
 
     def __init__(
@@ -57,7 +72,10 @@ class PromptReader(BaseNode[Prompt]):
         rows: Rows,
         tokenizer: Encoder,
         *,
-        prompt_template: str = "{question}",
+        prompt_template: str = _DEFAULT_TEMPLATE,
+        messages_column: str | None = None,
+        chat: Mapping[str, str] | None = None,
+        chat_template_arguments: Mapping[str, Any] | None = None,
         answer_column: str | None = "answer",
         add_bos: bool = True,
         max_prompt_tokens: int | None = None,
@@ -78,7 +96,10 @@ class PromptReader(BaseNode[Prompt]):
         _check_switch("shuffle", shuffle)
         _check_ranks(rows, rank, world_size)
         self._rows = rows
-        self._template = PromptTemplate(prompt_template, tokenizer, add_bos=add_bos)
+        messages = _choose_messages(messages_column, chat)
+        self._template = _choose_template(
+            tokenizer, prompt_template, messages, chat_template_arguments, add_bos
+        )
         self._answer_column = answer_column
         self._max_prompt_tokens = max_prompt_tokens
         self._on_long_prompt = on_long_prompt
@@ -87,8 +108,11 @@ class PromptReader(BaseNode[Prompt]):
         self._rank = rank
         self._world_size = world_size
         self._num_epochs = num_epochs
-        # A wrong column shows at start, not at step 1,000.
-        self._check_fields(rows[0], rows.name(0))
+        # A wrong column or chat template shows at start, not at step 1,000.
+        first, name = rows[0], rows.name(0)
+        self._check_fields(first, name)
+        text, tokens = self._template.render(first, name)
+        _log_first(name, text, len(tokens))
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start over, or go on where ``initial_state`` was taken.
@@ -155,8 +179,7 @@ class PromptReader(BaseNode[Prompt]):
         row = self._rows[index]
         name = self._rows.name(index)
         self._check_fields(row, name)
-        text = self._template.text(row)
-        tokens = self._template.encode(row, name)
+        text, tokens = self._template.render(row, name)
         if not tokens:
             must = f"the prompt {text!r} has no tokens"
             raise DataError(name, must=must, remedy="a sampler needs one, e.g. add_bos: true")
@@ -187,11 +210,9 @@ class PromptReader(BaseNode[Prompt]):
         self.num_skipped += 1
 
     def _check_fields(self, row: Mapping[str, Any], name: str) -> None:
-        for field in self._template.fields:
-            _require_field("prompt_template", field, row, name)
-            require_plain(row[field], field, name)
+        self._template.check(row, name)
         if self._answer_column is not None:
-            _require_field("answer_column", self._answer_column, row, name)
+            require_field("answer_column", self._answer_column, row, name)
             answer = row[self._answer_column]
             require_plain(answer, self._answer_column, name, instead=_WITHOUT_ANSWERS)
 
@@ -205,10 +226,44 @@ class PromptReader(BaseNode[Prompt]):
             )
 
 
-def _require_field(key: str, field: str, row: Mapping[str, Any], name: str) -> None:
-    if field not in row:
-        names = ", ".join(repr(other) for other in row)
-        raise InputError(key, must=f"{name} has no field {field!r}", remedy=f"it has {names}")
+def _choose_template(
+    tokenizer: Any,
+    prompt_template: str,
+    messages: Messages | None,
+    arguments: Mapping[str, Any] | None,
+    add_bos: bool,
+) -> Template:
+    """Return what makes prompts of messages, if there are any, or of a template."""
+    if messages is None:
+        must = "are those of a chat template, but prompt_template makes the prompts"
+        remedy = "write messages_column or chat in its place, or leave them out"
+        require(arguments is None, "chat_template_arguments", arguments, must, remedy)
+        return PromptTemplate(prompt_template, tokenizer, add_bos=add_bos)
+    is_left_out = prompt_template in (None, _DEFAULT_TEMPLATE)
+    must = f"cannot stand beside {messages.key}"
+    require(is_left_out, "prompt_template", prompt_template, must, "leave one of them out")
+    return ChatPrompts(messages, tokenizer, {} if arguments is None else arguments)
+
+
+def _choose_messages(
+    messages_column: str | None, chat: Mapping[str, str] | None
+) -> Messages | None:
+    """Return the source of messages; None for prompts without."""
+    if chat is None:
+        return None if messages_column is None else MessagesColumn(messages_column)
+    must = "cannot stand beside messages_column"
+    require(messages_column is None, "chat", chat, must, "leave one of them out")
+    return MessageTemplates(chat)
+
+
+def _log_first(name: str, text: str, num_tokens: int) -> None:
+    """Log a prompt on the first rank, on one screen with the end that the policy goes on from."""
+    if len(text) > _MAX_HEAD + _MAX_TAIL:
+        shown = f"{text[:_MAX_HEAD]!r} ... {text[-_MAX_TAIL:]!r}"
+    else:
+        shown = repr(text)
+    message = f"The prompt of {name} has {num_tokens} tokens: {shown}"
+    utils.log_rank_zero(utils.get_logger("INFO"), message)
 
 
 def _check_length_limit(max_prompt_tokens: int | None, on_long_prompt: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo.errors import DataError, require
+from gspo.errors import DataError, InputError, require
 
 _CORRECT = "correct the row or take it out"
 
@@ -66,6 +66,17 @@ def readable(rows: Rows, index: int) -> Iterator[None]:
     except (ArithmeticError, ValueError) as error:
         must = f"not readable: {error}"
         raise DataError(rows.name(index), must=must, remedy=_CORRECT) from error
+
+
+def require_field(key: str, field: str, row: Mapping[str, Any], name: str) -> None:
+    """Refuse a row without a field that a key of the config names.
+
+    Raises:
+        InputError: It has none.
+    """
+    if field not in row:
+        names = ", ".join(repr(other) for other in row)
+        raise InputError(key, must=f"{name} has no field {field!r}", remedy=f"it has {names}")
 
 
 def require_plain(value: Any, column: str, name: str, *, instead: str = "") -> None:

@@ -1,8 +1,8 @@
 """Templates that make a row's prompt, as text and as tokens.
 
-Prompts are text from a template and not chat messages: a chat model's turn markers belong into the
-template. A special token of the tokenizer that is written there becomes that one token. The same
-characters in a row's value stay text, so that no row can end its own turn.
+A chat model's turn markers belong into the template; with :mod:`gspo.data.readers.chat` the
+tokenizer's own has them. A special token of the tokenizer that is written there becomes that one
+token. The same characters in a row's value stay text, so that no row can end its own turn.
 """
 
 from __future__ import annotations
@@ -14,10 +14,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gspo.data.readers.rows import require_field, require_plain
+from gspo.data.readers.special import any_of, special_tokens_from_text
 from gspo.errors import DataError, InputError, require
 from gspo.sampling.fingerprint import special_ids
 
 _DOUBLE = "double a brace that is text, e.g. {{x}}"
+
+
+class Template(Protocol):
+    """A way to make a row's prompt."""
+
+    def check(self, row: Mapping[str, Any], name: str) -> None:
+        """Refuse a row, by its name, that the prompt cannot be made of."""
+        ...
+
+    def render(self, row: Mapping[str, Any], name: str) -> tuple[str, list[int]]:
+        """Return the prompt of a row as text and as tokens."""
+        ...
 
 
 class Encoder(Protocol):
@@ -29,13 +43,13 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Field:
+class Field:
     """The place of a row's value in a template."""
 
     name: str
 
 
-_Run = list[str | _Field]  # literals and fields that are encoded together
+Run = list[str | Field]  # literals and fields that are encoded together
 
 
 class PromptTemplate:
@@ -53,9 +67,9 @@ class PromptTemplate:
     """
 
     def __init__(self, template: str, tokenizer: Encoder, *, add_bos: bool) -> None:
-        self._parts = _parse(template)
-        self.fields = [part.name for part in self._parts if isinstance(part, _Field)]
-        if not self.fields:
+        self._parts = parse("prompt_template", template)
+        self._fields = fields_of(self._parts)
+        if not self._fields:
             must = "must name the row's fields, e.g. '{question}'"
             raise InputError("prompt_template", template, must)
         self._tokenizer = tokenizer
@@ -66,22 +80,23 @@ class PromptTemplate:
         ids = special_ids(tokenizer)
         _check_special_ids(ids)
         self._pieces = _split_at_special_tokens(self._parts, ids)
-        self._from_text = _any_of(_special_tokens_from_text(tokenizer))
+        self._from_text = any_of(special_tokens_from_text(tokenizer))
 
-    def text(self, row: Mapping[str, Any]) -> str:
-        """Return the prompt of a row."""
-        return "".join(_texts(self._parts, row))
-
-    def encode(self, row: Mapping[str, Any], name: str) -> list[int]:
-        """Return the tokens of a row's prompt.
-
-        Args:
-            row: has all fields of the template.
-            name: of the row, for messages.
+    def check(self, row: Mapping[str, Any], name: str) -> None:
+        """Refuse a row without the template's fields.
 
         Raises:
-            InputError: The prompt begins with the begin-of-sequence token twice.
+            InputError: It lacks one, or has no text, number or boolean there.
         """
+        check_fields("prompt_template", self._fields, row, name)
+
+    def render(self, row: Mapping[str, Any], name: str) -> tuple[str, list[int]]:
+        """Return the prompt of a row that :meth:`check` passes, as text and as tokens.
+
+        Raises:
+            InputError: It begins with the begin-of-sequence token twice.
+        """
+        text = "".join(_texts(self._parts, row))
         tokens = self._encode(row)
         if len(tokens) > 1 and tokens[0] == tokens[1] == self._bos_id:
             raise InputError(
@@ -89,7 +104,7 @@ class PromptTemplate:
                 must=f"{name} begins with the token {tokens[0]} (begin of sequence) twice",
                 remedy="take it out of the template, the tokenizer adds it, or set add_bos: false",
             )
-        return tokens
+        return text, tokens
 
     def _encode(self, row: Mapping[str, Any]) -> list[int]:
         if len(self._pieces) == 1:
@@ -104,7 +119,7 @@ class PromptTemplate:
                 tokens += self._encode_run(piece, row, add_bos=False)
         return tokens
 
-    def _encode_run(self, run: _Run, row: Mapping[str, Any], *, add_bos: bool) -> list[int]:
+    def _encode_run(self, run: Run, row: Mapping[str, Any], *, add_bos: bool) -> list[int]:
         texts = list(_texts(run, row))
         text = "".join(texts)
         cuts = self._cuts(text, _literal_spans(run, texts))
@@ -130,29 +145,55 @@ class PromptTemplate:
         return sorted(cuts)
 
 
-def _parse(template: str) -> _Run:
-    """Return the literals and fields of a template."""
+def fields_of(parts: Run) -> list[str]:
+    """Return the names of the fields in a template."""
+    return [part.name for part in parts if isinstance(part, Field)]
+
+
+def check_fields(key: str, fields: list[str], row: Mapping[str, Any], name: str) -> None:
+    """Refuse a row without the fields of a template.
+
+    Args:
+        key: of the template in the config.
+        fields: that it names.
+        row: has to have them.
+        name: of the row.
+
+    Raises:
+        InputError: It lacks one, or has no text, number or boolean there.
+    """
+    for field in fields:
+        require_field(key, field, row, name)
+        require_plain(row[field], field, name)
+
+
+def parse(key: str, template: str) -> Run:
+    """Return the literals and fields of a template, which stands under a key of the config.
+
+    Raises:
+        InputError: It has a lone brace, or more in a field than a name.
+    """
     is_text = isinstance(template, str)
-    require(is_text, "prompt_template", template, "must be a text", "write e.g. '{question}'")
+    require(is_text, key, template, "must be a text", "write e.g. '{question}'")
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         must = f"is no format string: {error}"
-        raise InputError("prompt_template", template, must, _DOUBLE) from error
-    parts: _Run = []
+        raise InputError(key, template, must, _DOUBLE) from error
+    parts: Run = []
     literal = ""  # a doubled brace ends a text of the parser's, and no literal
     for text, name, spec, conversion in parsed:
         literal += text
         if name is None:
             continue
-        _check_field(template, name, spec, conversion)
+        _check_field(key, template, name, spec, conversion)
         if literal:
             parts.append(literal)
-        parts.append(_Field(name))
+        parts.append(Field(name))
         literal = ""
     if literal:
         parts.append(literal)
-    _check_colons(template, parts)
+    _check_colons(key, template, parts)
     return parts
 
 
@@ -163,22 +204,24 @@ def _check_special_ids(ids: Mapping[str, int]) -> None:
         raise DataError("tokenizer", must=must, remedy="get its files again")
 
 
-def _check_colons(template: str, parts: _Run) -> None:
+def _check_colons(key: str, template: str, parts: Run) -> None:
     """Refuse ``{name:}``, which the parser shows as ``{name}``."""
     written = ""
     for part in parts:
-        if isinstance(part, _Field):
+        if isinstance(part, Field):
             written += f"{{{part.name}}}"
         else:
             written += part.replace("{", "{{").replace("}", "}}")
     must = "has a colon in a field, which must be a column's name alone, e.g. {question}"
-    require(written == template, "prompt_template", template, must, "drop the colon")
+    require(written == template, key, template, must, "drop the colon")
 
 
-def _check_field(template: str, name: str, spec: str | None, conversion: str | None) -> None:
+def _check_field(
+    key: str, template: str, name: str, spec: str | None, conversion: str | None
+) -> None:
     if not name and not spec and not conversion:
         must = "must name the row's fields, e.g. '{question}', and has {}"
-        raise InputError("prompt_template", template, must, _DOUBLE)
+        raise InputError(key, template, must, _DOUBLE)
     is_plain = not spec and not conversion and name and not set(name) & set(".[]")
     if not is_plain:
         field = name
@@ -187,16 +230,16 @@ def _check_field(template: str, name: str, spec: str | None, conversion: str | N
         if spec:
             field += f":{spec}"
         must = f"has {{{field[:40]}}}, but a field must be a column's name alone, e.g. {{question}}"
-        raise InputError("prompt_template", template, must, _DOUBLE)
+        raise InputError(key, template, must, _DOUBLE)
 
 
-def _texts(run: _Run, row: Mapping[str, Any]) -> Iterator[str]:
+def _texts(run: Run, row: Mapping[str, Any]) -> Iterator[str]:
     """Yield the text of every literal and field."""
     for part in run:
-        yield str(row[part.name]) if isinstance(part, _Field) else part
+        yield str(row[part.name]) if isinstance(part, Field) else part
 
 
-def _literal_spans(run: _Run, texts: list[str]) -> list[tuple[int, int]]:
+def _literal_spans(run: Run, texts: list[str]) -> list[tuple[int, int]]:
     """Return where the literals of a run begin and end in its text."""
     spans = []
     begin = 0
@@ -216,24 +259,16 @@ def _end_of_literal(position: int, literals: list[tuple[int, int]]) -> int:
     return position
 
 
-def _any_of(tokens: list[str]) -> re.Pattern[str] | None:
-    """Return a pattern of the longest token at a place; None for no tokens."""
-    if not tokens:
-        return None
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in longest_first))
-
-
-def _split_at_special_tokens(parts: _Run, ids: Mapping[str, int]) -> list[int | _Run]:
+def _split_at_special_tokens(parts: Run, ids: Mapping[str, int]) -> list[int | Run]:
     """Cut a template at the special tokens in its literals, which are given by id.
 
     Not every ``encode`` finds them: torchtune's for Llama 3 takes ``<|eot_id|>`` for plain text.
     """
-    pattern = _any_of(list(ids))
+    pattern = any_of(ids)
     if pattern is None:
         return [parts]
-    pieces: list[int | _Run] = []
-    run: _Run = []
+    pieces: list[int | Run] = []
+    run: Run = []
     for part in parts:
         for piece in _split(pattern, part):
             if isinstance(piece, str) and piece in ids:
@@ -246,38 +281,8 @@ def _split_at_special_tokens(parts: _Run, ids: Mapping[str, int]) -> list[int | 
     return [*pieces, run] if run else pieces
 
 
-def _split(pattern: re.Pattern[str], part: str | _Field) -> _Run:
+def _split(pattern: re.Pattern[str], part: str | Field) -> Run:
     """Return the matches in a literal and what stands between them; a field as it is."""
-    if isinstance(part, _Field):
+    if isinstance(part, Field):
         return [part]
     return [piece for piece in re.split(f"({pattern.pattern})", part) if piece]
-
-
-def _special_tokens_from_text(tokenizer: Any) -> list[str]:
-    """Return the special tokens that ``encode`` makes of their own characters.
-
-    One character cannot be cut, so tokens of one are left out.
-    """
-    ids = special_ids(tokenizer) | _huggingface_special_ids(tokenizer)
-    tokens = []
-    for token, number in ids.items():
-        if len(token) > 1 and number in tokenizer.encode(token, add_bos=False, add_eos=False):
-            tokens.append(token)
-    return tokens
-
-
-def _huggingface_special_ids(tokenizer: Any) -> dict[str, int]:
-    """Return {token: id} of the special tokens of a wrapped tokenizer of Hugging Face's.
-
-    Some files call a chat's turn markers not special, DeepSeek's ``<｜User｜>`` among them: angle
-    brackets tell those from words and blanks that were added to a vocabulary.
-    """
-    inner: Any = getattr(tokenizer, "tokenizer", None)
-    if not hasattr(inner, "get_added_tokens_decoder"):
-        return {}
-    ids = {}
-    for number, token in inner.get_added_tokens_decoder().items():
-        in_brackets = token.content.startswith("<") and token.content.endswith(">")
-        if token.special or in_brackets:
-            ids[token.content] = number
-    return ids

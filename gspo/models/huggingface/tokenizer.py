@@ -64,6 +64,25 @@ class HuggingFaceTokenizer:
         """Return {token: id}."""
         return self.inner.get_vocab()
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that makes a prompt of messages; None for one that has none."""
+        template = self.inner.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def render_chat(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        """Return the prompt of messages, up to where the assistant's answer begins.
+
+        transformers runs the template in Jinja's immutable sandbox.
+
+        Args:
+            messages: mappings with ``role`` and ``content``.
+            arguments: of the template, e.g. ``enable_thinking``.
+        """
+        return self.inner.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **arguments
+        )
+
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the ids of a text, between those of beginning and end where they are asked for."""
         ids = self.inner.encode(text, add_special_tokens=False)
