@@ -1,6 +1,7 @@
 """Chat templates as models of several families have them, and a tokenizer with their tokens."""
 
 import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -139,4 +140,11 @@ def write_folder(folder, chat_template):
 
 def read(folder, chat_template):
     """The tokenizer of a folder that is written first."""
-    return tokenizer(str(write_folder(folder, chat_template)))
+    return tokenizer(str(write_folder(Path(folder), chat_template)))
+
+
+def with_template(path, chat_template):
+    """The tokenizer of a model's folder, with a chat template that it has not."""
+    read_tokenizer = tokenizer(path)
+    read_tokenizer.inner.chat_template = chat_template
+    return read_tokenizer
