@@ -16,7 +16,7 @@ from typing import Any
 from gspo.data.sample import prompt_seed
 from gspo.data.score import full_rewards, reward_items
 from gspo.metrics import Mean, Metrics, Sum
-from gspo.rewards.pool import RewardPool
+from gspo.rewards.pool import Scorer
 from gspo.sampling import Sampler
 from gspo.types import Completion, Group, Prompt, SamplingParams
 
@@ -38,7 +38,7 @@ class _Scores:
 
 def evaluate(
     sampler: Sampler,
-    pool: RewardPool,
+    pool: Scorer,
     prompts: list[Prompt],
     *,
     params: SamplingParams,
@@ -96,9 +96,7 @@ def _draw(
     return sampler.sample(prompts, group_size=group_size, params=params, seeds=seeds)
 
 
-def _score(
-    pool: RewardPool, prompts: list[Prompt], completions: Sequence[list[Completion]]
-) -> _Scores:
+def _score(pool: Scorer, prompts: list[Prompt], completions: Sequence[list[Completion]]) -> _Scores:
     groups: list[Group] = []
     for prompt, of_prompt in zip(prompts, completions, strict=True):
         number = len(groups)

@@ -24,7 +24,7 @@ LAYERS = (
     ("policy", "evaluation", "diagnosis", "tiny"),
     ("update",),
     ("run",),
-    ("replay", "plan", "demo"),
+    ("replay", "plan", "demo", "trainer"),
     ("commands",),
     ("__main__",),
     ("recipe",),
@@ -43,6 +43,7 @@ MAY_USE_TORCH_DISTRIBUTED = (
     "gspo.run.dump",
     "gspo.run.folder",
     "gspo.run.progress",
+    "gspo.trainer.trainer",
     "gspo.update",
     "recipe",
 )

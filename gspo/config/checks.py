@@ -234,7 +234,7 @@ def examine(cfg: DictConfig, settings: type[S]) -> tuple[S | None, list[InputErr
     try:
         checked = settings.model_validate(values)
     except ValidationError as error:
-        problems += [_problem(details, settings) for details in error.errors()]
+        problems += refused_values(error, settings)
     problems += component_problems(values, given_arguments(settings))
     if checked is None or problems:
         return None, problems
@@ -270,6 +270,11 @@ def _resolve(cfg: DictConfig, settings: type[BaseSettings]) -> dict[str, Any]:
 def _unknown(key: str, known: Collection[str]) -> InputError:
     name = key.rpartition(".")[2]
     return InputError(key, NO_VALUE, "unknown key", did_you_mean(name, known))
+
+
+def refused_values(error: ValidationError, settings: type[BaseModel]) -> list[InputError]:
+    """Word the problems that pydantic has found in the values of settings."""
+    return [_problem(details, settings) for details in error.errors()]
 
 
 def _problem(details: ErrorDetails, settings: type[BaseModel]) -> InputError:

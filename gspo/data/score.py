@@ -10,7 +10,7 @@ from torchdata.nodes import BaseNode
 from gspo.data.node import TransformNode
 from gspo.metrics import Mean, Metrics, Sum, Time
 from gspo.rewards.extraction import without_thinking
-from gspo.rewards.pool import RewardPool, RewardResult
+from gspo.rewards.pool import RewardResult, Scorer
 from gspo.rewards.restating import repeats_prompt
 from gspo.rewards.worker import Item
 from gspo.types import Completion, Group, GroupBatch
@@ -34,7 +34,7 @@ class Score(TransformNode[GroupBatch]):
         pool: the rewards.
     """
 
-    def __init__(self, source: BaseNode[GroupBatch], pool: RewardPool) -> None:
+    def __init__(self, source: BaseNode[GroupBatch], pool: Scorer) -> None:
         super().__init__(source)
         self._pool = pool
 
@@ -110,7 +110,7 @@ def rewarded_stats(groups: list[Group]) -> Metrics:
     }
 
 
-def full_rewards(pool: RewardPool, result: RewardResult) -> list[bool]:
+def full_rewards(pool: Scorer, result: RewardResult) -> list[bool]:
     """Return, for each scored item, whether all its calls went well and earn the full reward.
 
     A failed call counts as 0, which is all that a penalty can give.

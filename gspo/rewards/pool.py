@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol
 
 from gspo.errors import NO_VALUE, InputError, printable, require
 from gspo.rewards.failures import FailureWatch, Tally
 from gspo.rewards.process import ENDED, START_SECONDS, WorkerLost, WorkerProcess, stop
-from gspo.rewards.reward import read_reward, reward_problems
+from gspo.rewards.reward import Reward, read_reward, reward_problems
 from gspo.rewards.wire import (
     FAILURES,
     BadMessage,
@@ -50,6 +50,21 @@ class RewardResult:
     totals: list[float]  # weighted sums
     failed: list[bool]  # True where any of the item's calls failed
     failures: dict[str, int]  # calls by kind: "raised", "timed_out", "died", "nonfinite"
+
+
+class Scorer(Protocol):
+    """The part of a :class:`RewardPool` that scoring and evaluation use."""
+
+    rewards: list[Reward]
+
+    @property
+    def full_reward(self) -> float:
+        """The weighted total of a completion with nothing left to gain."""
+        ...
+
+    def score(self, items: Sequence[Item]) -> RewardResult:
+        """Score ``(prompt, completion, answer, metadata)`` items, in their order."""
+        ...
 
 
 class RewardPool:

@@ -1,7 +1,15 @@
 """Any causal language model of ``transformers`` as the policy: ``pip install 'gspo[hf]'``."""
 
-from gspo.models.huggingface.causal_lm import causal_lm
-from gspo.models.huggingface.checkpointer import Checkpointer
-from gspo.models.huggingface.tokenizer import tokenizer
+from gspo.models.huggingface.causal_lm import as_decoder, causal_lm
+from gspo.models.huggingface.checkpointer import Checkpointer, write_model
+from gspo.models.huggingface.tokenizer import HuggingFaceTokenizer, stop_tokens, tokenizer
 
-__all__ = ["Checkpointer", "causal_lm", "tokenizer"]
+__all__ = [
+    "Checkpointer",
+    "HuggingFaceTokenizer",
+    "as_decoder",
+    "causal_lm",
+    "stop_tokens",
+    "tokenizer",
+    "write_model",
+]

@@ -51,7 +51,22 @@ def causal_lm(path: str, *, max_seq_len: int | None = None) -> Any:
             config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
         )
     model.tie_weights()
+    return as_decoder(model, max_seq_len=max_seq_len)
+
+
+def as_decoder(model: Any, *, max_seq_len: int | None = None) -> Any:
+    """Give a model the form of a decoder, in place, by changing its class.
+
+    Args:
+        model: any causal language model of the library, with or without weights.
+        max_seq_len: see :func:`causal_lm`.
+
+    Raises:
+        InputError: Documents cannot be packed for the model.
+    """
+    check_can_be_packed(model.config)
     _check_mixers(model)
+    model.set_attn_implementation(attention.NAME)
     kind: Any = type(model)
     model.__class__ = _decoder_class(kind)
     model.prepare(max_seq_len)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchtune import training
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gspo.decoder import unique_state
 from gspo.errors import InputError
@@ -89,23 +89,28 @@ class Checkpointer:
             epoch: the number in the folder's name.
         """
         folder = self._output_dir / f"epoch_{epoch}"
-        folder.mkdir(parents=True, exist_ok=True)
-        weights: dict[str, Tensor] = state_dict[training.MODEL_KEY]
-        model = self._model_with(weights)
-        model.save_pretrained(folder)
+        write_model(self._config, state_dict[training.MODEL_KEY], folder)
         for pattern in _COPIED:
             for file in Path(self._path).glob(pattern):
                 shutil.copyfile(file, folder / file.name)
 
-    def _model_with(self, weights: dict[str, Tensor]) -> Any:
-        """Return a model that holds these tensors themselves."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self._config)
-        model.tie_weights()
-        holders: dict[str, nn.Module] = dict(model.named_modules())
-        for name in unique_state(model):
-            holder, _, own_name = name.rpartition(".")
-            weight = nn.Parameter(weights[name], requires_grad=False)
-            setattr(holders[holder], own_name, weight)
-        model.tie_weights()
-        return model
+
+def write_model(config: PretrainedConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write weights, by the names of the model's parameters, with the model's config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _model_with(config, weights)
+    model.save_pretrained(folder)
+
+
+def _model_with(config: PretrainedConfig, weights: dict[str, Tensor]) -> Any:
+    """Return a model that holds these tensors themselves."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    holders: dict[str, nn.Module] = dict(model.named_modules())
+    for name in unique_state(model):
+        holder, _, own_name = name.rpartition(".")
+        weight = nn.Parameter(weights[name], requires_grad=False)
+        setattr(holders[holder], own_name, weight)
+    model.tie_weights()
+    return model

@@ -98,11 +98,21 @@ class HuggingFaceTokenizer:
 
 
 def _stop_tokens(folder: Path, inner: Any) -> list[int]:
-    """Return the ids that end a completion: the generation config's, or the tokenizer's end."""
+    """Return the ids that end a completion, by what the files of a folder state."""
     file = folder / "generation_config.json"
     stated = None
     if file.is_file():
         stated = json.loads(file.read_text()).get("eos_token_id")
+    return stop_tokens(stated, inner)
+
+
+def stop_tokens(stated: int | list[int] | None, inner: Any) -> list[int]:
+    """Return the ids that end a completion.
+
+    Args:
+        stated: the generation config's ``eos_token_id``.
+        inner: a tokenizer of transformers, whose end it is where nothing is stated.
+    """
     if stated is None:
         stated = inner.eos_token_id
     if stated is None:
