@@ -131,16 +131,19 @@ def test_pages_have_what_is_tested():
 
 
 @pytest.mark.parametrize(("page", "code"), of_all_pages(scripts, first_line))
-def test_script_runs(open_page, page, code):
+def test_script_runs(open_page, no_group_left, page, code):
     open_page(page)
     make_untrained(
         Path("runs/demo/base"), Path("runs/demo/data"), seed=0, num_train=64, num_heldout=64
     )
     model = Path("runs/demo/base/model.safetensors")
-    model.rename("runs/demo/base/model-00001-of-00001.safetensors")
+    shutil.copy(model, "runs/demo/base/model-00001-of-00001.safetensors")
     names = {}
     exec(code, names)
-    if "policy" in names:
+    if "trainer" in names:
+        assert 0 < names["row"]["reward/mean"] <= 1 and names["row"]["step"] == 1
+        assert Path("runs/own/model.safetensors").is_file()
+    elif "policy" in names:
         gradients = [parameter.grad for parameter in names["policy"].parameters()]
         assert all(gradient.isfinite().all() for gradient in gradients)
         assert any(gradient.abs().max() > 0 for gradient in gradients)
@@ -381,7 +384,9 @@ def is_there(path):
 def test_files_named_on_pages_exist(page):
     if page == "docs/migration.md":
         return
-    names = re.findall(r"`((?:gspo|tests|recipes|configs|benchmarks|docs)/[\w./]+)`", PAGES[page])
+    names = re.findall(
+        r"`((?:gspo|tests|recipes|configs|benchmarks|docs|examples)/[\w./]+)`", PAGES[page]
+    )
     for name in names:
         assert (ROOT / name).exists(), f"{page} names {name}"
 
