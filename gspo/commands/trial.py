@@ -28,12 +28,15 @@ def problems_of_parts(cfg: Settings, *, with_files: bool = True) -> list[InputEr
 
     Args:
         cfg: The settings, right by themselves.
-        with_files: Read tokenizer, checkpointer's folder and local prompts too.
+        with_files: Read tokenizer, checkpointer's folder and local prompts too, and build a model
+            that is made from files.
 
     Returns:
         All that the run would refuse.
     """
-    trials = [_try_loss, _try_model, _try_optimizer, _try_rewards]
+    trials = [_try_loss, _try_optimizer, _try_rewards]
+    if with_files or "path" not in cfg.model:  # a model of transformers is built from its folder
+        trials.insert(1, _try_model)
     if with_files:
         trials += [_try_checkpointers, _try_prompts]
     problems: list[InputError] = []
