@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from gspo.data.readers.chat import ChatPrompts, MessagesColumn
 from gspo.errors import NO_VALUE, DataError, InputError, require
 from gspo.types import Prompt
 
@@ -56,14 +58,14 @@ class QueryReader:
             row: the query's value in each column.
 
         Raises:
-            DataError: It is neither.
+            DataError: It is neither, or the chat template raises.
         """
         if isinstance(query, str):
             text = query
             tokens = self._tokenizer.encode(text, add_bos=self._add_bos, add_eos=False)
         elif is_chat(query):
-            text = self._render(query)
-            tokens = self._tokenizer.encode(text, add_bos=False, add_eos=False)
+            self._check_chat_template()
+            text, tokens = self._chats.render({QUERY: query}, name)
         else:
             remedy = "give a list of these"
             must = f"is {query!r}, neither a text nor a list of {{'role': ..., 'content': ...}}"
@@ -72,16 +74,16 @@ class QueryReader:
         metadata = {**row, QUERY: query}
         return Prompt(name, text, tokens, None if answer is None else str(answer), metadata)
 
-    def _render(self, chat: list[dict[str, Any]]) -> str:
-        """Return the text of a chat, up to where the model's answer begins."""
-        inner = getattr(self._tokenizer, "inner", None)  # of transformers
-        template = getattr(inner, "chat_template", None)
-        if template is None:
-            name = type(inner or self._tokenizer).__name__
+    @cached_property
+    def _chats(self) -> ChatPrompts:
+        """The readers' own rendering, in which no message's text becomes a special token."""
+        return ChatPrompts(MessagesColumn(QUERY), self._tokenizer, {})
+
+    def _check_chat_template(self) -> None:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            inner = getattr(self._tokenizer, "inner", self._tokenizer)  # of transformers
             must = "has no chat template"
-            raise InputError("tokenizer", name, must, "give queries as texts")
-        assert inner is not None
-        return inner.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            raise InputError("tokenizer", type(inner).__name__, must, "give queries as texts")
 
 
 def is_chat(query: Any) -> bool:
