@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# What every decoder has, torchtune's and others.
+PARTS = ("layers", "tok_embeddings", "norm", "max_seq_len")
+
 
 class HeadForm(NamedTuple):
     """The changes that a model makes to its logits before they are a distribution's."""

@@ -158,6 +158,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"there are: {', '.join(choices[:12])}{ending}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; empty if it has none."""
+    first, *_ = str(error).splitlines() or [""]
+    return first
+
+
 def printable(text: str) -> str:
     """Return a text in one line that no terminal takes for a command: others may have written it.
 

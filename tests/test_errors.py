@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gspo.errors import exits_raise
+from gspo.errors import exits_raise, first_line
 
 
 def test_exit_of_the_process_raises():
@@ -34,3 +34,8 @@ def test_ctrl_c_stays_an_interrupt():
     with pytest.raises(KeyboardInterrupt), exits_raise():
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("text", "line"), [("", ""), ("one", "one"), ("one\ntwo", "one")])
+def test_first_line_of_an_error(text, line):
+    assert first_line(ValueError(text)) == line

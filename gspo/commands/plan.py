@@ -126,8 +126,8 @@ def _rates(args: argparse.Namespace, cfg: Settings) -> dict[str, float]:
         stated = getattr(args, name)
         rate = default if stated is None else stated
         option = f"--{name.replace('_', '-')}"
-        least = 0 if name == "launch_us" else 1e-9
-        require(rate >= least, option, rate, "must be above 0", "give the rate that is reached")
+        is_right = rate > 0 or (rate == 0 and name == "launch_us")
+        require(is_right, option, rate, "must be above 0", "give the rate that is reached")
         rates[name] = rate
     return rates
 

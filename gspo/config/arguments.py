@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gspo.config.value_types import FOLDER, Must, is_number, is_whole
+from gspo.config.value_types import FOLDER, Must, are_ids, is_number, is_whole
 from gspo.errors import NO_VALUE, InputError, did_you_mean
 
 LOCAL_SAMPLERS = ("gspo.sampling.local.LocalSampler", "gspo.sampling.LocalSampler")
@@ -34,7 +34,7 @@ _LOCAL_SAMPLER_ARGUMENTS = {
     "max_batch_size": _WHOLE,
     "max_prefill_tokens": _WHOLE,
     "progress": _SWITCH,
-    "stop_token_ids": Must("a list of token ids, or null", lambda x: x is None or _are_ids(x)),
+    "stop_token_ids": Must("a list of token ids, or null", lambda x: x is None or are_ids(x)),
 }
 _OPTIMIZER_ARGUMENTS = {
     "betas": Must("two numbers, e.g. [0.9, 0.95]", lambda x: _is_list_of(x, is_number, 2))
@@ -56,10 +56,6 @@ def _is_list_of(value: Any, holds: Callable[[Any], bool], length: int | None = N
     if not isinstance(value, list) or not all(holds(element) for element in value):
         return False
     return length is None or len(value) == length
-
-
-def _are_ids(value: Any) -> bool:
-    return _is_list_of(value, lambda element: is_whole(element, 0))
 
 
 def sampler_problems(sampler: Mapping[str, Any]) -> Iterator[InputError]:

@@ -28,7 +28,8 @@ from gspo.config.merge import preset_keys
 from gspo.config.model_files import check_model_files
 from gspo.config.settings import BaseSettings, Section, Settings
 from gspo.config.value_types import Given
-from gspo.errors import NO_VALUE, InputError, did_you_mean, exits_raise, raise_all
+from gspo.decoder import PARTS
+from gspo.errors import NO_VALUE, InputError, did_you_mean, exits_raise, first_line, raise_all
 from gspo.losses import GSPOLoss
 from gspo.losses.checked import CheckedLoss
 from gspo.losses.inputs import Loss, traits_of
@@ -54,7 +55,7 @@ _REMEDIES = {
 }
 # What the recipe uses of the component at a key.
 _USED = {
-    "model": ("layers", "tok_embeddings", "norm", "max_seq_len"),
+    "model": PARTS,
     "tokenizer": ("encode", "decode"),
     "checkpointer": ("load_checkpoint", "save_checkpoint"),
     "reference_checkpointer": ("load_checkpoint",),
@@ -261,7 +262,7 @@ def _resolve(cfg: DictConfig, settings: type[BaseSettings]) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
         raise InputError(str(error.full_key), NO_VALUE, problem, "set or correct it") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

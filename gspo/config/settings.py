@@ -39,7 +39,8 @@ from gspo.config.value_types import (
     Switch,
     Temperature,
     Text,
-    is_number,
+    is_above_zero_or_none,
+    is_share_or_none,
     one_of,
 )
 from gspo.config.value_types import Mapping as AnyMapping
@@ -173,14 +174,6 @@ class Evaluation(Section):
     )
 
 
-def _at_most_1(value: Any) -> bool:
-    return value is None or (is_number(value) and 0 < value <= 1)
-
-
-def _positive_or_none(value: Any) -> bool:
-    return value is None or (is_number(value) and value > 0)
-
-
 class Settings(BaseSettings):
     """All keys of the recipe ``gspo_full_finetune``."""
 
@@ -262,7 +255,7 @@ class Settings(BaseSettings):
     )
     ppo_epochs: Count = Field(1, description="Optimizer steps on the documents of one step.")
     min_ess: Annotated[
-        float | None, Must("a share above 0 and up to 1, or null for no bound", _at_most_1)
+        float | None, Must("a share above 0 and up to 1, or null for no bound", is_share_or_none)
     ] = Field(
         None,
         description="Effective sample size of the ratios below which the remaining ppo_epochs are "
@@ -282,7 +275,7 @@ class Settings(BaseSettings):
     )
     packing: Packing = Field(description="Layout of the documents in microbatches.")
     clip_grad_norm: Annotated[
-        float | None, Must("a number above 0, or null for no clipping", _positive_or_none)
+        float | None, Must("a number above 0, or null for no clipping", is_above_zero_or_none)
     ] = Field(None, description="Largest norm of the gradient; a larger one is scaled down to it.")
     max_skipped_steps: CountOrZero = Field(
         10, description="Steps in a row whose gradient is not finite before the run ends."

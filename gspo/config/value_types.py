@@ -70,6 +70,21 @@ def is_path(value: Any) -> bool:
     return True
 
 
+def is_above_zero_or_none(value: Any) -> bool:
+    """Whether a value is a finite number above 0, or None."""
+    return value is None or (is_number(value) and value > 0)
+
+
+def is_share_or_none(value: Any) -> bool:
+    """Whether a value is a number above 0 and up to 1, or None."""
+    return value is None or (is_number(value) and 0 < value <= 1)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether a value is a list of token ids."""
+    return isinstance(value, list) and all(is_whole(element, 0) for element in value)
+
+
 def is_component(value: Any) -> bool:
     """Whether a value is a mapping that names a component."""
     return isinstance(value, dict) and "_component_" in value

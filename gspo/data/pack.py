@@ -117,14 +117,13 @@ class Pack(BaseNode[PackedBatch]):
                 f"set it to {tokens_per_microbatch} for one long bin, or to null for bins as long "
                 "as their documents",
             )
-        self.empty_bin = _EMPTY_BIN
-        self.num_bins = 1  # of a microbatch, at least
+        # Bins, and their length, of a microbatch without a document; no microbatch has fewer.
+        self.empty_shape = (1, _EMPTY_BIN)
         if fixed_shape:
             if bin_length is None:
                 must = "must be a number where all microbatches have one shape"
                 raise InputError("bin_length", None, must, f"set it to {tokens_per_microbatch}")
-            self.empty_bin = bin_length
-            self.num_bins = tokens_per_microbatch // bin_length
+            self.empty_shape = (tokens_per_microbatch // bin_length, bin_length)
         self.source = source
         self.tokens_per_microbatch = tokens_per_microbatch
         self.bin_length = bin_length
@@ -167,7 +166,7 @@ class Pack(BaseNode[PackedBatch]):
             stats.append(rollout.stats)
             num_live = self._add(rollout)
             if num_live == 0:
-                batch = self._emit(_Choice([], [], self.empty_bin), stats)
+                batch = self._emit(_Choice([], [], self.empty_shape[1]), stats)
                 batch.lost_to = rollout.lost_to
                 return batch
         choice = self._choose_short() if self.bin_length is None else self._choose_long()
@@ -236,7 +235,7 @@ class Pack(BaseNode[PackedBatch]):
             choice.bin_of,
             choice.bin_length,
             share_prompts=self.share_prompts,
-            num_bins=self.num_bins,
+            num_bins=self.empty_shape[0],
         )
         batch.stats = merge([batch.stats, *stats])
         self._hand_over_dropped(batch, len(documents))

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtune import utils
 
 from gspo.compat import set_group_timeout
-from gspo.errors import NO_VALUE, InputError, require
+from gspo.errors import NO_VALUE, InputError, first_line, require
 from gspo.parallel.context import ContextAxis
 
 
@@ -66,7 +66,7 @@ def init_process_group(device: torch.device, timeout: float | None = None) -> No
         raise InputError(
             "MASTER_ADDR:MASTER_PORT",
             address,
-            f"is where the ranks could not meet: {str(error).splitlines()[0]}",
+            f"is where the ranks could not meet: {first_line(error)}",
             "choose a free port with `tune run --rdzv_endpoint HOST:PORT ...`, or stop the process "
             "that holds it",
         ) from error

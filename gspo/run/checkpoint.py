@@ -18,7 +18,7 @@ from torch import Tensor
 from torchtune import training, utils
 
 from gspo.compat import with_output_dir
-from gspo.errors import InputError
+from gspo.errors import InputError, first_line
 
 log = utils.get_logger("INFO")
 
@@ -117,8 +117,7 @@ class ModelWriter:
 
 def _line(error: BaseException) -> str:
     """Return an error in one line."""
-    first, *_ = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _name_dtype(file: Path, dtype: torch.dtype) -> None:

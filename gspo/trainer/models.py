@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo.decoder import init_buffers, unique_state
+from gspo.decoder import PARTS, init_buffers, unique_state
 from gspo.errors import InputError, require
-
-_OF_TORCHTUNE = ("layers", "tok_embeddings", "norm", "max_seq_len")
 
 
 @dataclass
@@ -72,7 +70,7 @@ def check_model(model: Any) -> None:
         InputError: It says what is needed.
     """
     kind = type(model).__name__
-    is_decoder = all(hasattr(model, name) for name in _OF_TORCHTUNE)
+    is_decoder = all(hasattr(model, name) for name in PARTS)
     is_model = isinstance(model, nn.Module) and (is_decoder or is_of_transformers(model))
     must = "is neither a causal language model of transformers nor a decoder of torchtune"
     require(is_model, "model", kind, must, "give e.g. AutoModelForCausalLM.from_pretrained(NAME)")

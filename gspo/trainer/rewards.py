@@ -104,7 +104,7 @@ class CalledRewards:
     def _call(self, offered: Mapping[str, Any]) -> Any:
         """Call the function with what it takes of ``offered``."""
         parameters = self._signature.parameters
-        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        takes_any = _takes_any(self._signature)
         chosen = {k: v for k, v in offered.items() if takes_any or k in parameters}
         try:
             self._signature.bind(**chosen)
@@ -134,9 +134,14 @@ def _takes_lists(signature: inspect.Signature, name: str) -> bool:
         return True
     if "completion" in parameters:
         return False
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    takes_any = _takes_any(signature)
     require(takes_any, "reward_function", f"{name}{signature}", _FORMS, _REMEDY)
     return True
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    """Return whether a function takes arguments by any name."""
+    return any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def _as_answer_to(query: Any, completion: str) -> Any:

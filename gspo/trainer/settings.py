@@ -21,9 +21,9 @@ from gspo.config.value_types import (
     Seed,
     Switch,
     Temperature,
-    is_between,
-    is_number,
-    is_whole,
+    are_ids,
+    is_above_zero_or_none,
+    is_share_or_none,
     one_of,
 )
 from gspo.errors import NO_VALUE, InputError, did_you_mean, raise_all, require
@@ -35,24 +35,17 @@ from gspo.types import Axis, SamplingParams
 _OPTIMIZERS = ("adamw", "adamw8bit")
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(is_whole(token, 0) for token in value)
-
-
 def _is_loss(value: Any) -> bool:
     return callable(value) and hasattr(value, "denominator")
 
 
 OptionalAboveZero = Annotated[
     float | None,
-    Must("a number above 0, or None", lambda x: x is None or (is_number(x) and x > 0)),
+    Must("a number above 0, or None", is_above_zero_or_none),
 ]
 OptionalShare = Annotated[
     float | None,
-    Must(
-        "a share above 0 and up to 1, or None",
-        lambda x: x is None or (is_between(x, 0, 1) and x > 0),
-    ),
+    Must("a share above 0 and up to 1, or None", is_share_or_none),
 ]
 Optimizer = Annotated[
     Any,
@@ -70,7 +63,7 @@ LossSetting = Annotated[
 ]
 StopTokens = Annotated[
     list[int] | None,
-    Must("a list of token ids, or None", lambda x: x is None or _is_ids(x)),
+    Must("a list of token ids, or None", lambda x: x is None or are_ids(x)),
 ]
 
 

@@ -279,19 +279,16 @@ class GSPOTrainer:
     def _pack(self, scored: GroupBatch, *, num_drawn: int) -> StepBatches | None:
         """Pack the groups for one optimizer step; None where no rank has any. Collective."""
         cfg = self.config
-        bin_length = self._bin_length
         longest = self._max_seq_len // MULTIPLE * MULTIPLE
         node = Pack(
             _Once(scored),
             tokens_per_microbatch=cfg.tokens_per_microbatch,
-            bin_length=bin_length,
+            bin_length=self._bin_length,
             fixed_shape=self._on_cuda,
             max_seq_len=longest,
         )
-        empty_shape = None
-        if self._on_cuda and bin_length is not None:
-            empty_shape = (cfg.tokens_per_microbatch // bin_length, bin_length)
-        return next(FetchSteps(node, docs_per_step=num_drawn, empty_shape=empty_shape), None)
+        steps = FetchSteps(node, docs_per_step=num_drawn, empty_shape=node.empty_shape)
+        return next(steps, None)
 
     @property
     def _on_cuda(self) -> bool:

@@ -28,7 +28,6 @@ _OF_NO_EFFECT = {
     "return_dict",
     "use_cache",
 }
-_KNOWN = {"dropout", "scaling", "sliding_window", "softcap"} | _OF_NO_EFFECT
 
 
 class AttachedAttention:

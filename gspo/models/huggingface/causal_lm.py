@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from gspo.decoder import AttentionSizes, HeadForm
-from gspo.errors import InputError, require
+from gspo.errors import InputError, first_line, require
 from gspo.models.huggingface import attention
 from gspo.models.huggingface.incremental import IncrementalCausalLM
 
@@ -90,11 +90,10 @@ def read_config(path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        problem = str(error).splitlines()[0]
         raise InputError(
             "path",
             path,
-            f"has a config.json that transformers does not take: {problem}",
+            f"has a config.json that transformers does not take: {first_line(error)}",
             "correct it, or install a transformers that knows the model",
         ) from error
 

@@ -12,7 +12,7 @@ from torchtune import training
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gspo.decoder import unique_state
-from gspo.errors import InputError
+from gspo.errors import InputError, first_line
 from gspo.models.huggingface.causal_lm import read_config
 
 # What a folder holds beside weights and config that a model is not complete without.
@@ -63,11 +63,10 @@ class Checkpointer:
                 output_loading_info=True,
             )
         except Exception as error:
-            problem = str(error).splitlines()[0]
             raise InputError(
                 "path",
                 self._path,
-                f"has weights that cannot be read: {type(error).__name__}: {problem}",
+                f"has weights that cannot be read: {type(error).__name__}: {first_line(error)}",
                 "get the model again, with all of its .safetensors files",
             ) from error
         missing = sorted(report["missing_keys"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gspo.errors import InputError
+from gspo.errors import InputError, first_line
 
 
 def tokenizer(path: str) -> HuggingFaceTokenizer:
@@ -20,11 +20,10 @@ def tokenizer(path: str) -> HuggingFaceTokenizer:
     try:
         inner = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        problem = str(error).splitlines()[0]
         raise InputError(
             "path",
             path,
-            f"has no tokenizer that can be read: {problem}",
+            f"has no tokenizer that can be read: {first_line(error)}",
             "give the folder of a model, with its tokenizer.json and tokenizer_config.json",
         ) from error
     return HuggingFaceTokenizer(inner, _stop_tokens(Path(path), inner))
