@@ -34,5 +34,5 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	# By its path: setuptools' own finder gives way to any folder named gspo, as in the one above this clone.
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt \
-		--config-settings editable_mode=compat -e '.[dev,hf,plots]'
+		--config-settings editable_mode=compat -e '.[dev,gguf,hf,lora,plots]'
 	touch $@
