@@ -215,7 +215,7 @@ class PPORecipe(GSPOFullFinetuneRecipe):
     """
 
     def _build_policy(self, key: str, checkpointer: Any, loss: Any = None) -> ValuePolicy:
-        decoder = self._build_decoder(torch.device("meta"))
+        decoder = self._build_decoder()
         policy = ValuePolicy(decoder, loss, kernel=self._cfg.kernel)
         shard_policy(policy, self._ranks.fsdp_mesh)
         register_fsdp_forward_method(policy, "_values")

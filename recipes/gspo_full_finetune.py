@@ -15,6 +15,7 @@ Not here: the files of a run (``gspo.run``), the parts of an optimizer step (``g
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torchdata.nodes import BaseNode
 from torchtune import config, training, utils
 
 from gspo import evaluation, parallel, update
+from gspo.adapters import build_replica, starting_adapters
 from gspo.compat import patch_stochastic_rounding
 from gspo.config import Settings, build, build_loss, parse, refusals
 from gspo.data import (
@@ -49,7 +51,7 @@ log = utils.get_logger("INFO")
 
 
 class GSPOFullFinetuneRecipe:
-    """Trains all weights of a policy; the module tells the loop, ``Settings`` every key."""
+    """Trains all weights of a policy or its adapters; the module tells the loop."""
 
     def __init__(self, cfg: Settings) -> None:
         self._cfg = cfg
@@ -80,21 +82,23 @@ class GSPOFullFinetuneRecipe:
         loss = build_loss(cfg)
         log_document_weights(loss)
         self._policy = self._build_policy("checkpointer", self._checkpointer, loss)
-        self._reference = self._sampled = None
+        self._sampled = None
+        self._reference: Any = self._policy.base
         if cfg.reference_checkpointer is not None:
             checkpointer = build(cfg, "reference_checkpointer")
             self._reference = self._build_policy("reference_checkpointer", checkpointer)
         if cfg.keeps_sampled_weights:  # optimizer steps move on from the weights that sampled
             self._sampled = self._build_policy("checkpointer", self._checkpointer)
         patch_stochastic_rounding()
-        self._optimizer = build(cfg, "optimizer", self._policy.parameters())
+        self._optimizer = build(cfg, "optimizer", self._policy.trained_parameters())
         self._audit = UpdateAudit(self._policy.parameters())
         self._advisor = Advisor(loss, warns=ranks.is_first)
         self._lr_scheduler = build(
             cfg, "lr_scheduler", self._optimizer, num_training_steps=cfg.num_steps
         )
 
-        self._sampler = build(cfg, "sampler", self._build_decoder, self._tokenizer)
+        replica = partial(build_replica, self._build_decoder, self._device)
+        self._sampler = build(cfg, "sampler", replica, self._tokenizer)
         self._sampler.update(self._policy, self._state.version)
         rollouts = self._rollouts(prompts) if ranks.draws else None
         shared = ShareOverContext(rollouts, ranks.context)
@@ -144,19 +148,20 @@ class GSPOFullFinetuneRecipe:
         self._held_out = [] if held_out is None else list(held_out)
         return build(cfg, "prompts", self._tokenizer, seed=cfg.seed, **ranks.data_share)
 
-    def _build_decoder(self, device: torch.device | None = None) -> Any:
-        device = device or self._device
-        with training.set_default_dtype(self._dtype), device:
+    def _build_decoder(self) -> Any:
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
             return build(self._cfg, "model")
 
     def _build_policy(self, key: str, checkpointer: Any, loss: Any = None) -> Policy:
         """Build a sharded policy from a checkpoint; without a loss it is only evaluated."""
         cfg = self._cfg
-        decoder = self._build_decoder(torch.device("meta"))
+        decoder = self._build_decoder()
         check_decoder(decoder, cfg, key)
         with refusals(key, "correct the path, or get the model first"):
             checkpoint = checkpointer.load_checkpoint()
         weights = checkpoint[training.MODEL_KEY]
+        if key == "checkpointer":
+            weights |= starting_adapters(cfg.adapter_path, decoder, checkpointer)
         options = PolicyOptions(**cfg.policy_options)
         return build_policy(
             decoder, weights, loss, ranks=self._ranks, device=self._device, options=options, key=key
@@ -256,8 +261,7 @@ class GSPOFullFinetuneRecipe:
         """Hand the weights to the sampler, evaluate, log and save, each when its turn has come."""
         cfg, step = self._cfg, self._state.step
         last = step == cfg.num_steps
-        is_newest = values["staleness/max"] == 0
-        fresh = is_newest and cfg.old_logps == "sampler"
+        fresh = cfg.old_logps == "sampler" and values["staleness/max"] == 0
         began = time.perf_counter()
         if last or _is_due(step, cfg.sync_every_steps):
             self._sync_sampler()
@@ -299,11 +303,8 @@ class GSPOFullFinetuneRecipe:
         return values
 
     def _save(self) -> None:
-        """Write the model in the format that it was read in."""
-        weights = training.gather_cpu_state_dict(
-            self._policy.decoder, self._ranks.is_first, self._device
-        )
-        self._run.save_model(self._checkpointer, weights, self._dtype)
+        """Write the model in the format that it was read in, or its adapters."""
+        self._run.save_model(self._checkpointer, self._policy, self._dtype)
 
     def _finish(self) -> None:
         """Do what a run that ended before ``num_steps`` has not done, sum up, and save."""

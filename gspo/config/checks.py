@@ -174,7 +174,8 @@ def build_loss(cfg: Settings) -> Loss:
             "needs old_logps: recompute, since the sampler's own already stand in the ratio",
             "set that, or drop it",
         )
-    if "kl_coef" in traits.needs and cfg.reference_checkpointer is None:
+    has_reference = cfg.reference_checkpointer is not None or has_adapters(cfg.model)
+    if "kl_coef" in traits.needs and not has_reference:
         raise InputError(
             "loss.kl_coef",
             cfg.loss.get("kl_coef"),
@@ -192,6 +193,12 @@ def build_loss(cfg: Settings) -> Loss:
         )
     is_shipped = type(loss).__module__ == GSPOLoss.__module__
     return loss if is_shipped else CheckedLoss(loss)
+
+
+def has_adapters(model: Mapping[str, Any]) -> bool:
+    """Whether a config's model is one of adapters, whose base is a reference policy."""
+    builder = component_from_path(model["_component_"])
+    return "lora_rank" in inspect.signature(builder).parameters
 
 
 def check(cfg: DictConfig, settings: type[S]) -> S:

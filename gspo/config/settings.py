@@ -28,6 +28,7 @@ from gspo.config.value_types import (
     Must,
     OptionalComponent,
     OptionalCount,
+    OptionalFolder,
     OptionalSwitch,
     ProcessCount,
     PromptCount,
@@ -205,7 +206,15 @@ class Settings(BaseSettings):
         "in rope_base.",
     )
     reference_checkpointer: OptionalComponent = Field(
-        None, description="Weights of the reference policy that kl_coef keeps the policy near."
+        None,
+        description="Weights of the reference policy that kl_coef keeps the policy near; null is "
+        "the base model where adapters are trained.",
+    )
+    adapter_path: OptionalFolder = Field(
+        None, description="Folder of adapters, in the format of peft, to go on from."
+    )
+    save_merged: Switch = Field(
+        False, description="Save the whole model with adapters merged in, beside the adapters."
     )
 
     # Data
@@ -378,6 +387,7 @@ class Settings(BaseSettings):
             "compile_layers": self.compiles_layers,
             "reshard_after_forward": self.fsdp_reshard_after_forward,
             "cpu_offload": self.fsdp_cpu_offload,
+            "adapter_seed": self.seed,
         }
 
     def check_data_ranks(self, num_data_ranks: int) -> None:

@@ -131,6 +131,9 @@ OptionalSwitch = Annotated[
 Text = Annotated[str, Must("a text", lambda x: isinstance(x, str))]
 FOLDER = Must("a text that names a folder", lambda x: is_path(x))
 Folder = Annotated[str, FOLDER]
+OptionalFolder = Annotated[
+    str | None, Must("a text that names a folder, or null", lambda x: x is None or is_path(x))
+]
 Mapping = Annotated[
     dict[str, Any], Must("a mapping of names to values", lambda x: isinstance(x, dict))
 ]

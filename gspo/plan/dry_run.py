@@ -359,7 +359,7 @@ class _Step:
     def _make_state(self) -> None:
         """Let the optimizer make its state."""
         optimizer = self._optimizer
-        for parameter in self._policy.parameters():
+        for parameter in self._policy.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -377,7 +377,7 @@ class _Step:
         if not are_there:
             return
         gradients = []
-        for parameter in self._policy.parameters():
+        for parameter in self._policy.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         self._tracker.adopt(gradients, GRADIENTS)
@@ -422,7 +422,7 @@ class _Step:
 
 def _make_optimizer(policy: Policy, options: Options) -> torch.optim.Optimizer:
     patch_stochastic_rounding()
-    optimizer = options.build_optimizer(policy.parameters())
+    optimizer = options.build_optimizer(policy.trained_parameters())
     if options.on_gpu:
         for group in optimizer.param_groups:
             leaves_choice = group.get("foreach", False) is None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torchtune import training
 
+from gspo.adapters import remove_adapters
 from gspo.compat import component_from_path
 from gspo.config import Settings, build, refusals
 from gspo.data.bins import take_short_bins
@@ -71,6 +72,7 @@ class Layout:
         max_seq_len = decoder.max_seq_len
         microbatch = _fill_microbatch(cfg, document, rollout_documents, max_seq_len)
         documents_at_once = data_ranks * microbatch.num_documents
+        remove_adapters(decoder)  # as the sampler's replica has none
         return cls(
             world_size=world_size,
             data_ranks=data_ranks,

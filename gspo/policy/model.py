@@ -12,6 +12,7 @@ Not here: which model is built and where its weights come from (the config), how
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
+from gspo.adapters import Adapters
 from gspo.decoder import head_of, unique_state
 from gspo.kernels import linear_logps, linear_loss
 from gspo.losses.inputs import Loss, LossOutput, traits_of
@@ -56,8 +58,10 @@ class Policy(nn.Module):
         super().__init__()
         if isinstance(decoder, TransformerDecoder):
             decoder.unembed = lambda hidden: decoder.norm(hidden)
+        self.adapters = Adapters(decoder)
         self.decoder = decoder
         self.loss = loss
+        self._choose_trained()
         head = head_of(decoder)
         self._logit_divisor = head.divisor
         self._options: dict[str, Any] = {
@@ -68,6 +72,29 @@ class Policy(nn.Module):
         self._context = context if context is not None and context.size > 1 else None
         use_attention(decoder, self._context, attention)
         fuse_norms(decoder)
+
+    def _choose_trained(self) -> None:
+        """Let the parameters that are trained have gradients: adapters alone where there are any.
+
+        Without a loss none is.
+        """
+        trained = self.adapters.trained
+        for name, parameter in unique_state(self.decoder).items():
+            is_trained = not trained or name in trained
+            parameter.requires_grad_(is_trained and self.loss is not None)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that an optimizer moves."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @property
+    def base(self) -> BasePolicy | None:
+        """The reference policy that costs no memory: this one with its adapters off.
+
+        None where there are no adapters, or where the loss needs no reference policy.
+        """
+        is_needed = "kl_coef" in traits_of(self.loss).needs
+        return BasePolicy(self) if self.adapters and is_needed else None
 
     def forward(self, microbatch: Microbatch) -> LossOutput:
         """Return the undivided loss sum of a microbatch and its metrics, to be added over ranks."""
@@ -134,16 +161,23 @@ class Policy(nn.Module):
     def take_weights(self, other: Policy) -> None:
         """Copy the weights of another policy with the same sharding."""
         for parameter, source in zip(self.parameters(), other.parameters(), strict=True):
-            parameter.copy_(source)
+            if source.requires_grad:
+                parameter.copy_(source)
 
     def full_state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the decoder's parameters by torchtune's names, each gathered on every rank.
+        """Yield the weights by the checkpoint's names, with adapters merged in. Collective.
 
-        Collective.
+        Each is gathered on every rank.
         """
-        for name, parameter in unique_state(self.decoder).items():
-            value = parameter.detach()
-            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+        state = unique_state(self.decoder)
+        yield from self.adapters.merged(state, partial(_gathered, state))
+
+    def adapter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the adapters by their own names, each gathered on every rank. Collective."""
+        state = unique_state(self.decoder)
+        for adapter in self.adapters:
+            for name in adapter.names:
+                yield name, _gathered(state, name)
 
     def hidden_states(self, microbatch: Microbatch) -> Tensor:  # [R, S / C, H]
         """Return the decoder's normalised hidden states of this rank's slots."""
@@ -175,6 +209,27 @@ class Policy(nn.Module):
         if windows is None:
             return microbatch.mask()
         return {window: microbatch.mask(window) for window in windows}
+
+
+class BasePolicy:
+    """A policy with its adapters off, as a reference policy.
+
+    Args:
+        policy: has adapters.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logps(self, microbatch: Microbatch) -> Tensor:  # [R * S / C] float32 nats
+        """Return what :meth:`Policy.logps` does for the base model. Collective."""
+        with self._policy.adapters.disabled():
+            return self._policy.logps(microbatch)
+
+
+def _gathered(state: dict[str, Tensor], name: str) -> Tensor:
+    value = state[name].detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _total_not_finite(outputs: list[LossOutput]) -> NotFinite | None:

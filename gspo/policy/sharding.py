@@ -36,6 +36,7 @@ class PolicyOptions:
     compile_layers: bool = False
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+    adapter_seed: int = 0  # of adapters that are new
 
 
 def build_policy(
@@ -52,7 +53,7 @@ def build_policy(
 
     Args:
         decoder: on the meta device.
-        weights: by torchtune's names.
+        weights: by the checkpoint's names, and those of adapters that are there by their own.
         loss: what it trains with; None for a policy that is only evaluated.
         ranks: over which it is sharded.
         device: this rank's.
@@ -69,7 +70,6 @@ def build_policy(
         kernel=options.kernel,
         context=ranks.context,
     )
-    policy.requires_grad_(loss is not None)
     shard_policy(
         policy,
         ranks.fsdp_mesh,
@@ -78,7 +78,14 @@ def build_policy(
         reshard_after_forward=options.reshard_after_forward,
         cpu_offload=options.cpu_offload,
     )
-    load_weights(policy, weights, device, cpu_offload=options.cpu_offload, key=key)
+    load_weights(
+        policy,
+        weights,
+        device,
+        cpu_offload=options.cpu_offload,
+        adapter_seed=options.adapter_seed,
+        key=key,
+    )
     return policy
 
 
@@ -126,15 +133,17 @@ def load_weights(
     device: torch.device,
     *,
     cpu_offload: bool = False,
+    adapter_seed: int = 0,
     key: str = "checkpointer",
 ) -> None:
     """Give a policy that was built on the meta device its memory and its weights. Collective.
 
     Args:
         policy: sharded.
-        state_dict: whole weights by torchtune's names.
+        state_dict: whole weights, see :func:`build_policy`.
         device: this rank's.
         cpu_offload: the shards lie in the host's memory.
+        adapter_seed: of adapters that are new.
         key: of the config, that the weights come from.
 
     Raises:
@@ -142,12 +151,15 @@ def load_weights(
             finite.
     """
     decoder = policy.decoder
-    _check_weights(unique_state(decoder), state_dict)
+    adapters = policy.adapters
+    in_checkpoint = {k: v for k, v in state_dict.items() if k not in adapters.trained}
+    _check_weights(adapters.plain_state(unique_state(decoder)), in_checkpoint)
     policy.to_empty(device="cpu" if cpu_offload else device)
     init_buffers(decoder, device)
     with torch.no_grad():
-        for name, parameter in unique_state(decoder).items():
-            _fill_shard(parameter, state_dict[name])
+        parameters = unique_state(decoder)
+        for name, value in adapters.values(parameters, state_dict, adapter_seed):
+            _fill_shard(parameters[name], value)
     training.validate_no_params_on_meta_device(policy)
     check_weights(
         policy,

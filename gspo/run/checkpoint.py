@@ -1,6 +1,6 @@
 """The saving of a model, which a full disk must not lose.
 
-Not here: the gathering of the weights; when a model is saved.
+Not here: when a model is saved.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,30 @@ from torchtune import training, utils
 
 from gspo.compat import with_output_dir
 from gspo.errors import InputError, first_line
+from gspo.parallel.mesh import Ranks
 
 log = utils.get_logger("INFO")
 
+MODEL_PREFIX = "epoch"  # as torchtune's checkpointers name folders, before the number
 NUM_TRIES = 3  # to save the last model of a run
 SECONDS_BETWEEN_TRIES = 10.0  # in which a user or a clean-up may make room
 
 # What writers raise where the system gives an OSError: torch.save a RuntimeError.
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+def on_first(weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """Collect whole weights in the host's memory of the first rank; none elsewhere. Collective.
+
+    Args:
+        weights: by name, gathered one by one as they are asked for.
+        ranks: of the run.
+    """
+    kept = {}
+    for name, weight in weights:
+        if ranks.is_first:
+            kept[name] = weight.cpu()
+    return kept
 
 
 class ModelWriter:
@@ -36,12 +53,16 @@ class ModelWriter:
         checkpointer: torchtune's, which has loaded the base model.
         folder: where it saves ``epoch_N/``.
         dtype: of the weights.
+        prefix: of the names of the folders that it saves, before the step.
     """
 
-    def __init__(self, checkpointer: Any, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpointer: Any, folder: Path, dtype: torch.dtype, *, prefix: str = MODEL_PREFIX
+    ) -> None:
         self._checkpointer = checkpointer
         self._folder = folder
         self._dtype = dtype
+        self._prefix = prefix
 
     def try_to_save(self, weights: dict[str, Tensor], step: int) -> Path | None:
         """Save the model of a step that others follow; a failure is a warning.
@@ -105,7 +126,7 @@ class ModelWriter:
 
     def _save(self, checkpointer: Any, folder: Path, weights: dict[str, Tensor], step: int) -> Path:
         """Save a model, or leave no part of it behind."""
-        path = folder / f"epoch_{step}"
+        path = folder / f"{self._prefix}_{step}"
         try:
             checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=step)
             _name_dtype(path / "config.json", self._dtype)

@@ -8,6 +8,7 @@
 | ``quarantine_rankN.jsonl`` | documents with a value that is not finite |
 | ``dumps/step_N.safetensors`` | what the objective of a step saw |
 | ``epoch_N/`` | the model after step N, in the format that it was read in |
+| ``adapter_N/`` | its adapters, where it has some, in the format of ``peft`` |
 | ``summary.json`` | accuracy before and after, steps, seconds, seed |
 
 A disk that is full costs rows, and says so; it ends no run.
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtune import utils
 
+from gspo.adapters import ADAPTER_PREFIX, AdapterCheckpointer
 from gspo.config import Settings, build, refusals
 from gspo.data.steps import StepBatches
 from gspo.errors import InputError, require
@@ -36,7 +38,7 @@ from gspo.parallel.mesh import Ranks
 from gspo.policy.microbatch import Microbatch
 from gspo.policy.model import Policy
 from gspo.run import dump
-from gspo.run.checkpoint import ModelWriter
+from gspo.run.checkpoint import MODEL_PREFIX, ModelWriter, on_first
 from gspo.run.lock import FolderLock
 from gspo.run.rows import RowFile
 from gspo.run.state import TrainState
@@ -84,6 +86,8 @@ class RunFolder:
         self._num_quarantined = 0  # rows in the file
         _check_not_overwritten("checkpointer", cfg.checkpointer, self._models)
         _check_not_overwritten("reference_checkpointer", cfg.reference_checkpointer, self._models)
+        if cfg.adapter_path is not None:
+            _check_not_among("adapter_path", cfg.adapter_path, self._models)
         with refusals("output_dir", "choose a folder that can be written"):
             self._path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self._path) if ranks.is_first else None
@@ -243,31 +247,43 @@ class RunFolder:
             path = self._dumps / f"step_{number}.safetensors"
             dump.write(path, dump.Dump(microbatches_of_all, metadata))
 
-    def save_model(self, checkpointer: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def save_model(self, checkpointer: Any, policy: Policy, dtype: torch.dtype) -> None:
         """Write the model through torchtune's checkpointer, in the format it was read in.
 
-        A model that cannot be written is a warning, unless the run has ended. Collective.
+        Of a policy with adapters these are written, in the format of ``peft``, and the model with
+        ``save_merged`` alone. What cannot be written is a warning, unless the run has ended.
+        Collective.
 
         Args:
             checkpointer: torchtune's.
-            weights: whole, on the first rank.
+            policy: of the step.
             dtype: of the weights.
 
         Raises:
             InputError: On the first rank: the last model could not be written in its place.
         """
+        models = []
+        if not policy.adapters or self._cfg.save_merged:
+            writer = ModelWriter(checkpointer, self._models, dtype)
+            models.append((writer, on_first(policy.full_state_dict(), self._ranks)))
+        if policy.adapters:
+            of_adapters = AdapterCheckpointer(policy, checkpointer, self._models)
+            writer = ModelWriter(of_adapters, self._models, dtype, prefix=ADAPTER_PREFIX)
+            models.append((writer, on_first(policy.adapter_state_dict(), self._ranks)))
         failure: InputError | None = None
         if self._ranks.is_first:
-            writer = ModelWriter(checkpointer, self._models, dtype)
-            step = self._state.step
             try:
-                save = writer.save_last if self._state.has_ended else writer.try_to_save
-                self._last_model = save(weights, step) or self._last_model
+                for writer, weights in models:
+                    self._write_model(writer, weights)
             except InputError as error:
                 failure = error
         dist.barrier()  # before the failure is raised: no rank waits for one that has ended
         if failure is not None:
             raise failure
+
+    def _write_model(self, writer: ModelWriter, weights: dict[str, Tensor]) -> None:
+        save = writer.save_last if self._state.has_ended else writer.try_to_save
+        self._last_model = save(weights, self._state.step) or self._last_model
 
     def write_summary(self, seconds: float) -> None:
         """Note that the run has ended, so that its model is the last, and write ``summary.json``.
@@ -316,15 +332,20 @@ def _rounded(value: float | None) -> float | None:
 
 def _check_not_overwritten(key: str, checkpointer: Mapping[str, Any] | None, models: Path) -> None:
     """Refuse a checkpoint in the folders that this run writes its models into."""
-    folder = (checkpointer or {}).get("checkpoint_dir")
-    if not isinstance(folder, str):  # a checkpointer of the user's own may have none
-        return
+    for name in ("checkpoint_dir", "path"):
+        folder = (checkpointer or {}).get(name)
+        if isinstance(folder, str):  # a checkpointer of the user's own may have none
+            _check_not_among(f"{key}.{name}", folder, models)
+
+
+def _check_not_among(key: str, folder: str, models: Path) -> None:
+    prefixes = tuple(f"{prefix}_" for prefix in (MODEL_PREFIX, ADAPTER_PREFIX))
     resolved = Path(folder).resolve()
     for path in (resolved, *resolved.parents):
-        is_model = path.parent == models.resolve() and path.name.startswith("epoch_")
+        is_model = path.parent == models.resolve() and path.name.startswith(prefixes)
         require(
             not is_model,
-            f"{key}.checkpoint_dir",
+            key,
             folder,
             f"lies in {models}, where this run writes its own models and may write over it",
             "set another output_dir",

@@ -10,10 +10,9 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gspo.decoder import PARTS, init_buffers, unique_state
+from gspo.decoder import PARTS, unique_state
 from gspo.errors import InputError, require
 
 
@@ -37,15 +36,6 @@ class Start:
         """Return one more decoder on the meta device."""
         return _as_decoder(copy.deepcopy(self.blank))
 
-    def build_replica(self, device: torch.device) -> Any:
-        """Build a decoder with memory and without weights."""
-        decoder = self.another_decoder()
-        decoder.to_empty(device=device)
-        if is_of_transformers(decoder):
-            decoder.tie_weights()
-        init_buffers(decoder, device)
-        return decoder
-
 
 def take_over(model: Any) -> Start:
     """Take the weights out of a model and make a decoder of it, in place.
@@ -54,7 +44,11 @@ def take_over(model: Any) -> Start:
         InputError: It is no model, or one that has no weights any more.
     """
     check_model(model)
-    weights = {name: value.detach() for name, value in unique_state(model).items()}
+    model = _without_wrapper(model)
+    weights = {}
+    for name, value in unique_state(model).items():
+        plain = name.replace(".base_layer.", ".")  # as a checkpoint has it
+        weights[plain] = value.detach()
     config = copy.deepcopy(model.config) if is_of_transformers(model) else None
     model.to("meta")
     if config is not None:
@@ -80,6 +74,11 @@ def check_model(model: Any) -> None:
     if hasattr(model, "windows"):
         must = "is another trainer's policy"
         raise InputError("model", kind, must, "save that trainer's model and load it")
+
+
+def _without_wrapper(model: Any) -> Any:
+    """Return the model in a ``PeftModel``, which has its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_of_transformers(model: Any) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,15 +16,18 @@ from torchdata.nodes import BaseNode
 from torchtune import training
 
 from gspo import evaluation, parallel, update
+from gspo.adapters import PeftFormat, build_replica
 from gspo.compat import patch_stochastic_rounding, with_output_dir
 from gspo.data import Advantage, FetchSteps, Pack, Score, StepBatches
 from gspo.data.bins import MULTIPLE
 from gspo.data.sample import length_stats, prompt_seed
+from gspo.decoder import unique_state
 from gspo.diagnosis import Advisor, UpdateAudit
 from gspo.errors import InputError, require
 from gspo.losses.inputs import Loss, traits_of
 from gspo.metrics import Metrics, StepMetrics, Time, batch_metrics, public
 from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy
+from gspo.run.checkpoint import MODEL_PREFIX, on_first
 from gspo.run.state import TrainState
 from gspo.sampling.fingerprint import check_tokenizer
 from gspo.sampling.local import LocalSampler
@@ -85,15 +89,15 @@ class GSPOTrainer:
             build_policy, ranks=self._ranks, device=self._device, options=options, key="model"
         )
         self.policy: Policy = build(start.decoder, start.weights, loss)
-        self._reference: Policy | None = None
-        if "kl_coef" in traits_of(loss).needs:
+        self._reference: Any = self.policy.base
+        if self._reference is None and "kl_coef" in traits_of(loss).needs:
             self._reference = build(start.another_decoder(), start.weights, None)
         start.weights.clear()
         self.optimizer = self._build_optimizer()
         self._audit = UpdateAudit(self.policy.parameters())
         self._advisor = Advisor(loss, warns=self._ranks.is_first)
         self._sampler = LocalSampler(
-            partial(start.build_replica, self._device),
+            partial(build_replica, start.another_decoder, self._device),
             self.tokenizer,
             stop_token_ids=cfg.stop_token_ids,
             max_batch_size=cfg.max_batch_size,
@@ -102,7 +106,7 @@ class GSPOTrainer:
 
     def _build_optimizer(self) -> Optimizer:
         cfg = self.config
-        parameters = self.policy.parameters()
+        parameters = self.policy.trained_parameters()
         if callable(cfg.optimizer):
             return cfg.optimizer(parameters, lr=cfg.learning_rate)
         if cfg.optimizer == "adamw":
@@ -195,16 +199,19 @@ class GSPOTrainer:
             state.version = state.step
             self._sampler.update(self.policy, state.version)
 
-    def save(self, folder: str | Path, checkpointer: Any = None) -> Path:
+    def save(self, folder: str | Path, checkpointer: Any = None, *, merged: bool = False) -> Path:
         """Write a Hugging Face folder, which transformers loads. Collective.
+
+        Of a model with adapters these are written, in the format of ``peft``.
 
         Args:
             folder: where to; made if it is not there.
             checkpointer: for a model of torchtune, the one that it was loaded with, which writes
                 ``epoch_N`` in there, N the number of optimizer steps.
+            merged: write the whole model with its adapters merged in.
 
         Returns:
-            The model's folder.
+            The folder of the model or the adapters.
 
         Raises:
             InputError: There is no checkpointer for a model of torchtune.
@@ -213,21 +220,34 @@ class GSPOTrainer:
             must = "is needed for a model of torchtune"
             raise InputError("checkpointer", None, must, "give the one that it was loaded with")
         folder = Path(folder)
-        decoder = self.policy.decoder
-        weights = training.gather_cpu_state_dict(decoder, self._ranks.is_first, self._device)
-        if checkpointer is not None:
+        if self.policy.adapters and not merged:
+            self._write_adapters(folder, checkpointer)
+        elif checkpointer is None:
+            self._write_model(folder)
+        else:
             writer = with_output_dir(checkpointer, folder)
-            folder = folder / f"epoch_{self.state.step}"
+            folder = folder / f"{MODEL_PREFIX}_{self.state.step}"
+            weights = on_first(self.policy.full_state_dict(), self._ranks)
             if self._ranks.is_first:
                 writer.save_checkpoint({training.MODEL_KEY: weights}, epoch=self.state.step)
-        elif self._ranks.is_first:
-            self._write(weights, folder)
         dist.barrier()
         return folder
 
-    def _write(self, weights: dict[str, Any], folder: Path) -> None:
+    def _write_adapters(self, folder: Path, checkpointer: Any) -> None:
+        policy = self.policy
+        if checkpointer is None:
+            checkpointer = SimpleNamespace(path=self._model_config._name_or_path)
+        form = PeftFormat(policy.adapters, unique_state(policy.decoder), checkpointer)
+        weights = on_first(policy.adapter_state_dict(), self._ranks)
+        if self._ranks.is_first:
+            form.write(folder, weights)
+
+    def _write_model(self, folder: Path) -> None:
         from gspo.models.huggingface import write_model
 
+        weights = on_first(self.policy.full_state_dict(), self._ranks)
+        if not self._ranks.is_first:
+            return
         write_model(self._model_config, weights, folder)
         generation = getattr(self.policy.decoder, "generation_config", None)
         if generation is not None:

@@ -2,6 +2,7 @@
 
 from gspo.models.huggingface.causal_lm import as_decoder, causal_lm
 from gspo.models.huggingface.checkpointer import Checkpointer, write_model
+from gspo.models.huggingface.lora import lora_causal_lm
 from gspo.models.huggingface.tokenizer import HuggingFaceTokenizer, stop_tokens, tokenizer
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "as_decoder",
     "causal_lm",
+    "lora_causal_lm",
     "stop_tokens",
     "tokenizer",
     "write_model",

@@ -44,6 +44,18 @@ def causal_lm(path: str, *, max_seq_len: int | None = None) -> Any:
     Raises:
         InputError: There is no such folder, or documents cannot be packed for the model.
     """
+    return as_decoder(build_model(path), max_seq_len=max_seq_len)
+
+
+def build_model(path: str) -> Any:
+    """Build the library's own model without its weights.
+
+    Args:
+        path: see :func:`causal_lm`.
+
+    Raises:
+        InputError: There is no such folder, or documents cannot be packed for the model.
+    """
     config = read_config(path)
     check_can_be_packed(config)
     with no_init_weights():
@@ -51,7 +63,7 @@ def causal_lm(path: str, *, max_seq_len: int | None = None) -> Any:
             config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
         )
     model.tie_weights()
-    return as_decoder(model, max_seq_len=max_seq_len)
+    return model
 
 
 def as_decoder(model: Any, *, max_seq_len: int | None = None) -> Any:
