@@ -230,3 +230,18 @@ def rotary_scaling_without_arithmetic() -> Iterator[None]:
         yield
     finally:
         Llama3ScaledRoPE.apply_scaling = scale
+
+
+@contextlib.contextmanager
+def modules_stay_where_they_are() -> Iterator[None]:
+    """Let modules stay on the device and in the dtype that they were made in.
+
+    peft 0.18 moves new adapters to those of the base layer. They are there already where all was
+    made under one default, and fake tensors cannot be moved.
+    """
+    move = torch.nn.Module.to
+    torch.nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = move  # type: ignore[method-assign]

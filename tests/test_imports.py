@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("types", "errors"),
     ("metrics", "compat", "plugin", "norm", "decoder"),
-    ("losses", "advantages", "rewards", "sampling", "parallel", "kernels"),
+    ("losses", "advantages", "rewards", "sampling", "parallel", "kernels", "adapters"),
     ("config", "data", "models"),
     ("policy", "evaluation", "diagnosis", "tiny"),
     ("update",),

@@ -3,7 +3,7 @@
 Not here: which model is built, and with which adapters (the config's ``model``).
 """
 
-from gspo.adapters.form import Adapter, Adapters
+from gspo.adapters.form import Adapter, Adapters, check_peft_configs
 from gspo.adapters.peft_format import (
     ADAPTER_PREFIX,
     AdapterCheckpointer,
@@ -19,6 +19,7 @@ __all__ = [
     "Adapters",
     "PeftFormat",
     "build_replica",
+    "check_peft_configs",
     "remove_adapters",
     "starting_adapters",
 ]

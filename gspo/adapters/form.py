@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gspo.adapters.linear import AdaptedLinear, check_no_dropout, replace_torchtune
 from gspo.adapters.nf4 import NF4Linear, dequantize, quantize
-from gspo.errors import InputError, require
+from gspo.errors import require
 
 _REMEDY = "use LoRA or DoRA on the linear maps of the layers"
 
@@ -43,7 +43,7 @@ class Adapter:
 
     @property
     def names(self) -> list[str]:
-        """What is trained."""
+        """The names of what is trained."""
         names = [self.down, self.up]
         if self.magnitude is not None:
             names.append(self.magnitude)
@@ -162,8 +162,8 @@ class Adapters:
             adapter = self._by_weight.get(plain)
             if adapter is not None:
                 started = _start(adapter, state, weight, generator)
-                for own_name in adapter.names:
-                    yield own_name, weights.get(own_name, started[own_name])
+                for part in adapter.names:
+                    yield part, weights.get(part, started[part])
 
     def merged(self, state: State, value_of: Gather) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of a plain model that computes the same, by plain names.
@@ -215,7 +215,7 @@ def _adapter(name: str, module: Any) -> Adapter | None:
         return Adapter(
             name, f"{name}.lora_a.weight", f"{name}.lora_b.weight", magnitude, module.scale
         )
-    if not hasattr(module, "base_layer") and not hasattr(module, "modules_to_save"):
+    if not hasattr(module, "base_layer"):
         return None
     kind = f"{type(module).__module__}.{type(module).__name__}"
     is_linear = kind == "peft.tuners.lora.layer.Linear"
@@ -245,7 +245,17 @@ def _check_decoder(decoder: Any) -> None:
     for part, module in (("output", decoder.output), ("embedding", decoder.tok_embeddings)):
         is_plain = not hasattr(module, "base_layer")
         require(is_plain, "model", part, "has an adapter, which the loss head cannot use", _REMEDY)
-    for config in getattr(decoder, "peft_config", {}).values():
-        bias = config.bias
-        if bias != "none":
-            raise InputError("model", f"bias={bias!r}", "trains biases beside adapters", _REMEDY)
+    check_peft_configs(decoder)
+
+
+def check_peft_configs(model: Any) -> None:
+    """Refuse a model of which ``peft`` trains more than adapters.
+
+    Raises:
+        InputError: It names the option.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        for name, none in (("bias", "none"), ("modules_to_save", None)):
+            value = getattr(config, name, none)
+            must = "trains parts of the model beside adapters"
+            require(value == none, "model", f"{name}={value!r}", must, _REMEDY)

@@ -151,7 +151,7 @@ class PeftFormat:
         self._check_base(config, folder)
         weights: dict[str, Tensor] = {}
         for adapted in self.maps:
-            own = {}
+            of_map = {}
             for kind in adapted.kinds:
                 key = f"{_PREFIX}{adapted.name}.{kind}"
                 require(
@@ -161,9 +161,9 @@ class PeftFormat:
                     f"has no {key}",
                     "build the model with the adapters that the folder has",
                 )
-                own[kind] = tensors.pop(key)
-            adapted.check_file(folder, own, _scale_of(config, adapted.name))
-            weights |= adapted.taken_apart(own, folder)
+                of_map[kind] = tensors.pop(key)
+            adapted.check_file(folder, of_map, _scale_of(config, adapted.name))
+            weights |= adapted.taken_apart(of_map, folder)
         if tensors:
             must = f"also has {min(tensors)}, which the model has no place for"
             remedy = "build the model with the adapters that the folder has"
@@ -203,12 +203,12 @@ class AdaptedMap:
 
     @property
     def rank(self) -> int:
-        """Of all parts together."""
+        """The rank of all parts together."""
         return sum(self._rank(adapter) for _, adapter in self._adapted)
 
     @property
     def alpha(self) -> float:
-        """With which ``alpha / rank`` is the parts' own scale."""
+        """The alpha with which ``alpha / rank`` is the scale of the parts."""
         _, adapter = self._adapted[0]
         alpha = adapter.scale * self.rank
         return int(alpha) if alpha == int(alpha) else alpha

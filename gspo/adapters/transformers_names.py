@@ -1,4 +1,4 @@
-"""Where the linear maps of a decoder stand in the model of transformers that it is.
+"""The places of a decoder's linear maps in the same model of transformers.
 
 torchtune orders the rows of queries and keys by its own rotary embedding in some families and not
 in others, and a model of transformers may have several maps in one tensor. Both are read off the

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gspo.adapters import check_peft_configs
 from gspo.decoder import PARTS, unique_state
 from gspo.errors import InputError, require
 
@@ -71,6 +72,7 @@ def check_model(model: Any) -> None:
     if next(model.parameters()).is_meta:
         must = "has no weights: it is on the meta device"
         raise InputError("model", kind, must, "load it anew")
+    check_peft_configs(model)
     if hasattr(model, "windows"):
         must = "is another trainer's policy"
         raise InputError("model", kind, must, "save that trainer's model and load it")

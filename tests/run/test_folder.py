@@ -23,7 +23,11 @@ def test_files_of_ranks_that_are_no_more_are_set_aside(tmp_path):
     ):
         (tmp_path / f"{name}.jsonl").touch()
     cfg = SimpleNamespace(
-        output_dir=str(tmp_path), checkpointer={}, reference_checkpointer=None, metric_logger=None
+        output_dir=str(tmp_path),
+        checkpointer={},
+        reference_checkpointer=None,
+        adapter_path=None,
+        metric_logger=None,
     )
     ranks = SimpleNamespace(is_first=True, rank=0, world_size=1)
     with RunFolder(cfg, ranks, TrainState()) as folder:

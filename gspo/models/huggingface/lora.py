@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gspo.adapters.nf4 import NF4Linear
+from gspo.compat import modules_stay_where_they_are
 from gspo.errors import InputError, first_line
 from gspo.models.huggingface.causal_lm import as_decoder, build_model
 
@@ -50,7 +51,8 @@ def lora_causal_lm(
             target_modules=names,
             use_dora=use_dora,
         )
-        inject_adapter_in_model(config, model)
+        with modules_stay_where_they_are():
+            inject_adapter_in_model(config, model)
     except (TypeError, ValueError) as error:
         raise InputError(
             "model",
