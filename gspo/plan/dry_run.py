@@ -23,9 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo.compat import (
     join_fake_group,
@@ -34,6 +39,7 @@ from gspo.compat import (
     rotary_scaling_without_arithmetic,
 )
 from gspo.decoder import keep_layers
+from gspo.errors import NO_VALUE, InputError
 from gspo.kernels import rows
 from gspo.losses.inputs import Loss
 from gspo.norm import FusedRMSNorm
@@ -49,6 +55,7 @@ from gspo.plan.memory_tracker import (
     WEIGHTS,
     MemoryTracker,
     Transfer,
+    grouped_operands,
 )
 from gspo.policy import Microbatch, Policy, document_mask, shard_policy
 from gspo.policy.attention import attend, over_ranks
@@ -119,9 +126,10 @@ def dry_run(options: Options) -> DryRun:
     from three and four.
 
     Raises:
-        InputError: The mesh does not fit the number of ranks.
+        InputError: The mesh does not fit the number of ranks, or the model does what depends on its
+            tokens.
     """
-    with _fake_step(options.world_size):
+    with _fake_step(options.world_size), _without_values():
         num_layers, are_alike = _layers(options)
         if num_layers <= _MAX_LAYERS or not are_alike:
             return _run(options, num_layers)
@@ -156,6 +164,18 @@ def _fake_step(world_size: int) -> Iterator[None]:
     quiet = warnings.catch_warnings(action="ignore")  # torch's remarks on it
     with _fake_ranks(world_size), quiet, rotary_scaling_without_arithmetic():
         yield
+
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """Refuse a model whose operations depend on values, which fake tensors do not have."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        operation = error.func._overloadpacket
+        must = f"cannot be planned: it does {operation}, which needs the values of tokens"
+        remedy = "measure a short run in its place"
+        raise InputError("model", NO_VALUE, must, remedy) from error
 
 
 def _layers(options: Options) -> tuple[int, bool]:
@@ -244,7 +264,7 @@ def _run(options: Options, num_layers: int) -> DryRun:
     ranks = Ranks.of(CPU, replicate=options.replicate_size, context=options.context_size)
     mesh = ranks.fsdp_mesh
     real = _RealShard.of(options, ranks)
-    with FakeTensorMode() as fake, _without_compiled_loops():
+    with FakeTensorMode() as fake, _GroupedProducts(), _without_compiled_loops():
         policy = _build_policy(options, ranks, num_layers)
         decoder = policy.decoder
         num_parameters = sum(p.numel() for p in decoder.parameters())
@@ -418,6 +438,23 @@ class _Step:
         for _ in self._policy.full_state_dict():
             pass
         self._transfers[SYNC] = self._tracker.take_transfers()
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Products of experts by their shapes, in every dtype: fake tensors have them in bf16 alone.
+
+    The shapes do not depend on which expert a token goes to.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **kwargs)
+        left, right, offsets = grouped_operands(args, kwargs)
+        shape = [left.shape[-2], right.shape[-1]]
+        if left.dim() == right.dim():  # the gradient of weights: [H, T] and [T, F], of each expert
+            shape = [offsets.numel(), *shape]
+        return left.new_empty(shape)
 
 
 def _make_optimizer(policy: Policy, options: Options) -> torch.optim.Optimizer:

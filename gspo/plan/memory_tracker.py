@@ -10,7 +10,7 @@ import inspect
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -373,6 +373,8 @@ class MemoryTracker(TorchDispatchMode):
         if packet in flop_registry:
             count_operations = flop_registry[packet]
             self.operations[part] += count_operations(*args, **kwargs, out_val=out)
+        elif packet is aten._grouped_mm:
+            self.operations[part] += _grouped_operations(args, kwargs)
         elif func.namespace == "aten" and _is_loop(func) and _NOT_THERE not in labels:
             self.moved[part] += _bytes_moved(func, args, out)
 
@@ -398,6 +400,22 @@ class MemoryTracker(TorchDispatchMode):
         if is_functional and kind == "reduce-scatter":
             return KEYS  # the backward of their gathering, which no line of Python calls
         return "other"
+
+
+def grouped_operands(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both operands of a grouped product, and where each group ends."""
+    left, right, *more = args
+    offsets = more[0] if more else kwargs["offs"]
+    return left, right, offsets
+
+
+def _grouped_operations(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Count the operations of a grouped product: each row is in one group."""
+    left, right, _ = grouped_operands(args, kwargs)
+    num_rows, num_inner = left.shape[-2:]
+    return 2.0 * num_rows * num_inner * right.shape[-1]
 
 
 def _sum_of(first: Transfer, second: Transfer) -> Transfer:

@@ -118,7 +118,7 @@ class LocalSampler:
 
     Raises:
         InputError: The decoder has parts that the cached attention does not know, there is no stop
-            token, or there are to be CUDA graphs on another device.
+            token, or there are to be CUDA graphs on another device or of another library's cache.
     """
 
     def __init__(
@@ -163,6 +163,9 @@ class LocalSampler:
         return is_stop.to(self._device)
 
     def _stream_for_graphs(self) -> torch.cuda.Stream:
+        is_ours = isinstance(self._decoder, CachedDecoder)
+        must = "needs a decoder of torchtune, whose cache keeps its place; this one's grows by the step"
+        require(is_ours, "cuda_graphs", True, must, "set it to False")
         device = self._device
         must = f"needs the sampler's decoder on a CUDA device, not on {device.type}"
         require(device.type == "cuda", "cuda_graphs", True, must, "set it to False")

@@ -135,3 +135,15 @@ def test_graphs_are_refused_on_another_device():
         InputError, match="^cuda_graphs: True needs .* CUDA device, not on cpu; set"
     ):
         LocalSampler(build, Letters(), cuda_graphs=True)
+
+
+def test_graphs_are_refused_for_a_cache_that_grows_on_any_device():
+    with pytest.raises(InputError, match="^cuda_graphs: True needs a decoder of torchtune, .*False"):
+        LocalSampler(build_with_own_cache, Letters(), cuda_graphs=True)
+
+
+def build_with_own_cache():
+    """A decoder with an incremental form of its own, as those of transformers have."""
+    decoder = build()
+    decoder.incremental = lambda *, max_prefill_tokens: decoder
+    return decoder
