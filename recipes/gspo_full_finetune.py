@@ -44,7 +44,7 @@ from gspo.metrics import Metrics, StepMetrics, Time, batch_metrics
 from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy, check_decoder
 from gspo.rewards.pool import RewardPool
 from gspo.run import Progress, RunFolder, TrainState, build_profiler
-from gspo.sampling.fingerprint import check_tokenizer, tokenizer_fingerprint
+from gspo.sampling.fingerprint import check_tokenizer, check_vocabulary, tokenizer_fingerprint
 from gspo.types import PackedBatch, Prompt, SamplingParams
 
 log = utils.get_logger("INFO")
@@ -157,6 +157,7 @@ class GSPOFullFinetuneRecipe:
         cfg = self._cfg
         decoder = self._build_decoder()
         check_decoder(decoder, cfg, key)
+        check_vocabulary(self._tokenizer, decoder.tok_embeddings.num_embeddings)
         with refusals(key, "correct the path, or get the model first"):
             checkpoint = checkpointer.load_checkpoint()
         weights = checkpoint[training.MODEL_KEY]
@@ -234,8 +235,7 @@ class GSPOFullFinetuneRecipe:
             factor = update.take_out(policy, sums.not_finite, step, denominator)
             values["loss"] *= factor
             self._run.write_late(policy, microbatches, step)
-        lr = training.get_lr(self._optimizer)  # before the schedule moves on
-        values["lr"] = float(lr)
+        values["lr"] = float(training.get_lr(self._optimizer))  # before the schedule moves on
         if self._run.dumps_now(spoiled=sums.has_not_finite):
             self._run.dump(policy, microbatches, step, values)
         values |= self._move_weights()

@@ -65,6 +65,31 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise InputError("tokenizer", name, problem, _READ_FILES)
 
 
+def check_vocabulary(tokenizer: Any, num_embeddings: int) -> None:
+    """Refuse a tokenizer with words that the model has no embedding of.
+
+    Special and added tokens may lie outside: a text model of a family whose others see images has
+    tokens for these.
+
+    Args:
+        tokenizer: shows its vocabulary, or nothing is compared.
+        num_embeddings: of the model.
+
+    Raises:
+        InputError: It has.
+    """
+    vocabulary = vocabulary_of(tokenizer) or {}
+    words = set(vocabulary.values()) - set(special_ids(tokenizer).values())
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    if hasattr(inner, "get_added_tokens_decoder"):
+        words -= inner.get_added_tokens_decoder().keys()
+    last = max(words, default=0)
+    if last >= num_embeddings:
+        name = type(tokenizer).__name__
+        must = f"has the token id {last}, outside the model's vocabulary of {num_embeddings}"
+        raise InputError("tokenizer", name, must, "use the tokenizer that belongs to the model")
+
+
 def _characters(text: str) -> str:
     """Return letters and digits alone: tokenizers differ in blanks and in case."""
     return "".join(character for character in text.lower() if character.isalnum())

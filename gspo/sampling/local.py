@@ -164,7 +164,7 @@ class LocalSampler:
 
     def _stream_for_graphs(self) -> torch.cuda.Stream:
         is_ours = isinstance(self._decoder, CachedDecoder)
-        must = "needs a decoder of torchtune, whose cache keeps its place; this one's grows by the step"
+        must = "needs a decoder of torchtune: the cache of this one grows by the step"
         require(is_ours, "cuda_graphs", True, must, "set it to False")
         device = self._device
         must = f"needs the sampler's decoder on a CUDA device, not on {device.type}"

@@ -83,6 +83,12 @@ def _without_wrapper(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def num_embeddings(model: Any) -> int:
+    """Return the size of a model's vocabulary."""
+    embedding = model.get_input_embeddings() if is_of_transformers(model) else model.tok_embeddings
+    return embedding.num_embeddings
+
+
 def is_of_transformers(model: Any) -> bool:
     """Whether a model is one of transformers, which need not be installed."""
     return hasattr(model, "base_model") and hasattr(model, "config")

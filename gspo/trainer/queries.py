@@ -58,14 +58,17 @@ class QueryReader:
             row: the query's value in each column.
 
         Raises:
-            DataError: It is neither, or the chat template raises.
+            DataError: It is neither, a message has no known role or is the answer, or the chat
+                template raises.
         """
         if isinstance(query, str):
             text = query
             tokens = self._tokenizer.encode(text, add_bos=self._add_bos, add_eos=False)
         elif is_chat(query):
             self._check_chat_template()
-            text, tokens = self._chats.render({QUERY: query}, name)
+            chat = {QUERY: query}
+            self._chats.check(chat, name)
+            text, tokens = self._chats.render(chat, name)
         else:
             remedy = "give a list of these"
             must = f"is {query!r}, neither a text nor a list of {{'role': ..., 'content': ...}}"

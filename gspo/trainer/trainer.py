@@ -29,9 +29,9 @@ from gspo.metrics import Metrics, StepMetrics, Time, batch_metrics, public
 from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy
 from gspo.run.checkpoint import MODEL_PREFIX, on_first
 from gspo.run.state import TrainState
-from gspo.sampling.fingerprint import check_tokenizer
+from gspo.sampling.fingerprint import check_tokenizer, check_vocabulary
 from gspo.sampling.local import LocalSampler
-from gspo.trainer.models import as_tokenizer, check_model, take_over
+from gspo.trainer.models import as_tokenizer, check_model, num_embeddings, take_over
 from gspo.trainer.queries import QueryReader, check_columns
 from gspo.trainer.rewards import CalledRewards
 from gspo.trainer.settings import GSPOConfig
@@ -63,6 +63,7 @@ class GSPOTrainer:
         check_model(model)
         self.tokenizer = as_tokenizer(tokenizer, model)
         check_tokenizer(self.tokenizer)
+        check_vocabulary(self.tokenizer, num_embeddings(model))
         self._queries = QueryReader(self.tokenizer, add_bos=cfg.add_bos)
         self._advantage_options = cfg.advantage_options(loss)
         self._device = parallel.find_device(next(model.parameters()).device.type)

@@ -6,12 +6,15 @@ The table is in the YAML files beside this one. A case has a name and
   presets, replay: a command of ``python -m gspo``;
 - ``arguments``: overrides or arguments. ``{tmp}`` is a folder of the case's own, ``{base}`` the
   folder of the tiny model and its data;
+- ``huggingface``: folders of a transformers model by ``model``, ``tokenizer``, ``checkpointer``, in
+  the place of these sections; the tiny model's where none is named;
 - ``files``: text by name, written into ``{tmp}`` first; ``hex:`` begins bytes;
 - ``exit``: 1 for a refusal (the default), 0 for a run that goes well;
 - ``says``: what the message has in it, one text or several.
 """
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -42,8 +45,25 @@ def write_files(folder, files):
             path.write_text(text)
 
 
+def of_transformers(folders):
+    """The overrides by which the three sections are those of a transformers model."""
+    components = {"model": "causal_lm", "tokenizer": "tokenizer", "checkpointer": "Checkpointer"}
+    arguments = []
+    for section, component in components.items():
+        values = {
+            "_component_": f"gspo.models.huggingface.{component}",
+            "path": folders.get(section, "{base}/base"),
+        }
+        if section == "checkpointer":
+            values["output_dir"] = "{tmp}/out"
+        arguments += [f"~{section}", f"{section}={json.dumps(values)}"]
+    return arguments
+
+
 def run_recipe(recipe, base, folder, arguments, monkeypatch):
     words = runs.command_line(*runs.overrides(base, folder / "out", *arguments))
+    if "~checkpointer" in arguments:
+        words = [word for word in words if not word.startswith("checkpointer.checkpoint_files")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
         recipe.recipe_main()
@@ -72,7 +92,10 @@ def test_bad_input_ends_as_the_table_says(
     write_files(tmp_path, case.get("files", {}))
     places = {"{tmp}": str(tmp_path), "{base}": str(base)}
     arguments = []
-    for argument in case.get("arguments", []):
+    given = case.get("arguments", [])
+    if "huggingface" in case:
+        given = [*of_transformers(case["huggingface"]), *given]
+    for argument in given:
         for name, path in places.items():
             argument = argument.replace(name, path)
         arguments.append(argument)

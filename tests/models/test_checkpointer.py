@@ -1,5 +1,7 @@
 """Folders of transformers models, read and written."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -62,7 +64,34 @@ def test_weights_that_are_missing_are_named(tmp_path):
         Checkpointer(str(tmp_path), "out").load_checkpoint()
 
 
+DIFFERENCES = {
+    "shape": (
+        {"intermediate_size": 56},
+        r"has model.layers.0.mlp.down_proj.weight with the shape \[32, 48\], but config.json has "
+        r"\[32, 56\]; get",
+    ),
+    "fewer layers": (
+        {"num_hidden_layers": 3, "layer_types": None},
+        r"has, unlike its config.json, model.layers.3.input_layernorm.weight \(of 11 such ",
+    ),
+    "more layers": (
+        {"num_hidden_layers": 5, "layer_types": None},
+        r"lacks model.layers.4.input_layernorm.weight \(of 11 such weights\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_weights_of_another_model_than_config_json_s_are_refused(tmp_path, case):
+    changes, message = DIFFERENCES[case]
+    families.build("qwen3").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        Checkpointer(str(tmp_path), "out").load_checkpoint()
+
+
 @pytest.mark.parametrize("path", ["nowhere", ""])
 def test_a_path_without_a_model_is_refused(path):
-    with pytest.raises(InputError, match="is no folder with a config.json"):
+    with pytest.raises(InputError, match="is no folder; give the folder of a model"):
         Checkpointer(path, "out")

@@ -45,7 +45,9 @@ def test_a_token_costs_the_experts_that_it_goes_to_and_memory_all_of_them(tmp_pa
     one, two = found(4, 1), found(4, 2)
     num_tokens = one["layout"]["slots"] * one["work"]["microbatches"]
     hidden, width = families.SHAPE["hidden_size"], families.EXPERTS["moe_intermediate_size"]
-    of_an_expert = 2 * 3 * hidden * width  # gate, up and down, a multiplication and an addition each
+    of_an_expert = (
+        2 * 3 * hidden * width
+    )  # gate, up and down, a multiplication and an addition each
     more = num_tokens * NUM_LAYERS * of_an_expert
     for name, factor in {"decoder forward": 1, "decoder backward": 2}.items():
         operations = [planned["work"]["operations"][name] for planned in (one, two)]

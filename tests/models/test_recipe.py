@@ -157,6 +157,15 @@ def test_tokenizer_takes_its_stop_tokens_from_the_generation_config(base, tmp_pa
     assert tokenizer(str(tmp_path)).stop_tokens == [271, 269]
 
 
+@pytest.mark.parametrize("text", ["{", "[271]", '{"eos_token_id": "x"}'])
+def test_a_broken_generation_config_is_named(base, tmp_path, text):
+    for file in (base / "base").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"generation_config.json: .*; get the file again"):
+        tokenizer(str(tmp_path))
+
+
 def test_a_model_that_cannot_be_packed_is_refused_by_name(tmp_path):
     def refused(kind, **options):
         config = {"model_type": kind} | options
@@ -165,7 +174,7 @@ def test_a_model_that_cannot_be_packed_is_refused_by_name(tmp_path):
             causal_lm(str(tmp_path))
         return str(error.value)
 
-    assert refused("mamba", num_hidden_layers=2).startswith("model: 'mamba'")
+    assert refused("mamba", num_hidden_layers=2).startswith(f"path: '{tmp_path}' is of mamba, ")
     assert "has linear_attention layers" in refused("qwen3_next", num_hidden_layers=4)
     assert "has chunked_attention layers" in refused("llama4_text", num_hidden_layers=4)
     assert "does not take" in refused("no_such_model")

@@ -3,7 +3,11 @@ from types import SimpleNamespace
 import pytest
 
 from gspo.errors import InputError
-from gspo.sampling.fingerprint import check_tokenizer, tokenizer_fingerprint
+from gspo.sampling.fingerprint import (
+    check_tokenizer,
+    check_vocabulary,
+    tokenizer_fingerprint,
+)
 
 
 def tokenizer(vocabulary, specials=None):
@@ -86,3 +90,14 @@ def test_tokenizer_that_loses_text_is_refused(tokenizer, message):
         check_tokenizer(tokenizer)
     assert str(refused.value).startswith("tokenizer: 'Characters' ")
     assert message in str(refused.value)
+
+
+def test_words_without_an_embedding_are_refused_and_special_tokens_taken():
+    added = SimpleNamespace(get_added_tokens_decoder=lambda: {5: "<image>"})
+    whole = tokenizer({"a": 0, "b": 3, "<eos>": 4, "<image>": 5}, {"<eos>": 4})
+    whole.tokenizer = added
+    check_vocabulary(whole, 4)
+    message = "tokenizer: 'SimpleNamespace' has the token id 3, outside .* vocabulary of 3; use the"
+    with pytest.raises(InputError, match=message):
+        check_vocabulary(whole, 3)
+    check_vocabulary(SimpleNamespace(), 3)  # shows none

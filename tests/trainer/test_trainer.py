@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gspo import GSPOConfig, GSPOTrainer, InputError, update
 from gspo.losses import GSPOLoss
@@ -260,6 +260,37 @@ def test_models_are_refused_by_name(base):
         GSPOTrainer(empty, tokenizer)
     with pytest.raises(InputError, match="checkpointer: None is needed"):
         ranks.of_torchtune(base).save(base / "nowhere")
+
+
+REFUSED_CHATS = {
+    "raises": (
+        [{"role": "user", "content": "1"}],
+        r"query 0: \[.*\] make the chat template raise TemplateError: a system's first",
+    ),
+    "role": ([{"role": "me", "content": "1"}], "as message 1 .* has the role 'me', but there are"),
+    "content": ([{"role": "user", "content": 1}], "as message 1 .* must have a text as content"),
+    "answer": ([{"role": "assistant", "content": "1"}], "as last message .* is the answer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CHATS)
+def test_chats_are_refused_by_name(base, case):
+    chat, message = REFUSED_CHATS[case]
+    own = tokenizer(str(base / "base"))
+    own.inner.chat_template = '{{ raise_exception("a system\'s first") }}'
+    with pytest.raises(InputError, match=message):
+        QueryReader(own, add_bos=False).read(chat, "query 0", {})
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_before_the_model_is_taken(base):
+    own = tokenizer(str(base / "base"))
+    with torch.device("cpu"):
+        small = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base / "base", vocab_size=200)
+        )
+    with pytest.raises(InputError, match="tokenizer: .* the token id 268, outside .* of 200; use"):
+        GSPOTrainer(small, own)
+    assert not small.get_input_embeddings().weight.is_meta
 
 
 def test_optimizers_are_those_named(base):

@@ -42,13 +42,25 @@ class AttachedAttention:
         self.masks: dict[int | None, Any] = {}  # by window
 
     def attach_to(self, model: nn.Module) -> int:
-        """Let the attention modules of a model find this, and return how many they are."""
+        """Let the attention modules of a model find this, and return how many they are.
+
+        Raises:
+            InputError: They have parameters of their own, such as sinks.
+        """
         count = 0
         for module in model.modules():
             if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
+                _check_no_parameters(module)
                 setattr(module, _ATTACHED, self)
                 count += 1
         return count
+
+
+def _check_no_parameters(module: nn.Module) -> None:
+    """Refuse attention that does more than its projections and norms say."""
+    for name, _ in module.named_parameters(recurse=False):
+        must = f"attends by a parameter of its own, {name}, which is not known here"
+        raise InputError("model", type(module).__name__, must, "choose a model without it")
 
 
 def _attention(

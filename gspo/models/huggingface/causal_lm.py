@@ -31,6 +31,9 @@ _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether i
 _MIXERS = ("Mamba", "RecurrentBlock", "GatedDeltaNet", "ShortConv", "RWKV", "LinearAttention")
 # Keys of config.json by which a model changes its logits, in the way of HeadForm.
 _HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+FOLDER_REMEDY = (
+    "give the folder of a model, e.g. what `tune download NAME --output-dir FOLDER` makes"
+)
 _REMEDY = "choose a decoder whose layers attend, with full or sliding windows"
 
 
@@ -57,11 +60,24 @@ def build_model(path: str) -> Any:
         InputError: There is no such folder, or documents cannot be packed for the model.
     """
     config = read_config(path)
-    check_can_be_packed(config)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
-        )
+    try:
+        check_can_be_packed(config)
+        model = _empty_model(config)
+        return as_decoder(model, max_seq_len=max_seq_len)
+    except InputError as error:
+        if error.key != "model":
+            raise
+        must = f"is of {error.value}, which {error.must}"
+        raise InputError("path", path, must, error.remedy) from error
+
+
+def _empty_model(config: PretrainedConfig) -> Any:
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+    except Exception as error:
+        problem = f"transformers does not build: {type(error).__name__}: {first_line(error)}"
+        raise InputError("model", config.model_type, problem, _REMEDY) from error
     model.tie_weights()
     return model
 
@@ -77,6 +93,7 @@ def as_decoder(model: Any, *, max_seq_len: int | None = None) -> Any:
         InputError: Documents cannot be packed for the model.
     """
     check_can_be_packed(model.config)
+    _check_parts(model)
     _check_mixers(model)
     model.set_attn_implementation(attention.NAME)
     kind: Any = type(model)
@@ -85,20 +102,25 @@ def as_decoder(model: Any, *, max_seq_len: int | None = None) -> Any:
     return model
 
 
+def check_folder(path: str) -> None:
+    """Refuse a model's path that is no folder, as is a name at a hub.
+
+    Raises:
+        InputError: It names the path.
+    """
+    is_folder = isinstance(path, str) and os.path.isdir(path)
+    require(is_folder, "path", path, "is no folder", FOLDER_REMEDY)
+
+
 def read_config(path: str) -> PretrainedConfig:
     """Read a model's ``config.json``.
 
     Raises:
         InputError: There is none, or transformers does not know the model.
     """
+    check_folder(path)
     file = os.path.join(path, "config.json")
-    require(
-        os.path.isfile(file),
-        "path",
-        path,
-        "is no folder with a config.json",
-        "give the folder of a model, e.g. what `tune download NAME --output-dir FOLDER` makes",
-    )
+    require(os.path.isfile(file), "path", path, "has no config.json in it", FOLDER_REMEDY)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -132,6 +154,19 @@ def check_can_be_packed(config: PretrainedConfig) -> None:
         is_known = key in _HEAD_KEYS or key.startswith(("attn_", "router_"))
         if "logit" in key and not is_known and isinstance(value, float) and value != 1.0:
             raise InputError("model", name, f"changes its logits by {key}, unknown here", _REMEDY)
+
+
+def _check_parts(model: Any) -> None:
+    """Refuse a model that is not laid out as decoders of text are."""
+    name = type(model).__name__
+    for part in ("layers", "norm"):
+        must = f"has no {part} where decoders of text have them"
+        require(hasattr(model.base_model, part), "model", name, must, _REMEDY)
+    has_length = hasattr(model.config.get_text_config(), "max_position_embeddings")
+    require(has_length, "model", name, "has no max_position_embeddings", _REMEDY)
+    calls_ours = getattr(model, "_supports_attention_backend", False)
+    must = "has attention of its own, which takes no other function"
+    require(calls_ours, "model", name, must, _REMEDY)
 
 
 def _check_mixers(model: nn.Module) -> None:

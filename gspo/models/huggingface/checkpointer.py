@@ -51,7 +51,7 @@ class Checkpointer:
         """Return all weights by the names of the model's parameters, a tied head's left out.
 
         Raises:
-            InputError: Weights are missing or cannot be read.
+            InputError: Weights cannot be read, or are not those of config.json.
         """
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -60,25 +60,30 @@ class Checkpointer:
                 dtype="auto",
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # the report names them
                 output_loading_info=True,
             )
         except Exception as error:
-            raise InputError(
-                "path",
-                self._path,
-                f"has weights that cannot be read: {type(error).__name__}: {first_line(error)}",
-                "get the model again, with all of its .safetensors files",
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise InputError(
-                "path",
-                self._path,
-                f"lacks {missing[0]} (of {len(missing)} weights that are missing)",
-                "get the model again, with all of its .safetensors files",
-            )
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise self._refusal(f"has weights that cannot be read: {problem}") from error
+        self._check(report)
         weights = {name: value.detach() for name, value in unique_state(model).items()}
         return {training.MODEL_KEY: weights}
+
+    def _check(self, report: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the model that config.json tells of."""
+        for name, found, wanted in sorted(report["mismatched_keys"]):
+            must = f"has {name} with the shape {list(found)}, but config.json has {list(wanted)}"
+            raise self._refusal(must)
+        kinds = {"missing_keys": "lacks", "unexpected_keys": "has, unlike its config.json,"}
+        for kind, verb in kinds.items():
+            names = sorted(report[kind])
+            if names:
+                raise self._refusal(f"{verb} {names[0]} (of {len(names)} such weights)")
+
+    def _refusal(self, must: str) -> InputError:
+        remedy = "get the model again, with its config.json and all of its .safetensors files"
+        return InputError("path", self._path, must, remedy)
 
     def save_checkpoint(self, state_dict: dict[str, Any], epoch: int, **_: Any) -> None:
         """Write a model that transformers loads as it is.

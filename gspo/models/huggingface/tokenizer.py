@@ -8,7 +8,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gspo.errors import InputError, first_line
+from gspo.errors import DataError, InputError, first_line, require
+from gspo.models.huggingface.causal_lm import check_folder
+
+# One of them has a tokenizer's vocabulary, or says where it is.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_REMEDY = "give the folder of a model, with its tokenizer.json and tokenizer_config.json"
 
 
 def tokenizer(path: str) -> HuggingFaceTokenizer:
@@ -17,6 +22,10 @@ def tokenizer(path: str) -> HuggingFaceTokenizer:
     Raises:
         InputError: There is none, or it cannot be read.
     """
+    check_folder(path)
+    has_files = any(Path(path, name).is_file() for name in _FILES)
+    must = f"has none of {', '.join(_FILES)}"
+    require(has_files, "path", path, must, _REMEDY)
     try:
         inner = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -24,7 +33,7 @@ def tokenizer(path: str) -> HuggingFaceTokenizer:
             "path",
             path,
             f"has no tokenizer that can be read: {first_line(error)}",
-            "give the folder of a model, with its tokenizer.json and tokenizer_config.json",
+            _REMEDY,
         ) from error
     return HuggingFaceTokenizer(inner, _stop_tokens(Path(path), inner))
 
@@ -99,9 +108,18 @@ class HuggingFaceTokenizer:
 def _stop_tokens(folder: Path, inner: Any) -> list[int]:
     """Return the ids that end a completion, by what the files of a folder state."""
     file = folder / "generation_config.json"
-    stated = None
-    if file.is_file():
+    if not file.is_file():
+        return stop_tokens(None, inner)
+    try:
         stated = json.loads(file.read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        must = f"is no JSON object: {error}"
+        raise DataError(str(file), must=must, remedy="get the file again") from error
+    ids = stated if isinstance(stated, list) else [stated]
+    are_ids = stated is None or all(type(token) is int for token in ids)
+    if not are_ids:
+        must = "is eos_token_id, which must be a token's id or a list of them"
+        raise DataError(str(file), stated, must, "get the file again")
     return stop_tokens(stated, inner)
 
 
