@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from gspo.decoder import attention_sizes
 from gspo.errors import NO_VALUE, InputError, raise_all, require
 
 _SWITCH = "or set check_model_config=false to go on as it is"
+_OTHER_LIBRARY = "take gspo.models.huggingface.causal_lm, which has it"
 # Scalings that leave positions up to the model's trained length as they are.
 _PLAIN_SCALINGS = {"default", "dynamic"}
 SMALLEST_HEAD_DIM = 16  # of FlexAttention's kernels
@@ -74,7 +75,11 @@ def check_decoder(decoder: Any, cfg: Settings, key: str = "checkpointer") -> Non
         _check_head_dim(decoder)
     # A decoder of another library is built from that config.json itself.
     if cfg.check_model_config and isinstance(decoder, TransformerDecoder):
-        check_model_config(decoder, getattr(cfg, key))
+        longest = cfg.packing.longest_document
+        longest_prompt = cfg.prompts.get("max_prompt_tokens")
+        if isinstance(longest_prompt, int):
+            longest = min(longest, longest_prompt + cfg.sampling.max_new_tokens)
+        check_model_config(decoder, getattr(cfg, key), longest_document=longest)
 
 
 def _check_head_dim(decoder: Any) -> None:
@@ -88,16 +93,22 @@ def _check_head_dim(decoder: Any) -> None:
     )
 
 
-def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, Any]) -> None:
+def check_model_config(
+    decoder: TransformerDecoder,
+    checkpointer: Mapping[str, Any],
+    *,
+    longest_document: int | None = None,
+) -> None:
     """Refuse a decoder that is not the one that its checkpoint was made for.
 
     Args:
         decoder: as built, on any device.
         checkpointer: the config's; one without a ``checkpoint_dir``, or whose folder has no
             ``config.json``, has nothing to compare.
+        longest_document: in tokens; None for one of the decoder's longest bin.
 
     Raises:
-        InputError: Values that both state differ.
+        InputError: Values that both state differ, or the model does what the decoder cannot.
     """
     folder = checkpointer.get("checkpoint_dir")
     if not isinstance(folder, str):
@@ -110,9 +121,10 @@ def check_model_config(decoder: TransformerDecoder, checkpointer: Mapping[str, A
     for pair in _pairs(decoder, stated):
         if not _equal(pair.built, pair.stated):
             problems.append(_difference(pair, file))
-    problem = _unknown_scaling(stated, file)
-    if problem is not None:
-        problems.append(problem)
+    longest = longest_document or decoder.max_seq_len + 1
+    problems += [*_position_problems(stated, file), *_window_problems(stated, file, longest)]
+    if hasattr(decoder.norm, "logit_capping"):
+        problems.append(_gemma2_problem())
     raise_all(problems)
 
 
@@ -185,17 +197,43 @@ def _scaling_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _unknown_scaling(stated: Mapping[str, Any], file: Path) -> InputError | None:
-    """Return a refusal of a scaling that no builder of torchtune has."""
-    kind = _scaling_type(_rope_of(stated))
-    if kind == "llama3" or kind in _PLAIN_SCALINGS:
-        return None
-    return InputError(
-        "model",
-        kind,
-        f"is the rope_scaling in {file}, which torchtune's decoders lack",
-        f"take another checkpoint, {_SWITCH}",
+def _position_problems(stated: Mapping[str, Any], file: Path) -> Iterator[InputError]:
+    """Yield refusals of positions that no builder of torchtune has."""
+    rope = _rope_of(stated)
+    kind = _scaling_type(rope)
+    if kind != "llama3" and kind not in _PLAIN_SCALINGS:
+        yield InputError(
+            "model",
+            kind,
+            f"is the rope_scaling in {file}, which torchtune's decoders lack",
+            f"take another checkpoint, {_SWITCH}",
+        )
+    share = {**stated, **rope}.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        must = f"is the partial_rotary_factor in {file}, and torchtune's decoders turn whole heads"
+        yield InputError("model", share, must, f"{_OTHER_LIBRARY}, {_SWITCH}")
+
+
+def _window_problems(
+    stated: Mapping[str, Any], file: Path, longest_document: int
+) -> Iterator[InputError]:
+    """Yield a refusal of documents that are longer than the model's window, if it has one."""
+    window = stated.get("sliding_window")
+    has_window = isinstance(window, int) and stated.get("use_sliding_window") is not False
+    num_slots = longest_document - 1  # the last token is a label alone
+    if has_window and num_slots > window:
+        must = f"is the sliding_window in {file}; torchtune's decoders attend beyond it, and "
+        must += f"documents may have {longest_document} tokens"
+        shorter = "lower prompts.max_prompt_tokens and sampling.max_new_tokens"
+        yield InputError("model", window, must, f"{_OTHER_LIBRARY}, {shorter}, {_SWITCH}")
+
+
+def _gemma2_problem() -> InputError:
+    must = (
+        "is Gemma 2 as torchtune has it: it caps hidden states in the place of logits, and swaps "
     )
+    must += "the norms before and behind each MLP"
+    return InputError("model", "gemma2", must, f"{_OTHER_LIBRARY}, {_SWITCH}")
 
 
 def _equal(built: Any, stated: Any) -> bool:

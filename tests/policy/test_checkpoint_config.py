@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -82,7 +83,6 @@ FAMILIES = {
     "phi3": (shaped(phi3), {"rope_theta": 10000.0, "tie_word_embeddings": False}),
     "qwen2": (shaped(qwen2), {"rope_theta": 1e6, "tie_word_embeddings": False}),
     "gemma": (shaped(gemma, head_dim=16), {"head_dim": 16, "rope_theta": 10000.0}),
-    "gemma2": (shaped(gemma2, head_dim=16), {"head_dim": 16, "rope_theta": 10000.0}),
 }
 
 
@@ -123,6 +123,59 @@ def test_tiny_model_is_its_own(tmp_path):
         tmp_path, tmp_path / "data", seed=0, num_train=8, num_heldout=2, num_validation=2
     )
     check_model_config(tiny_qwen2(), {"checkpoint_dir": str(tmp_path)})
+
+
+def test_gemma_2_of_torchtune_is_refused(tmp_path):
+    message = (
+        "model: 'gemma2' is Gemma 2 as torchtune has it: it caps hidden states in the place of "
+        "logits, and swaps the norms before and behind each MLP; take gspo.models.huggingface"
+    )
+    with pytest.raises(InputError, match=message):
+        check(tmp_path, shaped(gemma2, head_dim=16), STATED | {"head_dim": 16})
+
+
+WINDOW = {"rope_theta": 10000.0, "sliding_window": 100}
+
+
+@pytest.mark.parametrize(
+    ("longest", "more", "is_refused"),
+    [
+        (101, {}, False),
+        (102, {}, True),
+        (None, {}, True),
+        (102, {"use_sliding_window": False}, False),
+        (102, {"use_sliding_window": True}, True),
+        (102, {"sliding_window": None}, False),
+    ],
+)
+def test_windows_that_torchtune_lacks_are_refused_for_longer_documents(
+    tmp_path, longest, more, is_refused
+):
+    (tmp_path / "config.json").write_text(json.dumps(STATED | WINDOW | more))
+    decoder = mistral(**SHAPE)
+
+    def compare():
+        checkpointer = {"checkpoint_dir": str(tmp_path)}
+        check_model_config(decoder, checkpointer, longest_document=longest)
+
+    if not is_refused:
+        compare()
+        return
+    with pytest.raises(InputError, match="model: 100 is the sliding_window in .* may have 1.. tok"):
+        compare()
+
+
+def test_heads_that_turn_in_part_are_refused(tmp_path):
+    with pytest.raises(InputError, match="model: 0.75 is the partial_rotary_factor in "):
+        check(tmp_path, shaped(phi3), STATED | {"partial_rotary_factor": 0.75})
+
+
+def test_phi_4_of_torchtune_has_another_base_than_its_model(tmp_path):
+    """Its builder leaves rope_base at 10,000; microsoft/phi-4 states 250,000."""
+    with warnings.catch_warnings(action="ignore"):  # of torchtune, at its own import
+        from torchtune.models.phi4 import phi4_14b
+    with pytest.raises(InputError, match="model.rope_base: 10000 must be 250000, as rope_theta"):
+        check(tmp_path, phi4_14b, {"rope_theta": 250000, "hidden_size": 5120})
 
 
 DIFFERENT = {

@@ -139,7 +139,7 @@ def test_graphs_are_refused_on_another_device():
 
 def test_graphs_are_refused_for_a_cache_that_grows_on_any_device():
     with pytest.raises(
-        InputError, match="^cuda_graphs: True needs a decoder of torchtune, .*False"
+        InputError, match="^cuda_graphs: True needs a decoder of torchtune: .*False"
     ):
         LocalSampler(build_with_own_cache, Letters(), cuda_graphs=True)
 
