@@ -67,10 +67,22 @@ def make_reasoning_gym(tmp_path, **knobs):
     )
 
 
+MIXTURE = {
+    "chain_sum": {"levels": [{"max_terms": 2}, {"min_terms": 5, "max_terms": 6}], "weight": 3},
+    "knights_knaves": {"levels": [{"n_people": 2}, {"n_people": 3}, {"n_people": 4}]},
+}
+
+
+def make_mixture(tmp_path, *, tasks=MIXTURE, size=7, **knobs):
+    return readers.reasoning_gym_mixture_prompts(
+        TOKENIZER, tasks=tasks, size=size, dataset_seed=5, **knobs
+    )
+
+
 SOURCES = pytest.mark.parametrize(
     "make",
-    [make_jsonl, make_parquet, make_saved_dataset, make_reasoning_gym],
-    ids=["jsonl", "parquet", "huggingface", "reasoning_gym"],
+    [make_jsonl, make_parquet, make_saved_dataset, make_reasoning_gym, make_mixture],
+    ids=["jsonl", "parquet", "huggingface", "reasoning_gym", "mixture"],
 )
 
 
@@ -187,6 +199,58 @@ def test_reasoning_gym_prompt_carries_its_entry(tmp_path):
     assert prompt.text == f"{entry['metadata']['expression']}="
     assert prompt.answer == entry["answer"]
     assert entry["metadata"]["source_dataset"] == "chain_sum"
+
+
+def test_mixture_rises_by_the_prompts_seen_and_mixes_by_weight(tmp_path):
+    size = 600
+    prompts = list(make_mixture(tmp_path, size=size, shuffle=False, num_epochs=1))
+    assert len({prompt.id for prompt in prompts}) == size
+    counts = {name: 0 for name in MIXTURE}
+    for number, prompt in enumerate(prompts):
+        name, entry = prompt.metadata["task"], prompt.metadata["entry"]
+        level = number * len(MIXTURE[name]["levels"]) // size
+        assert prompt.id == f"reasoning_gym/{name}/{level}:{number}"
+        assert prompt.metadata["level"] == level
+        assert entry["metadata"]["source_dataset"] == name
+        if name == "chain_sum":
+            assert entry["metadata"]["num_terms"] in ((2,), (5, 6))[level]
+        counts[name] += 1
+    assert abs(counts["chain_sum"] - 0.75 * size) < 0.08 * size
+    again = list(make_mixture(tmp_path, size=size, shuffle=False, num_epochs=1))
+    assert [prompt.text for prompt in again] == [prompt.text for prompt in prompts]
+
+
+def test_mixture_has_the_same_level_on_all_ranks(tmp_path):
+    options = {"size": 60, "shuffle": False, "num_epochs": 1, "world_size": 2}
+    first, second = (list(make_mixture(tmp_path, rank=rank, **options)) for rank in range(2))
+    assert len(first) == len(second) == 30
+    for number, pair in enumerate(zip(first, second, strict=True)):
+        for row, prompt in enumerate(pair, start=2 * number):
+            assert prompt.id.endswith(f":{row}")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], r"tasks: \[\] must be a mapping of tasks; write"),
+        ({"chain_sums": {"levels": [{}]}}, "tasks.chain_sums: reasoning-gym has no 'chain_sums'"),
+        ({"chain_sum": {"level": [{}]}}, "tasks.chain_sum.level: is unknown; did you mean 'levels"),
+        ({"chain_sum": {}}, "tasks.chain_sum.levels: None must be a list of the task's options"),
+        ({"chain_sum": {"levels": [3]}}, "tasks.chain_sum.levels.0: 3 must be a mapping of the"),
+        (
+            {"chain_sum": {"levels": [{}, {"terms": 2}]}},
+            "tasks.chain_sum.levels.1: reasoning-gym's chain_sum refuses {'terms': 2}",
+        ),
+        (
+            {"chain_sum": {"levels": [{}], "weight": 0}},
+            "tasks.chain_sum.weight: 0 must be a number above 0",
+        ),
+    ],
+    ids=["none", "name", "key", "no levels", "no options", "options", "weight"],
+)
+def test_bad_mixture_names_its_key(tmp_path, tasks, message):
+    with pytest.raises(InputError, match=message):
+        make_mixture(tmp_path, tasks=tasks)
 
 
 def test_component_shows_its_keywords():

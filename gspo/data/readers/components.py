@@ -9,7 +9,7 @@ from typing import Any
 from gspo.data.readers.huggingface import HuggingFaceRows
 from gspo.data.readers.jsonl import JsonlRows
 from gspo.data.readers.parquet import ParquetRows
-from gspo.data.readers.procedural import ReasoningGymRows
+from gspo.data.readers.procedural import ReasoningGymMixtureRows, ReasoningGymRows
 from gspo.data.readers.reader import PromptReader
 from gspo.data.readers.rows import Rows
 from gspo.data.readers.template import Encoder
@@ -74,3 +74,4 @@ jsonl_prompts = _component("jsonl_prompts", JsonlRows)
 parquet_prompts = _component("parquet_prompts", ParquetRows)
 huggingface_prompts = _component("huggingface_prompts", HuggingFaceRows)
 reasoning_gym_prompts = _component("reasoning_gym_prompts", ReasoningGymRows)
+reasoning_gym_mixture_prompts = _component("reasoning_gym_mixture_prompts", ReasoningGymMixtureRows)
