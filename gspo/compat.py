@@ -245,3 +245,48 @@ def modules_stay_where_they_are() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.to = move  # type: ignore[method-assign]
+
+
+def can_pack_weights() -> bool:
+    """Return whether torch has oneDNN and its products with packed weights (torch 2.13)."""
+    has_products = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_products and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def pack_weight(
+    weight: Tensor,  # [out, in]
+) -> Tensor:
+    """Copy a weight into oneDNN's blocks, in a form that :func:`multiply_packed` alone reads."""
+    # The rows of later inputs choose the blocks; those for 2 to 2,900 rows are the same.
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+
+
+def multiply_packed(
+    x: Tensor,  # [..., in]
+    packed: Tensor,
+    bias: Tensor | None,  # [out]
+    activation: str = "none",  # by oneDNN's name, such as swish
+) -> Tensor:  # [..., out]
+    """Return activation(x W^T + b)."""
+    x = x.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "")
+
+
+def multiply_packed_and_add(
+    x: Tensor,  # [N, in]
+    packed: Tensor,
+    bias: Tensor | None,  # [out]
+    other: Tensor,  # [N, out]
+) -> Tensor:  # [N, out]
+    """Return x W^T + b + other."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), other, packed, bias, "add")
+
+
+def multiply_packed_times(
+    x: Tensor,  # [N, in]
+    packed: Tensor,
+    bias: Tensor | None,  # [out]
+    other: Tensor,  # [N, out]
+) -> Tensor:  # [N, out]
+    """Return (x W^T + b) * other."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), other, packed, bias, "mul")

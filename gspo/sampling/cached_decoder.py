@@ -10,7 +10,7 @@ Not here: cross-attention, sliding windows, soft caps, adapters. A decoder that 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from gspo.errors import NO_VALUE, InputError
 from gspo.norm import fuse_norms
 from gspo.sampling.kv_cache import COLUMN_BLOCK, KVCache
 from gspo.sampling.logits import float32_logits
+from gspo.sampling.product import Product
+from gspo.sampling.prompts import last_tokens, pad_right
 from gspo.sampling.rotary import Rotary
 
 # The table of each rotary for the tokens at hand; layers without a rotary have none.
@@ -51,7 +53,20 @@ class _Layer:
         self.num_heads = attn.num_heads
         self.num_kv_heads = attn.num_kv_heads
         self.head_dim = attn.head_dim
-        self.qkv = _fuse(projections)
+        mlp = layer.mlp
+        self.qkv = Product(_fuse(projections))
+        self.output_proj = Product(attn.output_proj)
+        self.mlp_in = Product(mlp.w1)
+        self.mlp_factor = None if mlp.w3 is None else Product(mlp.w3)
+        self.mlp_out = Product(mlp.w2)
+
+    @property
+    def products(self) -> list[Product]:
+        """Return the layer's products."""
+        products = [self.qkv, self.output_proj, self.mlp_in, self.mlp_out]
+        if self.mlp_factor is not None:
+            products.append(self.mlp_factor)
+        return products
 
     def project(
         self,
@@ -65,8 +80,8 @@ class _Layer:
         num_heads = self.num_heads
         num_kv_heads = self.num_kv_heads
         num_rotated = num_heads + num_kv_heads
-        weight, bias = self.qkv
-        fused = F.linear(layer.sa_norm(x), weight, bias)
+        normed = layer.sa_norm(x)
+        fused = self.qkv(normed)
         head_shape = (-1, self.head_dim)
         heads = fused.unflatten(1, head_shape)
         if rotary is not None and table is not None:
@@ -124,14 +139,12 @@ class _Layer:
     ) -> Tensor:  # [N, H]
         """Return the layer's output."""
         layer = self.layer
-        mlp = layer.mlp
-        output_proj = self.attn.output_proj
-        x = _add_linear(x, attended, output_proj)
+        x = self.output_proj.add(attended, x)
         normed = layer.mlp_norm(x)
-        hidden = mlp.activation(mlp.w1(normed))
-        if mlp.w3 is not None:
-            hidden = hidden.mul_(mlp.w3(normed))
-        return _add_linear(x, hidden, mlp.w2)
+        hidden = self.mlp_in.activate(normed, layer.mlp.activation)
+        if self.mlp_factor is not None:
+            hidden = self.mlp_factor.multiply_(normed, hidden)
+        return self.mlp_out.add(hidden, x)
 
 
 def _by_head(
@@ -143,15 +156,14 @@ def _by_head(
     return by_row.transpose(1, 2)
 
 
-def _add_linear(x: Tensor, inputs: Tensor, linear: nn.Linear) -> Tensor:
-    weight = linear.weight.t()
-    added = torch.addmm(x, inputs, weight)
-    if linear.bias is None:
-        return added
-    return added.add_(linear.bias)
+class _Fused(NamedTuple):
+    """Several projections of one input, below each other."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
 
 
-def _fuse(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _fuse(linears: list[nn.Linear]) -> _Fused:
     """Fuse several projections of one input; their parameters become views of the weight and bias.
 
     So an in-place copy into the parameters, as ``load_state_dict`` makes, is all that an update
@@ -174,7 +186,7 @@ def _fuse(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             linear.bias = _frozen_rows(bias, start, stop)
         start = stop
-    return weight, bias
+    return _Fused(weight, bias)
 
 
 def _frozen_rows(fused: Tensor, start: int, stop: int) -> nn.Parameter:
@@ -201,7 +213,7 @@ class CachedDecoder:
         self.max_prefill_tokens = max_prefill_tokens
         weight = decoder.tok_embeddings.weight
         self.column_block = COLUMN_BLOCK.get(weight.device.type, 1)
-        self.head = _head_of(decoder)
+        self.head = Product(_head_of(decoder))
         self.rotaries = list(rotaries.values())
         self.layers = []
         for index, layer in enumerate(decoder.layers):
@@ -211,13 +223,21 @@ class CachedDecoder:
             cached_layer = _Layer(index, layer, rotary)
             self.layers.append(cached_layer)
 
+    def _refresh(self) -> None:
+        """Pack what has changed of the weights."""
+        self.head.refresh()
+        for layer in self.layers:
+            for product in layer.products:
+                product.refresh()
+
     def prefill(self, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
         """Return logits [U, V] float32 of the token after each of U prompts, and their cache.
 
         Prompts are padded on the right, where causal attention cannot see the padding, and go
         through in chunks of at most ``max_prefill_tokens`` tokens, at least one prompt each.
         """
-        tokens, lengths = _pad_right(prompts)
+        self._refresh()
+        tokens, lengths = pad_right(prompts)
         cache = self._empty_cache(lengths)
         num_prompts, longest = tokens.shape
         weight = self.decoder.tok_embeddings.weight
@@ -282,7 +302,7 @@ class CachedDecoder:
         bias = cache.bias_of(rows)
         by_row = x.unflatten(0, tokens.shape)
         by_token = q.transpose(1, 2)
-        last = _last_tokens(lengths)
+        last = last_tokens(lengths)
         last_x = by_row[last]
         last_q = by_token[last]
         attended = last_layer.attend(last_q, k, v, bias)
@@ -342,35 +362,7 @@ class CachedDecoder:
     ) -> Tensor:  # [N, V] float32
         """Return the logits of the next tokens."""
         normed = self.decoder.norm(x)
-        bias = getattr(self.head, "bias", None)
-        return float32_logits(normed, self.head.weight, bias)
-
-
-def _pad_right(
-    prompts: list[list[int]],
-) -> tuple[Tensor, Tensor]:  # [U, P] int64, [U] int64, on the CPU
-    """Return prompts padded to the longest, and their lengths."""
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    padded = []
-    for prompt in prompts:
-        num_missing = longest - len(prompt)
-        padding = [0] * num_missing
-        padded.append(prompt + padding)
-    tokens = torch.tensor(padded)
-    token_counts = torch.tensor(lengths)
-    return tokens, token_counts
-
-
-def _last_tokens(
-    lengths: Tensor,  # [N] int64
-) -> tuple[Tensor, Tensor]:  # [N], [N] int64
-    """Return the row and the column of each prompt's last token."""
-    num_rows = lengths.numel()
-    device = lengths.device
-    rows = torch.arange(num_rows, device=device)
-    columns = lengths - 1
-    return rows, columns
+        return float32_logits(normed, self.head)
 
 
 def _head_of(decoder: TransformerDecoder) -> Any:
