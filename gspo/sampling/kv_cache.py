@@ -50,6 +50,7 @@ class KVCache:
         self.keys = keys  # per layer [N, num_kv_heads, capacity, head_dim]
         self.values = values
         self.block = block
+        self.num_prompt_columns = capacity
         self.capacity = capacity
         self.max_columns = capacity  # that the longest completion needs
         self.num_columns = capacity  # that are filled
@@ -99,6 +100,28 @@ class KVCache:
             return None
         self.bias.index_fill_(3, self.column, 0.0)
         return self.bias[..., :num_attended]
+
+    def bias_of_window(
+        self,
+        window: int,
+        num_attended: int,
+    ) -> Tensor | None:  # [N, 1, 1, attended columns]
+        """Return the bias that also hides what is not among a row's last ``window`` tokens.
+
+        The last of them is the one in the column that :meth:`show_column` has shown.
+        """
+        bias = None if self.bias is None else self.bias[..., :num_attended]
+        if self.num_columns <= window:
+            return bias
+        columns = torch.arange(num_attended, device=self.column.device)
+        is_prompt = columns < self.num_prompt_columns
+        of_prompt = self.positions[:, None] - columns
+        of_completion = self.column - columns
+        distances = torch.where(is_prompt, of_prompt, of_completion)
+        is_far = (distances >= window)[:, None, None]
+        if bias is None:
+            bias = torch.zeros_like(is_far, dtype=self.keys[0].dtype)
+        return bias.masked_fill(is_far, -math.inf)
 
     def advance(self) -> None:
         """Go on to the column and the position after."""

@@ -12,8 +12,8 @@ from gspo.errors import InputError
 
 NAME = "gspo"
 _ATTACHED = "_gspo_attention"
-# What layers pass that changes nothing here: positions are in the masks, nothing is cached, and no
-# weights of attention are returned.
+# What layers pass that changes nothing here: positions are in the masks, the library's cache is not
+# used, and no weights of attention are returned.
 _OF_NO_EFFECT = {
     "cache_position",
     "cu_seq_lens_k",
@@ -40,6 +40,8 @@ class AttachedAttention:
     def __init__(self) -> None:
         self.function: Callable[..., Tensor] | None = None  # see gspo.policy.attention.attend
         self.masks: dict[int | None, Any] = {}  # by window
+        # Takes a layer's index and its new keys and values, and returns those to attend to.
+        self.remember: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def attach_to(self, model: nn.Module) -> int:
         """Let the attention modules of a model find this, and return how many they are.
@@ -87,6 +89,9 @@ def _attention(
             )
     attached: AttachedAttention = getattr(module, _ATTACHED)
     assert attached.function is not None
+    if attached.remember is not None:
+        index: Any = module.layer_idx
+        key, value = attached.remember(index, key, value)
     mask = attached.masks[sliding_window]
     attended = attached.function(
         query,

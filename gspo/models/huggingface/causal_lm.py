@@ -250,6 +250,10 @@ class _Decoder(nn.Module):
         """Let every layer attend with a function that takes what ``attend`` does."""
         self._attached.function = function
 
+    def remember_keys(self, function: Any) -> None:
+        """Let every layer attend to the keys and values that a function returns for its own."""
+        self._attached.remember = function
+
     def forward(
         self,
         tokens: Tensor,  # [R, S]
