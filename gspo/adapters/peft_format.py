@@ -215,6 +215,7 @@ class AdaptedMap:
 
     @property
     def has_magnitude(self) -> bool:
+        """Whether it is DoRA."""
         return self._adapted[0][1].magnitude is not None
 
     @property

@@ -78,9 +78,7 @@ def test_a_model_of_peft_is_trained_saved_and_goes_on(base, tmp_path, use_dora):
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base / "base"), adapters, is_trainable=True
     )
-    continued = GSPOTrainer(
-        again, AutoTokenizer.from_pretrained(base / "base"), trainer.config
-    )
+    continued = GSPOTrainer(again, AutoTokenizer.from_pretrained(base / "base"), trainer.config)
     assert continued.evaluate(ranks.questions(base)[:8], ranks.variety) == before
 
 

@@ -12,6 +12,8 @@ balancing loss is not added.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -47,7 +49,9 @@ def causal_lm(path: str, *, max_seq_len: int | None = None) -> Any:
     Raises:
         InputError: There is no such folder, or documents cannot be packed for the model.
     """
-    return as_decoder(build_model(path), max_seq_len=max_seq_len)
+    model = build_model(path)
+    with naming_the_path(path):
+        return as_decoder(model, max_seq_len=max_seq_len)
 
 
 def build_model(path: str) -> Any:
@@ -60,10 +64,20 @@ def build_model(path: str) -> Any:
         InputError: There is no such folder, or documents cannot be packed for the model.
     """
     config = read_config(path)
-    try:
+    with naming_the_path(path):
         check_can_be_packed(config)
-        model = _empty_model(config)
-        return as_decoder(model, max_seq_len=max_seq_len)
+        return _empty_model(config)
+
+
+@contextmanager
+def naming_the_path(path: str) -> Iterator[None]:
+    """Let refusals of a model, which is read from a folder, name the folder.
+
+    Raises:
+        InputError: What the block raises, of the argument ``path``.
+    """
+    try:
+        yield
     except InputError as error:
         if error.key != "model":
             raise

@@ -72,8 +72,8 @@ class Checkpointer:
 
     def _check(self, report: dict[str, Any]) -> None:
         """Refuse weights that are not those of the model that config.json tells of."""
-        for name, found, wanted in sorted(report["mismatched_keys"]):
-            must = f"has {name} with the shape {list(found)}, but config.json has {list(wanted)}"
+        for name, shape, wanted in sorted(report["mismatched_keys"]):
+            must = f"has {name} with the shape {list(shape)}, but config.json has {list(wanted)}"
             raise self._refusal(must)
         kinds = {"missing_keys": "lacks", "unexpected_keys": "has, unlike its config.json,"}
         for kind, verb in kinds.items():

@@ -10,7 +10,7 @@ from torch import nn
 from gspo.adapters.nf4 import NF4Linear
 from gspo.compat import modules_stay_where_they_are
 from gspo.errors import InputError, first_line
-from gspo.models.huggingface.causal_lm import as_decoder, build_model
+from gspo.models.huggingface.causal_lm import as_decoder, build_model, naming_the_path
 
 
 def lora_causal_lm(
@@ -62,7 +62,8 @@ def lora_causal_lm(
         ) from error
     if quantize_base:
         _quantize_base(model)
-    return as_decoder(model, max_seq_len=max_seq_len)
+    with naming_the_path(path):
+        return as_decoder(model, max_seq_len=max_seq_len)
 
 
 def _quantize_base(model: nn.Module) -> None:
