@@ -250,7 +250,8 @@ def modules_stay_where_they_are() -> Iterator[None]:
 def can_pack_weights() -> bool:
     """Return whether torch has oneDNN and its products with packed weights (torch 2.13)."""
     has_products = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_products and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return has_products and is_on
 
 
 def pack_weight(

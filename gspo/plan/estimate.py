@@ -202,9 +202,10 @@ def _moments(cfg: Settings, layout: Layout, run: DryRun, beside: _Beside) -> dic
 
 
 def _sampler_copy(layout: Layout, run: DryRun) -> int:
-    """Return bytes of weights and of two rotary tables, the model's and the sampler's own."""
+    """Return bytes of weights, packed ones too, and of two rotary tables, one the model's."""
     table = layout.max_seq_len * 2 * layout.head_dim * 4
-    return layout.weight_bytes + run.always[labels.BUFFERS] + table
+    weights = layout.weight_bytes + layout.packed_bytes
+    return weights + run.always[labels.BUFFERS] + table
 
 
 def _sampling(cfg: Settings, layout: Layout) -> Parts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torchtune import training
 
 from gspo.adapters import remove_adapters
@@ -20,6 +21,7 @@ from gspo.errors import require
 from gspo.kernels import rows_per_chunk
 from gspo.plan.dry_run import num_data_ranks
 from gspo.sampling.local import LocalSampler
+from gspo.sampling.product import is_worth_packing
 from gspo.types import PackedBatch
 
 PROMPT_GUESS = 128  # tokens, where max_prompt_tokens says nothing
@@ -45,6 +47,7 @@ class Layout:
     vocab_size: int
     max_seq_len: int
     weight_bytes: int  # of the whole model
+    packed_bytes: int  # of those weights of which the in-process sampler has a second copy
     chunk_size: int
     prompt_tokens: int  # of a document, expected
     completion_tokens: int
@@ -88,6 +91,7 @@ class Layout:
             vocab_size=vocab_size,
             max_seq_len=max_seq_len,
             weight_bytes=sum(p.nbytes for p in decoder.parameters()),
+            packed_bytes=_packed_bytes(decoder) if cfg.device == "cpu" else 0,
             chunk_size=cfg.head_chunk_size or rows_per_chunk(vocab_size, cfg.device),
             prompt_tokens=document.prompt_tokens,
             completion_tokens=document.completion_tokens,
@@ -114,6 +118,18 @@ class Layout:
             "slots": self.slots,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def _packed_bytes(decoder: Any) -> int:
+    """Return bytes of the weights that a CPU multiplies with in decode steps."""
+    weights = {}
+    for module in decoder.modules():
+        if type(module) is nn.Linear:
+            weights[id(module.weight)] = module.weight
+    if not isinstance(decoder.output, nn.Linear):  # tied: the embedding is the head
+        embedding = decoder.tok_embeddings.weight
+        weights[id(embedding)] = embedding
+    return sum(weight.nbytes for weight in weights.values() if is_worth_packing(weight))
 
 
 def build_decoder(cfg: Settings) -> Any:

@@ -411,9 +411,11 @@ def draw_tokens(
         tokens = logits.argmax(-1, keepdim=True)
         token_logps = logps.gather(-1, tokens)
     else:
-        weights = logits / temperature
-        peaks = weights.amax(-1, keepdim=True)
-        weights.sub_(peaks).exp_()
+        peaks = logits.amax(-1, keepdim=True)
+        weights = logits - peaks
+        if temperature != 1.0:  # a pass over all entries
+            weights.div_(temperature)
+        weights.exp_()
         tokens, totals = _invert(weights, uniforms)
         shares = weights.gather(-1, tokens) / totals
         token_logps = shares.log()

@@ -56,7 +56,9 @@ class Product:
     def refresh(self) -> None:
         """Pack the weight if it has changed since."""
         weight = self.weight
-        if not is_packed_when_used(weight):
+        # An inference tensor does not tell that it has changed.
+        is_packable = weight.device.type == "cpu" and not weight.is_inference()
+        if not (is_packable and is_worth_packing(weight)):
             self._packed = None
             return
         state = (weight.data_ptr(), weight._version)
@@ -102,9 +104,7 @@ class Product:
         return multiply_packed_times(x, self._packed, self.bias, other)
 
 
-def is_packed_when_used(weight: Tensor) -> bool:
-    """Return whether products with this weight are faster from a packed copy of it."""
-    is_plain = weight.dtype is torch.float32 and weight.device.type == "cpu"
+def is_worth_packing(weight: Tensor) -> bool:
+    """Return whether products with this weight are faster on a CPU from a packed copy of it."""
     is_large = weight.dim() == 2 and weight.numel() >= PACKED_FROM
-    # An inference tensor does not tell that it has changed.
-    return is_plain and is_large and not weight.is_inference() and can_pack_weights()
+    return is_large and weight.dtype is torch.float32 and can_pack_weights()

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from gspo.compat import can_pack_weights
+from gspo.plan.layout import _packed_bytes
 from gspo.sampling import product
+from gspo.sampling.cached_decoder import CachedDecoder
 from gspo.sampling.local import LocalSampler
 from gspo.sampling.product import Product
 from gspo.types import SamplingParams
@@ -107,3 +109,19 @@ def test_a_packed_decoder_follows_its_weights_and_depends_on_no_batch(pack_all, 
     assert tokens_of(apart) == tokens_of(after)
     alone = sample(build(**options, seed=1), prompts, group_size=2, seed=0, max_batch_size=1)
     assert tokens_of(alone) == tokens_of(after)
+
+
+@needs_packing
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_the_plan_counts_the_bytes_that_are_packed(pack_all, options):
+    model = build(**options)
+    counted = _packed_bytes(model)
+    decoder = CachedDecoder(model, max_prefill_tokens=16)
+    with torch.no_grad():
+        decoder.prefill([[1, 2]])
+    products = [decoder.head]
+    for layer in decoder.layers:
+        products += layer.products
+    packed = [one.weight.nbytes for one in products if one._packed is not None]
+    assert len(packed) == len(products)
+    assert counted == sum(packed) > 0

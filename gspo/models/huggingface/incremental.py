@@ -156,8 +156,10 @@ class _Filled:
 def _replace_products(decoder: Any) -> list[Product]:
     """Let the linear layers of a decoder multiply with packed weights; return their products."""
     products = []
-    for module in decoder.base_model.modules():
-        if type(module) is nn.Linear:
+    modules: Any = decoder.base_model.modules()
+    for module in modules:
+        kind = type(module)
+        if kind is nn.Linear:
             product = Product(module)
             module.forward = product.__call__
             products.append(product)
