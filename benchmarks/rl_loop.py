@@ -36,13 +36,14 @@ from gspo import parallel, update
 from gspo.data import Advantage, FetchSteps, Pack, Sample, Score, StepBatches
 from gspo.losses import GSPOLoss
 from gspo.metrics import StepMetrics, batch_metrics
-from gspo.policy import Microbatch, PolicyOptions, build_policy
+from gspo.policy import Microbatch, Policy, PolicyOptions, build_policy
 from gspo.rewards.pool import RewardPool
 from gspo.sampling.local import LocalSampler
-from gspo.types import PackedBatch, Prompt, SamplingParams
+from gspo.types import Prompt, SamplingParams
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
 WARMUP = 5  # rollouts
+PARTS = ("total", "rollout", "update", "sync", "sample", "score")
 SHAPE: dict[str, Any] = dict(
     vocab_size=64,
     num_layers=3,
@@ -74,6 +75,26 @@ class CharTokenizer:
     def decode(self, ids: list[int], **_: Any) -> str:
         """Return the characters of the ids."""
         return "".join(ALPHABET[i] for i in ids)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a loop does between two updates of the sampler, and how long a document can be."""
+
+    num_prompts: int
+    group_size: int
+    new_tokens: int
+    updates: int
+    max_seq_len: int
+    learning_rate: float
+
+    @property
+    def num_completions(self) -> int:
+        """The completions of a rollout."""
+        return self.num_prompts * self.group_size
+
+
+TINY = Work(NUM_PROMPTS, GROUP_SIZE, ANSWER_TOKENS, UPDATES, SHAPE["max_seq_len"], 1e-6)
 
 
 class Prompts(BaseNode[Prompt]):
@@ -112,41 +133,35 @@ def start_weights() -> dict[str, Tensor]:
 class Loop:
     """Rollouts and updates, of the objects and in the order of the recipe."""
 
-    def __init__(self, pool: RewardPool, *, drop_dead_groups: bool, compiled: bool) -> None:
-        weights = start_weights()
-        with torch.device("meta"):
-            decoder = build_decoder()
-        self.policy = build_policy(
-            decoder,
-            weights,
-            GSPOLoss(),
-            ranks=parallel.Ranks.of(CPU),
-            device=CPU,
-            options=PolicyOptions(compile_layers=compiled),
-        )
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
-        self.sampler = LocalSampler(build_decoder, CharTokenizer(), stop_token_ids=[])
+    def __init__(
+        self,
+        work: Work,
+        policy: Policy,
+        sampler: LocalSampler,
+        prompts: BaseNode[Prompt],
+        pool: RewardPool,
+        *,
+        drop_dead_groups: bool,
+    ) -> None:
+        self.work = work
+        self.policy = policy
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=work.learning_rate, fused=True)
+        self.sampler = sampler
         self.sampler.update(self.policy, 0)
-        self.pool = pool
-        self.steps = FetchSteps(
-            self.rollouts(drop_dead_groups), docs_per_step=NUM_PROMPTS * GROUP_SIZE
-        )
-        self.step = 0
-
-    def rollouts(self, drop_dead_groups: bool) -> BaseNode[PackedBatch]:
-        """Prompts in, microbatches out."""
         node: BaseNode[Any] = Sample(
-            Prompts(),
-            self.sampler,
-            prompts_per_rollout=NUM_PROMPTS,
-            group_size=GROUP_SIZE,
-            params=SamplingParams(max_new_tokens=ANSWER_TOKENS),
+            prompts,
+            sampler,
+            prompts_per_rollout=work.num_prompts,
+            group_size=work.group_size,
+            params=SamplingParams(max_new_tokens=work.new_tokens),
             seed=0,
             rank=0,
         )
-        node = Score(node, self.pool)
+        node = Score(node, pool)
         node = Advantage(node, drop_dead_groups=drop_dead_groups)
-        return Pack(node, tokens_per_microbatch=8192, max_seq_len=SHAPE["max_seq_len"])
+        node = Pack(node, tokens_per_microbatch=8192, max_seq_len=work.max_seq_len)
+        self.steps = FetchSteps(node, docs_per_step=work.num_completions)
+        self.step = 0
 
     def run(self) -> dict[str, float]:
         """Make one rollout and its two updates, and return the seconds of each part."""
@@ -154,20 +169,22 @@ class Loop:
         step = next(self.steps)
         microbatches = [Microbatch.prepare(batch, CPU) for batch in step.batches]
         drawn = time.perf_counter()
-        for _ in range(UPDATES):
+        for _ in range(self.work.updates):
             self.update(microbatches, step)
         updated = time.perf_counter()
         self.sampler.update(self.policy, self.step)
         synced = time.perf_counter()
-        stats = step.batches[0].stats
+        stats = StepMetrics(step.stats).reduce()
         return {
             "total": synced - began,
             "rollout": drawn - began,
             "update": updated - drawn,
             "sync": synced - updated,
-            "sample": stats["time/sample"].number(),
-            "score": stats["time/score"].number(),
+            "sample": stats["time/sample"],
+            "score": stats["time/score"],
             "live": count_live(step),
+            "reward": stats["reward/mean"],
+            "tokens": stats["length/mean"],
         }
 
     def update(self, microbatches: list[Microbatch], step: StepBatches) -> None:
@@ -182,6 +199,22 @@ class Loop:
         grad_norm = update.clip_gradients(self.policy, 1.0)
         update.step_if_finite(self.optimizer, grad_norm)
         self.step += 1
+
+
+def tiny_loop(pool: RewardPool, *, drop_dead_groups: bool, compiled: bool) -> Loop:
+    """Build the loop of the fixed shape."""
+    with torch.device("meta"):
+        decoder = build_decoder()
+    policy = build_policy(
+        decoder,
+        start_weights(),
+        GSPOLoss(),
+        ranks=parallel.Ranks.of(CPU),
+        device=CPU,
+        options=PolicyOptions(compile_layers=compiled),
+    )
+    sampler = LocalSampler(build_decoder, CharTokenizer(), stop_token_ids=[])
+    return Loop(TINY, policy, sampler, Prompts(), pool, drop_dead_groups=drop_dead_groups)
 
 
 def count_live(step: StepBatches) -> int:
@@ -211,10 +244,10 @@ def measure(case: Case, *, rollouts: int) -> dict[str, Any]:
     rewards = {"coin": coin_reward}
     pool = RewardPool(rewards, num_workers=1)
     pool.warm()
-    loop = Loop(pool, drop_dead_groups=case.drop_dead_groups, compiled=case.compiled)
+    loop = tiny_loop(pool, drop_dead_groups=case.drop_dead_groups, compiled=case.compiled)
     runs = [loop.run() for _ in range(WARMUP + rollouts)]
     pool.close()
-    return summarize(case.name, runs[WARMUP:])
+    return summarize(case.name, runs[WARMUP:], TINY)
 
 
 def measure_trl(name: str, *, compiled: bool, rollouts: int) -> dict[str, Any]:
@@ -222,7 +255,7 @@ def measure_trl(name: str, *, compiled: bool, rollouts: int) -> dict[str, Any]:
     import rl_loop_trl
 
     runs = rl_loop_trl.run(WARMUP + rollouts, compiled=compiled)
-    return summarize(name, runs[WARMUP:])
+    return summarize(name, runs[WARMUP:], TINY)
 
 
 def measure_trl_apart(name: str, *, compiled: bool, rollouts: int) -> dict[str, Any]:
@@ -231,9 +264,9 @@ def measure_trl_apart(name: str, *, compiled: bool, rollouts: int) -> dict[str, 
         return executor.submit(measure_trl, name, compiled=compiled, rollouts=rollouts).result()
 
 
-def summarize(name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
+def summarize(name: str, runs: list[dict[str, float]], work: Work) -> dict[str, Any]:
     """Return the medians and the spread of the rate."""
-    num_completions = NUM_PROMPTS * GROUP_SIZE
+    num_completions = work.num_completions
     median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     rates = sorted(num_completions / run["total"] for run in runs)
     tenth = len(rates) // 10
@@ -243,7 +276,7 @@ def summarize(name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
         "p10": rates[tenth],
         "p90": rates[-1 - tenth],
         "trained_documents": median["live"],
-        "ms": {key: 1000 * seconds for key, seconds in median.items() if key != "live"},
+        "ms": {key: 1000 * seconds for key, seconds in median.items() if key in PARTS},
     }
 
 

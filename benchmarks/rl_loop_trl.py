@@ -14,11 +14,22 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from rl_loop import ALPHABET, ANSWER_TOKENS, GROUP_SIZE, NUM_PROMPTS, SHAPE, UPDATES, Prompts, coin
+from rl_loop import (
+    ALPHABET,
+    ANSWER_TOKENS,
+    GROUP_SIZE,
+    NUM_PROMPTS,
+    SHAPE,
+    TINY,
+    Prompts,
+    Work,
+    coin,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -86,9 +97,15 @@ class Clock(TrainerCallback):
     From the end of the last update to the end of the next rollout's last update.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, updates: int) -> None:
+        self._updates = updates
         self.runs: list[dict[str, float]] = []
         self._parts: dict[str, float] = {}
+
+    def watch(self, trainer: GRPOTrainer) -> None:
+        """Time the trainer's methods."""
+        for part, method in PARTS.items():
+            setattr(trainer, method, self.timed(part, getattr(trainer, method)))
 
     def timed(self, part: str, method: Callable) -> Callable:
         """Return the method, with its seconds kept under ``part``."""
@@ -107,7 +124,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, *_, **__) -> None:
         """Read the clock after the last update of a rollout."""
-        if state.global_step % UPDATES:
+        if state.global_step % self._updates:
             return
         now = time.perf_counter()
         total = now - self._last
@@ -123,42 +140,54 @@ def run(rollouts: int, *, compiled: bool) -> list[dict[str, float]]:
     prompts = Prompts()
     texts = [prompts.next().text for _ in range(rollouts * NUM_PROMPTS)]
     dataset = Dataset.from_dict({"prompt": texts})
-    clock = Clock()
+    clock = Clock(TINY.updates)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             build_model(compiled=compiled),
             reward,
-            args=settings(folder, rollouts),
+            args=settings(
+                folder,
+                rollouts,
+                TINY,
+                generation_kwargs={"eos_token_id": None},
+            ),
             train_dataset=dataset,
             processing_class=build_tokenizer(),
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
-        for part, method in PARTS.items():
-            setattr(trainer, method, clock.timed(part, getattr(trainer, method)))
+        clock.watch(trainer)
         trainer.train()
     return [{**seconds, "live": NUM_PROMPTS * GROUP_SIZE} for seconds in clock.runs]
 
 
-def settings(folder: str, rollouts: int) -> GRPOConfig:
-    """Return TRL's settings for GSPO on a CPU, the fastest of them."""
+def settings(folder: str, rollouts: int, work: Work, *, split: int = 1, **more: Any) -> GRPOConfig:
+    """Return TRL's settings for GSPO on a CPU, the fastest of them.
+
+    Args:
+        folder: for what the trainer writes.
+        rollouts: to be made.
+        work: of a rollout.
+        split: forwards in which an update is made.
+        more: settings of this model's.
+    """
     return GRPOConfig(
         output_dir=folder,
         use_cpu=True,
         bf16=False,
-        per_device_train_batch_size=NUM_PROMPTS * GROUP_SIZE,
+        per_device_train_batch_size=work.num_completions // split,
+        gradient_accumulation_steps=split,
         gradient_checkpointing=False,
-        num_generations=GROUP_SIZE,
-        max_completion_length=ANSWER_TOKENS,
-        generation_kwargs={"eos_token_id": None},
-        num_iterations=UPDATES,
-        max_steps=UPDATES * rollouts,
+        num_generations=work.group_size,
+        max_completion_length=work.new_tokens,
+        num_iterations=work.updates,
+        max_steps=work.updates * rollouts,
         loss_type="grpo",  # with the next, GSPO as TRL's documentation states it
         importance_sampling_level="sequence",
         epsilon=3e-4,
         epsilon_high=4e-4,
         optim="adamw_torch_fused",
-        learning_rate=1e-6,
+        learning_rate=work.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.01,
         max_grad_norm=1.0,
@@ -166,4 +195,5 @@ def settings(folder: str, rollouts: int) -> GRPOConfig:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
