@@ -1,7 +1,7 @@
-# make install, into .venv, with the pinned packages; make demo [SEED=k], make test, make lint and
-# make docs, each after it.
+# make install, into .venv, with the pinned packages; make demo [SEED=k], make demo-real [SEED=k],
+# make test, make lint and make docs, each after it.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs install
+.PHONY: demo demo-real test lint docs install
 
 # The first that runs: a shim of a version manager can be on the path and fail.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -13,6 +13,9 @@ BIN = .venv/bin
 
 demo: install
 	$(BIN)/python -m gspo.demo --seed $(SEED) --output runs/demo
+
+demo-real: install  # a pretrained model of 135 million parameters, which it downloads once
+	$(BIN)/python -m gspo.demo --real --seed $(SEED) --output runs/demo-real
 
 test: install
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

