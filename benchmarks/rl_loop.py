@@ -43,7 +43,7 @@ from gspo.types import Prompt, SamplingParams
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS, ANSWER_TOKENS, UPDATES = 32, 8, 6, 5, 2
 WARMUP = 5  # rollouts
-PARTS = ("total", "rollout", "update", "sync", "sample", "score")
+PARTS = ("total", "rollout", "update", "sync", "sample", "score", "processor")
 SHAPE: dict[str, Any] = dict(
     vocab_size=64,
     num_layers=3,
@@ -165,6 +165,7 @@ class Loop:
 
     def run(self) -> dict[str, float]:
         """Make one rollout and its two updates, and return the seconds of each part."""
+        processor_began = time.process_time()
         began = time.perf_counter()
         step = next(self.steps)
         microbatches = [Microbatch.prepare(batch, CPU) for batch in step.batches]
@@ -180,6 +181,7 @@ class Loop:
             "rollout": drawn - began,
             "update": updated - drawn,
             "sync": synced - updated,
+            "processor": time.process_time() - processor_began,
             "sample": stats["time/sample"],
             "score": stats["time/score"],
             "live": count_live(step),

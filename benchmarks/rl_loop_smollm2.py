@@ -186,6 +186,23 @@ def take_turn(side: Connection) -> dict[str, float]:
     return side.recv()
 
 
+def summary(name: str, runs: list[dict[str, float]], warmup: int) -> dict[str, Any]:
+    """Return a side's medians, and what it drew in each rollout."""
+    row = summarize(name, runs[warmup:], WORK)
+    for key in ("total", "processor", "reward", "tokens", "live"):
+        row[f"{key}_by_rollout"] = [run[key] for run in runs]
+    return row
+
+
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write the result, if it is asked for."""
+    if path is None:
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
+    report = hardware() | versions | {"rows": rows}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def read_arguments() -> argparse.Namespace:
     """Return what the command line says."""
     assert __doc__
@@ -216,17 +233,11 @@ def main() -> None:
             run = take_turn(side)
             runs[name].append(run)
             print(f"{number:3d} {name:22s} {run['total']:6.1f} s  reward {run['reward']:.3f}")
-    rows = []
-    for name, of_side in runs.items():
-        row = summarize(name, of_side[args.warmup :], WORK)
-        for key in ("reward", "tokens", "live"):
-            row[f"{key}_by_rollout"] = [run[key] for run in of_side]
-        rows.append(row)
+        if number >= args.warmup:
+            rows = [summary(name, of_side, args.warmup) for name, of_side in runs.items()]
+            write(args.json, rows)  # each time: a long run that is ended has its results
+    for row in rows:
         print_row(row)
-    if args.json:
-        versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
-        report = hardware() | versions | {"rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, *_, **__) -> None:
         """Start the clock."""
         self._last = time.perf_counter()
+        self._processor = time.process_time()
 
     def on_step_end(self, args, state, *_, **__) -> None:
         """Read the clock after the last update of a rollout."""
@@ -129,8 +130,10 @@ class Clock(TrainerCallback):
         now = time.perf_counter()
         total = now - self._last
         update = total - self._parts["rollout"]
-        self.runs.append({"total": total, "update": update, **self._parts})
-        self._last = now
+        processor = time.process_time() - self._processor
+        run = {"total": total, "update": update, "processor": processor, **self._parts}
+        self.runs.append(run)
+        self.on_train_begin()
 
 
 def run(rollouts: int, *, compiled: bool) -> list[dict[str, float]]:

@@ -8,7 +8,9 @@ over torchtune's builder, and ours over the transformers model. ``generate`` ret
 log-probabilities, ours do. There is no early stop, and every prompt has as many tokens, since
 padding costs ``generate`` more. It runs with both of its attention functions; the faster one
 counts. The shared row draws the same number of completions of an eighth of the prompts, which
-ours prefills once each. Medians over the repeats.
+ours prefills once each. Medians over the repeats, whose order turns. Processor seconds of all
+threads stand beside the wall's: where those are far from the wall's times the threads, other work
+shared the cores, and ratios hold roughly.
 
 The share of the draw is that of the seconds of decode steps, draw included.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -156,11 +159,12 @@ def theirs(
     return sample
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Return the wall time of a call."""
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of a call by the wall's clock and by the processors'."""
     start = time.perf_counter()
+    processor_start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor_start
 
 
 def draw_share(sampler: LocalSampler, call: Callable[[], object]) -> dict[str, float]:
@@ -187,29 +191,41 @@ def draw_share(sampler: LocalSampler, call: Callable[[], object]) -> dict[str, f
 
 
 def measure(
-    samplers: dict[str, LocalSampler], reference: Any, shape: Shape, repeats: int
+    samplers: dict[str, LocalSampler],
+    reference: Any,
+    shape: Shape,
+    repeats: int,
+    only: list[str],  # attention functions of ``generate``
 ) -> dict[str, Any]:
     """Return new tokens per second: medians, run by turns after a short warm-up of each."""
     vocab_size = reference.config.vocab_size
+    attentions = [name for name in ATTENTIONS if name in only]
     generator = torch.Generator().manual_seed(0)
     size = (shape.num_prompts, PROMPT_TOKENS)
     tokens = torch.randint(3, vocab_size, size, generator=generator).tolist()
     calls = {}
-    for attention in ATTENTIONS:
+    for attention in attentions:
         calls[f"generate, {attention}"] = theirs(reference, attention, tokens, shape)
     for name, sampler in samplers.items():
         calls[name] = ours(sampler, tokens, shape)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
+    processor: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats):
+        names = list(calls)
+        if repeat % 2:
+            names.reverse()
+        for name in names:
+            wall, of_processors = seconds(calls[name])
+            times[name].append(wall)
+            processor[name].append(of_processors)
     medians = {name: statistics.median(all_of) for name, all_of in times.items()}
-    generate = min(medians[f"generate, {attention}"] for attention in ATTENTIONS)
+    generate = min(medians[f"generate, {attention}"] for attention in attentions)
     rows = []
     for name, median in medians.items():
         row: dict[str, Any] = {
             "sampler": name,
             "seconds": times[name],
+            "processor_seconds": processor[name],
             "tokens_per_s": shape.total_tokens / median,
             "times_generate": generate / median,
         }
@@ -251,6 +267,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="of generate"
+    )
     args = parser.parse_args()
     load = transformers.AutoModelForCausalLM.from_pretrained
     reference = load(args.model, dtype=torch.float32).eval()
@@ -266,7 +285,9 @@ def main() -> None:
     warm_up(samplers, reference)
     results = {}
     for name in args.only:
-        result = measure(samplers, reference, SHAPES[name], args.repeats)
+        shape = SHAPES[name]
+        result = measure(samplers, reference, shape, args.repeats, args.attentions)
+        result["load_averages"] = os.getloadavg()
         results[name] = result
         print_table(name, result)
     if args.json:

@@ -1,9 +1,11 @@
 """Every shipped config: its commands, its keys, its model, and whether its numbers fit together."""
 
+import itertools
 import re
 import shlex
 import sys
 from functools import cache
+from pathlib import Path
 
 import datasets
 import pytest
@@ -21,6 +23,8 @@ from gspo.commands.validate import read_checked
 from gspo.config import build, build_loss
 from gspo.data import Advantage, Pack, check_bin_length, check_params
 from gspo.losses import GRPOLoss, GSPOLoss
+from gspo.plan.estimate import Planner
+from gspo.plan.machine import DEFAULT_RATES, GIB, RESERVE, Machine
 from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, RECIPE, shipped_configs
 from gspo.rewards.reward import parse_reward
 from gspo.rewards.worker import resolve
@@ -42,7 +46,20 @@ NUM_PARAMETERS = {
     "deepseek_r1_distill_qwen_1_5b/gspo_math": 1_777_088_000,
     "llama3_2/1B_grpo": 1_235_814_400,
     "qwen2_5/7B_gspo_math": 7_615_616_512,
+    "qwen2_5/0.5B_gspo": 494_032_768,
+    "qwen2_5/1.5B_gspo": 1_543_714_304,
+    "qwen2_5/3B_gspo_math": 3_085_938_688,
+    "qwen3/0.6B_gspo": 596_049_920,
+    "qwen3/0.6B_gspo_mixture": 596_049_920,
+    "qwen3/1.7B_gspo_math": 1_720_574_976,
+    "qwen3/1.7B_gspo_zebra": 1_720_574_976,
+    "qwen3/4B_gspo_math": 4_022_468_096,
+    "qwen3/8B_gspo_math": 8_190_735_360,
+    "smollm2/1.7B_gspo": 1_711_376_384,
+    "smollm3/3B_gspo_math": 3_075_098_624,
+    "gemma3/1B_gspo": 999_885_952,
 }
+FACTS = Path(__file__).parent / "models" / "configs"  # the models' own config.json, by folder
 DEEPSEEK_TOKENS = [
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -91,10 +108,26 @@ def checked(name):
     return read_checked([name])
 
 
+def of_transformers(name):
+    return load(name).model["_component_"].startswith("gspo.models.huggingface")
+
+
+def has_chats(name):
+    return "chat" in checked(name).prompts
+
+
+@cache
+def with_facts(name):
+    """The settings, with the folder of a transformers model where its config.json is."""
+    if not of_transformers(name):
+        return checked(name)
+    return read_checked([name, f"model_dir={FACTS / Path(load(name).model_dir).name}"])
+
+
 @cache
 def model(name):
     with torch.device("meta"):
-        return config.instantiate(load(name).model)
+        return config.instantiate(OmegaConf.create(with_facts(name).model))
 
 
 def commands(name):
@@ -141,7 +174,8 @@ def test_config_opens_with_the_commands_that_download_what_it_reads(name, monkey
         for words in commands(name)
         if words[:2] == ["tune", "download"]
     ]
-    assert str(download.output_dir) == cfg.checkpointer.checkpoint_dir == cfg.model_dir
+    folder = cfg.checkpointer.get("checkpoint_dir", cfg.checkpointer.get("path"))
+    assert str(download.output_dir) == folder == cfg.model_dir
     assert download.ignore_patterns is None or "safetensors" not in download.ignore_patterns
     scripts = [words[2] for words in commands(name) if words[:2] == ["python", "-c"]]
     loaded = []
@@ -152,6 +186,7 @@ def test_config_opens_with_the_commands_that_download_what_it_reads(name, monkey
     wanted = [
         (node.source, *([node.subset] if "subset" in node else []))
         for node in (cfg.prompts, cfg.eval_prompts)
+        if "source" in node  # or the rows are made here
     ]
     assert set(loaded) == set(wanted)
 
@@ -225,7 +260,11 @@ def test_rewards_resolve(name):
         parse_reward(key, entry)
 
 
-@every_real_config
+READING = [name for name in REAL if "source" in checked(name).prompts]
+MAKING = [name for name in REAL if name not in READING]
+
+
+@pytest.mark.parametrize("name", READING)
 @pytest.mark.parametrize("split", ["prompts", "eval_prompts"])
 def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, monkeypatch):
     cfg = checked(name)
@@ -244,7 +283,68 @@ def test_prompts_read_their_dataset_and_are_scored_by_its_answers(name, split, m
     assert scores == [1, 0]
 
 
-@every_gspo_config
+@pytest.mark.parametrize("name", MAKING)
+@pytest.mark.parametrize("split", ["prompts", "eval_prompts"])
+def test_prompts_are_made_and_scored_by_their_tasks(name, split):
+    cfg = checked(name)
+    (reward,) = [parse_reward(key, entry) for key, entry in cfg.rewards.items()]
+    function = resolve(reward.path)
+    form = "\\boxed{{{}}}" if reward.options.get("extraction") == "boxed" else "<answer>{}</answer>"
+    prompts = list(itertools.islice(build(cfg, split, CharTokenizer(), num_epochs=1), 12))
+    tasks = cfg.prompts.get("tasks", {})
+    if tasks:
+        assert {prompt.metadata["task"] for prompt in prompts} == set(tasks)
+    for prompt in prompts:
+        assert prompt.text.count(prompt.metadata["question"]) == 1
+        assert form.format("").removesuffix("}").split("<")[-1] in prompt.text
+        scores = []
+        for answer in (prompt.answer, "Mr. Nobody"):
+            text = "so " + form.format(answer)
+            scores.append(function(prompt.text, text, None, prompt.metadata, **reward.options))
+        assert scores[0] == 1 and scores[1] < 0.1
+
+
+@pytest.mark.parametrize("name", MAKING)
+def test_prompts_to_evaluate_on_are_others_than_those_to_train_on(name):
+    cfg = checked(name)
+    seeds = cfg.eval_prompts["dataset_seed"] - cfg.prompts.get("dataset_seed", 0)
+    assert seeds >= cfg.prompts["size"] >= cfg.prompts_per_rollout
+
+
+def test_mixture_becomes_harder_until_the_run_s_last_prompt():
+    cfg = checked("qwen3/0.6B_gspo_mixture")
+    num_rollouts = cfg.num_steps * cfg.docs_per_step // (cfg.prompts_per_rollout * cfg.group_size)
+    assert cfg.prompts["shuffle"] is False
+    assert cfg.prompts["size"] == num_rollouts * cfg.prompts_per_rollout
+
+
+@every_real_config
+def test_header_states_what_the_plan_says(name):
+    """The planned figures, where a config states both as the later ones do."""
+    text = CONFIGS[name].read_text()
+    stated = re.search(r"([\d.]+) GiB while sampling, ([\d.]+) in an update", text)
+    if stated is None:
+        pytest.skip("states its figures in another form")
+    world_size = int(re.search(r"--world-size (\d+)", text)[1])
+    machine = Machine(memory=80 * GIB, ranks_per_node=8, **DEFAULT_RATES["cuda"])
+    moments = Planner(with_facts(name), machine).plan(world_size)["memory"]["moments"]
+    sizes = {moment: sum(parts.values()) / GIB for moment, parts in moments.items()}
+    sampling = sizes.pop("sampling")
+    assert (f"{sampling:.1f}", f"{max(sizes.values()):.1f}") == stated.groups()
+    first = text.partition("\n")[0]
+    of_gpu = int(re.search(r"(\d+) GB", first)[1])
+    assert max(sampling, *sizes.values()) + RESERVE / GIB < of_gpu * 1e9 / GIB
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if has_chats(name)])
+def test_chats_go_through_the_chat_template_of_transformers_tokenizer(name):
+    cfg = checked(name)
+    assert cfg.tokenizer["_component_"] == "gspo.models.huggingface.tokenizer"
+    for key in ("chat", "chat_template_arguments"):
+        assert cfg.eval_prompts.get(key) == cfg.prompts.get(key)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if not has_chats(name)])
 def test_template_uses_special_tokens_of_its_tokenizer(name):
     cfg = checked(name)
     tokens = re.findall(r"<[|｜].*?[|｜]>|<think>", cfg.prompts["prompt_template"])
@@ -267,7 +367,12 @@ def test_every_dotted_path_exists(name):
 
 
 class CharTokenizer:
-    """One token per character."""
+    """One token per character, and chats as the text of their messages."""
+
+    chat_template = "{{ messages }} {{ enable_thinking }}"
+
+    def render_chat(self, messages, **arguments):
+        return "".join(message["content"] for message in messages)
 
     def encode(self, text, *, add_bos, add_eos):
         return [ord(character) for character in text]

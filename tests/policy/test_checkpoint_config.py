@@ -23,6 +23,7 @@ from gspo.plugin import CONFIGS_OF_OTHER_RECIPES, shipped_configs
 from gspo.policy.checkpoint_config import check_decoder, check_model_config
 from gspo.tiny import make_untrained, tiny_qwen2
 from tests import test_gpu
+from tests.test_configs import with_facts
 
 CUDA_CONFIGS = [
     name
@@ -263,7 +264,7 @@ def test_heads_too_small_for_a_gpu_are_refused_there_alone():
 def test_heads_of_what_is_made_for_a_gpu_are_large_enough(name):
     with torch.device("meta"):
         if name in CUDA_CONFIGS:
-            decoder = build(read_checked([name]), "model")
+            decoder = build(with_facts(name), "model")
         else:
             decoder = test_gpu.build_decoder()
     check_decoder(decoder, settings("cuda"))
