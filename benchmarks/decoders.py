@@ -161,11 +161,11 @@ def shares(policy: Policy, microbatches: list[Microbatch]) -> dict[str, float]:
     policy.zero_grad(set_to_none=True)
     events = profiled.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
-    found = {}
+    spent = {}
     for part, names in PARTS.items():
-        found[part] = sum(event.self_cpu_time_total for event in events if event.key in names)
-    found["all else"] = total - sum(found.values())
-    return {part: microseconds / total for part, microseconds in found.items()}
+        spent[part] = sum(event.self_cpu_time_total for event in events if event.key in names)
+    spent["all else"] = total - sum(spent.values())
+    return {part: microseconds / total for part, microseconds in spent.items()}
 
 
 def measure(policies: dict[str, Policy], case: Case, rounds: int) -> dict[str, Any]:

