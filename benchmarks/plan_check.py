@@ -28,6 +28,7 @@ from hardware import hardware
 from torch.optim import Optimizer
 
 from gspo import parallel
+from gspo.adapters import build_replica
 from gspo.commands.validate import read_checked
 from gspo.config import Settings, build
 from gspo.parallel import Ranks
@@ -64,6 +65,14 @@ SETTINGS = {
     "optimizer.fused": False,
     "reward_pool.num_workers": 1,
 }
+LORA = {
+    "model._component_": "torchtune.models.qwen2.lora_qwen2",
+    "model.lora_attn_modules": "[q_proj, k_proj, v_proj, output_proj]",
+    "model.apply_lora_to_mlp": True,
+    "model.lora_rank": 16,
+    "model.lora_alpha": 32,
+}
+QLORA = LORA | {"model.quantize_base": True}
 CASES = [
     {"world_size": 1},
     {"world_size": 1, "enable_activation_checkpointing": True},
@@ -77,6 +86,12 @@ CASES = [
     {"world_size": 4, "context_parallel_size": 2},
     {"world_size": 4, "context_parallel_size": 2, "enable_activation_checkpointing": True},
     {"world_size": 4, "data_parallel_replicate_size": 2, "enable_activation_checkpointing": True},
+    {"world_size": 1, **LORA},
+    {"world_size": 1, **LORA, "enable_activation_checkpointing": True},
+    {"world_size": 2, **LORA},
+    {"world_size": 1, **QLORA},
+    {"world_size": 1, **QLORA, "enable_activation_checkpointing": True},
+    {"world_size": 2, **QLORA},
 ]
 
 
@@ -153,10 +168,12 @@ def run(cfg: Settings, layout: Layout, *, num_steps: int, max_new_tokens: int) -
     ranks = Ranks.of(
         CPU, replicate=cfg.data_parallel_replicate_size, context=cfg.context_parallel_size
     )
-    replica = build(cfg, "model")
+    replica = build_replica(lambda: build(cfg, "model"), CPU)
+    for parameter in replica.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
     policy = make_policy(cfg, ranks, replica.state_dict())
     sampler = LocalSampler(lambda: replica, Tokenizer(), stop_token_ids=[], max_batch_size=512)
-    optimizer = build(cfg, "optimizer", policy.parameters())
+    optimizer = build(cfg, "optimizer", policy.trained_parameters())
     microbatches = make_microbatches(layout, ranks)
     rest()
     for step in range(num_steps):

@@ -578,10 +578,11 @@ def _kept_by_a_layer(policy: Policy, microbatch: Microbatch) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    begin = layer.register_forward_pre_hook(lambda *_: saving.__enter__())
-    end = layer.register_forward_hook(lambda *_: saving.__exit__())
-    policy.hidden_states(microbatch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with contextlib.ExitStack() as saving:  # it ends with the layer, or with what the layer raises
+        begin = layer.register_forward_pre_hook(lambda *_: saving.enter_context(hooks))
+        end = layer.register_forward_hook(lambda *_: saving.close())
+        policy.hidden_states(microbatch)
     begin.remove()
     end.remove()
     return sum(storage.nbytes() for storage in kept.values())
