@@ -267,7 +267,7 @@ def _run(options: Options, num_layers: int) -> DryRun:
     with FakeTensorMode() as fake, _GroupedProducts(), _without_compiled_loops():
         policy = _build_policy(options, ranks, num_layers)
         decoder = policy.decoder
-        num_parameters = sum(p.numel() for p in decoder.parameters())
+        num_parameters = policy.num_parameters
         tracker = _make_tracker(policy, options, ranks)
         with tracker:
             windows = getattr(decoder, "windows", (None,))

@@ -88,6 +88,14 @@ class Policy(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has, adapters included; one in 4 bits counts as one."""
+        state = unique_state(self.decoder)
+        plain = self.adapters.plain_state(state).values()
+        trained = [state[name] for name in self.adapters.trained]
+        return sum(value.numel() for value in (*plain, *trained))
+
+    @property
     def base(self) -> BasePolicy | None:
         """The reference policy that costs no memory: this one with its adapters off.
 

@@ -90,7 +90,10 @@ class Progress:
         self, num_steps: int, policy: nn.Module, device: torch.device, *, shown: bool
     ) -> None:
         self._num_steps = num_steps
-        self._num_parameters = sum(p.numel() for p in policy.parameters())
+        num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        num_parameters = getattr(policy, "num_parameters", num_trained)
+        # Of a frozen weight there is a forward and the gradient of its input.
+        self._operations_per_slot = 4 * num_parameters + 2 * num_trained
         self._device = device
         self._shown = shown
         self._held_out: dict[str, float] = {}
@@ -164,7 +167,7 @@ class Progress:
         device_name = torch.cuda.get_device_name(device)
         for name, peak in _PEAK_BF16_FLOPS.items():
             if name in device_name:
-                flops = 6 * self._num_parameters * values["_slots"]
+                flops = self._operations_per_slot * values["_slots"]
                 peak_flops = peak * dist.get_world_size() * values["time/update"]
                 shown["mfu"] = flops / peak_flops
         return shown
